@@ -1,0 +1,1 @@
+//! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log.

@@ -1,0 +1,1 @@
+//! SPIFFE mTLS and HTTP/2 CONNECT: client, server, pool.

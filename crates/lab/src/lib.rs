@@ -1,0 +1,1 @@
+//! The local world: nodes and pods from network namespaces.

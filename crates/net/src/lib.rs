@@ -1,0 +1,1 @@
+//! Network namespaces, sockets, netlink and nftables.

@@ -1,0 +1,1 @@
+//! xDS, CA and ZDS messages and the delta protocol as state machines.

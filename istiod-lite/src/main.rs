@@ -1,0 +1,3 @@
+//! The control plane: sources, compile, xDS and CA servers.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The command line: operate and explain the mesh.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The node proxy as a library, for its binary and its tests.

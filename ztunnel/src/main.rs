@@ -1,0 +1,3 @@
+//! The node proxy: capture, in-pod sockets, HBONE out and in.
+
+fn main() {}
