@@ -66,7 +66,7 @@ pub struct PoliciesOf<'a> {
 }
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Snapshot {
     workloads: Map<WorkloadUid, Arc<Workload>>,
     /// Usually one; several when the control plane holds one address twice.
@@ -101,6 +101,18 @@ impl Default for Snapshot {
             global: RedBlackTreeSetSync::new_sync(),
             version: ConfigVersion::default(),
         }
+    }
+}
+
+impl std::fmt::Debug for Snapshot {
+    /// Sizes only: a mesh does not belong into a log line.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("version", &self.version)
+            .field("workloads", &self.workloads.size())
+            .field("services", &self.services.size())
+            .field("policies", &self.policies.size())
+            .finish()
     }
 }
 
