@@ -1,4 +1,4 @@
-//! Every decision the mesh takes, as functions over a [`Snapshot`].
+//! Every decision the mesh takes, as functions over a [`model::Snapshot`].
 //!
 //! The proxies call these on live traffic, `meshctl can` on a question, the tests on generated cases:
 //! what the tools say is what the proxies do.
@@ -7,9 +7,13 @@
 //! that lacks information is `Pending` or a refusal, never a permission.
 
 mod authz;
+mod endpoint;
 mod outbound;
 mod rotate;
 
-pub use authz::{authorize, Allowed, InboundFacts, Verdict};
-pub use outbound::{plan_outbound, Candidate, OutboundFacts, OutboundPlan, Transport};
-pub use rotate::{Backoff, Rotation};
+pub use authz::{Allowed, InboundFacts, Verdict, authorize, dry_run_matches};
+pub use outbound::{
+    Candidate, MAX_CANDIDATES, OutboundFacts, OutboundPlan, Transport, plan_every_endpoint,
+    plan_outbound,
+};
+pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};

@@ -1,0 +1,252 @@
+//! Which endpoints of a service a connection may use, and in what order it tries them.
+//!
+//! One pass over the endpoints keeps the best few and allocates nothing else: by locality first, then
+//! by weighted chance without replacement. Each endpoint draws a number that is exponentially
+//! distributed with its weight as rate; the smallest numbers win, which is exactly weighted sampling.
+//!
+//! Invariants: an unhealthy endpoint is picked only where the service says so; a STRICT service is
+//! never served from further away; what does not fit is counted, so that a refusal can say why.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use model::{
+    Endpoint, FamilyPolicy, Health, HealthPolicy, Locality, LocalityScope, MESH_PORTS, Reason,
+    Refusal, RoutingMode, Service, ServicePort, Snapshot, TunnelProtocol, Workload,
+};
+
+use crate::outbound::MAX_CANDIDATES;
+
+/// A call to one port of a service.
+pub(crate) struct Call<'a> {
+    pub(crate) source: &'a Workload,
+    pub(crate) service: &'a Service,
+    pub(crate) port: &'a ServicePort,
+    /// The virtual address that was called.
+    pub(crate) ip: IpAddr,
+}
+
+/// An endpoint that fits.
+#[derive(Clone, Copy)]
+pub(crate) struct Pick<'a> {
+    pub(crate) workload: &'a Arc<Workload>,
+    pub(crate) target: SocketAddr,
+    /// How near it is: the number of preferred scopes, from the first on, that it shares with the client.
+    rank: usize,
+    /// What it drew; the smallest goes first.
+    draw: f64,
+}
+
+/// The endpoints to try, in order: at most [`MAX_CANDIDATES`].
+pub(crate) fn choose<'a>(
+    call: &Call<'a>,
+    snapshot: &'a Snapshot,
+    rand: u64,
+) -> Result<Vec<Pick<'a>>, Refusal> {
+    let mut best = Best::default();
+    let mut dice = Dice::new(rand);
+    scan(call, snapshot, |mut pick| {
+        pick.draw = dice.exponential(pick.workload.capacity);
+        best.offer(pick);
+    })?;
+    Ok(best.picks.into_iter().flatten().collect())
+}
+
+/// Every endpoint that fits, nearest first, then by uid.
+pub(crate) fn all<'a>(call: &Call<'a>, snapshot: &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal> {
+    let mut picks = Vec::new();
+    scan(call, snapshot, |pick| picks.push(pick))?;
+    picks.sort_by_key(|p| std::cmp::Reverse(p.rank));
+    Ok(picks)
+}
+
+/// Calls `found` for every endpoint that fits. An error when none does.
+fn scan<'a>(
+    call: &Call<'a>,
+    snapshot: &'a Snapshot,
+    mut found: impl FnMut(Pick<'a>),
+) -> Result<(), Refusal> {
+    let mut unfit = Unfit::default();
+    let mut any = false;
+    for (_, endpoint) in
+        snapshot.endpoints(&call.service.key).into_iter().flat_map(|all| all.iter())
+    {
+        match fit(call, endpoint) {
+            Ok(pick) => {
+                any = true;
+                found(pick);
+            }
+            Err(why) => *unfit.counter(why) += 1,
+        }
+    }
+    if any { Ok(()) } else { Err(unfit.refusal(call)) }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    Unhealthy,
+    NoPort,
+    MeshPort,
+    Family,
+    OtherNetwork,
+    Hostname,
+    TooFar,
+}
+
+fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
+    let workload = &endpoint.workload;
+    let balancing = &call.service.load_balancing;
+    if workload.health == Health::Unhealthy && balancing.health == HealthPolicy::OnlyHealthy {
+        return Err(Why::Unhealthy);
+    }
+    if workload.network != call.source.network {
+        return Err(Why::OtherNetwork);
+    }
+    let port = target_port(call.port, endpoint).ok_or(Why::NoPort)?;
+    if workload.protocol == TunnelProtocol::Hbone && MESH_PORTS.contains(&port) {
+        return Err(Why::MeshPort);
+    }
+    if workload.addresses.is_empty() && !workload.hostname.is_empty() {
+        return Err(Why::Hostname);
+    }
+    let ip = address(call, workload).ok_or(Why::Family)?;
+    let shared = |scope: &&LocalityScope| shares(**scope, call.source, workload);
+    let rank = match balancing.mode {
+        RoutingMode::Any | RoutingMode::Passthrough => 0,
+        RoutingMode::Strict | RoutingMode::Failover => {
+            balancing.preference.iter().take_while(shared).count()
+        }
+    };
+    if balancing.mode == RoutingMode::Strict && rank < balancing.preference.len() {
+        return Err(Why::TooFar);
+    }
+    Ok(Pick { workload, target: SocketAddr::new(ip, port), rank, draw: 0.0 })
+}
+
+/// What the endpoint says for this service port, else the Service's own number. `None`: the port is
+/// named and this endpoint has no port of that name.
+fn target_port(port: &ServicePort, endpoint: &Endpoint) -> Option<u16> {
+    let own = endpoint.ports.iter().find(|p| p.service_port == port.service_port);
+    own.map(|p| p.target_port).filter(|p| *p != 0).or(Some(port.target_port)).filter(|p| *p != 0)
+}
+
+/// The endpoint's address, of the family that the client called where there is one.
+fn address(call: &Call<'_>, workload: &Workload) -> Option<IpAddr> {
+    let allowed = |ip: &&IpAddr| match call.service.families {
+        FamilyPolicy::Automatic | FamilyPolicy::Dual => true,
+        FamilyPolicy::Ipv4Only => ip.is_ipv4(),
+        FamilyPolicy::Ipv6Only => ip.is_ipv6(),
+    };
+    let addresses = || workload.addresses.iter().filter(allowed);
+    addresses().find(|ip| ip.is_ipv4() == call.ip.is_ipv4()).or_else(|| addresses().next()).copied()
+}
+
+/// Whether two workloads are at the same place. Localities that are not known are one place, so that a
+/// cluster without zones still prefers its nodes; an unknown node or cluster is never the same.
+fn shares(scope: LocalityScope, a: &Workload, b: &Workload) -> bool {
+    let part = |of: fn(&Locality) -> &Option<model::Str>| of(&a.locality) == of(&b.locality);
+    match scope {
+        LocalityScope::Region => part(|l| &l.region),
+        LocalityScope::Zone => part(|l| &l.zone),
+        LocalityScope::Subzone => part(|l| &l.subzone),
+        LocalityScope::Node => a.node == b.node && !a.node.is_empty(),
+        LocalityScope::Cluster => a.cluster == b.cluster && !a.cluster.is_empty(),
+        LocalityScope::Network => a.network == b.network,
+    }
+}
+
+/// The best picks so far, best first.
+#[derive(Default)]
+struct Best<'a> {
+    picks: [Option<Pick<'a>>; MAX_CANDIDATES],
+}
+
+impl<'a> Best<'a> {
+    fn offer(&mut self, pick: Pick<'a>) {
+        let mut hand = Some(pick);
+        for slot in &mut self.picks {
+            match (&hand, &slot) {
+                (Some(new), Some(old)) if !new.before(old) => {}
+                (None, _) => return,
+                _ => std::mem::swap(&mut hand, slot),
+            }
+        }
+    }
+}
+
+impl Pick<'_> {
+    fn before(&self, other: &Self) -> bool {
+        self.rank > other.rank || (self.rank == other.rank && self.draw < other.draw)
+    }
+}
+
+/// Numbers that follow from one random number alone (SplitMix64).
+struct Dice {
+    state: u64,
+}
+
+impl Dice {
+    fn new(rand: u64) -> Self {
+        // Callers may count up instead of drawing: neighbours must not share a sequence.
+        Self { state: mix(rand) }
+    }
+
+    /// Exponentially distributed, with this rate. A weight of 0 counts as 1, as everywhere.
+    fn exponential(&mut self, rate: u32) -> f64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        // The upper 32 bits: exact in a float, fine enough for any number of endpoints. In (0, 1].
+        let unit = f64::from((mix(self.state) >> 32) as u32) + 1.0;
+        -(unit / 4_294_967_296.0).ln() / f64::from(rate.max(1))
+    }
+}
+
+const fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// How many endpoints did not fit, and why.
+#[derive(Default)]
+struct Unfit {
+    counts: [usize; 7],
+}
+
+impl Unfit {
+    fn counter(&mut self, why: Why) -> &mut usize {
+        &mut self.counts[why as usize]
+    }
+
+    fn refusal(&self, call: &Call<'_>) -> Refusal {
+        let service = &call.service.key;
+        let total: usize = self.counts.iter().sum();
+        if total == 0 {
+            let message = format!("service {service} has no endpoints");
+            return Refusal::new(Reason::NoHealthyEndpoint, message);
+        }
+        let of = |why: Why| self.counts[why as usize];
+        let parts = [
+            (of(Why::Unhealthy), "not ready"),
+            (of(Why::NoPort), "without the named target port"),
+            (of(Why::MeshPort), "with one of the mesh's own ports as target"),
+            (of(Why::Family), "without an address of a usable family"),
+            (of(Why::OtherNetwork), "on another network, which this version cannot reach"),
+            (of(Why::Hostname), "known only by a DNS name, which this version does not resolve"),
+            (of(Why::TooFar), "outside the scopes that the service demands"),
+        ];
+        let words: Vec<String> =
+            parts.iter().filter(|(n, _)| *n > 0).map(|(n, why)| format!("{n} {why}")).collect();
+        let reason = match total {
+            n if n == of(Why::MeshPort) => Reason::MeshPort,
+            n if n == of(Why::OtherNetwork) + of(Why::Hostname) => Reason::Unsupported,
+            _ => Reason::NoHealthyEndpoint,
+        };
+        let noun = if total == 1 { "endpoint" } else { "endpoints" };
+        let message = format!(
+            "none of the {total} {noun} of service {service} can take port {}: {}",
+            call.port.service_port,
+            words.join(", ")
+        );
+        Refusal::new(reason, message)
+    }
+}
