@@ -21,6 +21,11 @@ macro_rules! reasons {
                 match self { $(Self::$variant => $code,)+ }
             }
 
+            /// What happened, in one sentence.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc,)+).trim_ascii(),)+ }
+            }
+
             /// The value of Istio's `response_flags` label that this reason falls under.
             pub const fn response_flags(self) -> &'static str {
                 match self { $(Self::$variant => $flags,)+ }
