@@ -1,0 +1,66 @@
+# `make help` lists the targets. Each is thin: what it does is one or two commands that can be typed by hand.
+
+CARGO ?= cargo
+CACHE := $(or $(AMBIT_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ambit)
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# Pinned: a new release of the checker must not turn an unchanged tree red.
+DENY_VERSION := 0.20.2
+DENY := $(CACHE)/tools/bin/cargo-deny
+DENY_STAMP := $(CACHE)/tools/cargo-deny-$(DENY_VERSION)
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build the programs, optimized
+	$(CARGO) build --release --locked --bins
+
+test: programs ## install what the tests need where that is allowed, then run the whole suite
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
+
+unit: ## the tests that need no namespaces and no other programs
+	$(CARGO) test --locked -p model -p engine -p compile -p xds -p tidy
+
+e2e: programs ## real programs through the mesh, in network namespaces
+	$(CARGO) build --workspace --bins --locked
+	$(CARGO) test -p e2e --locked
+
+demo: build ## two nodes and a small shop: see who talks to whom, and a policy stop it; no root needed
+	$(TARGET)/release/meshctl demo
+
+bench: ## the paired benchmark; writes benches/RESULTS.md (about an hour; a quiet machine)
+	$(CARGO) build --profile dist --locked --bins
+	$(TARGET)/dist/meshbench full
+
+bench-quick: ## a look at the numbers in two minutes; writes nothing into the repository
+	$(CARGO) build --release --locked --bins
+	$(TARGET)/release/meshbench quick
+
+lint: ## clippy on everything, warnings are errors
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+fmt: ## format the source
+	$(CARGO) fmt --all
+
+deny: $(DENY_STAMP) ## check licences, sources, bans and (where the database can be reached) advisories
+	PATH="$(dir $(DENY)):$$PATH" $(CARGO) deny --locked check bans licenses sources
+	@if $(DENY) fetch db; then PATH="$(dir $(DENY)):$$PATH" $(CARGO) deny --locked check advisories; \
+	else echo "advisories NOT checked: their database cannot be reached from here"; fi
+
+docs: ## write docs/reasons.md anew from the list in the source
+	TIDY_WRITE=1 $(CARGO) test --locked -p tidy --test docs reasons_page_is_current
+
+clean: ## remove what was built
+	$(CARGO) clean
+
+programs:
+	@.ci/programs
+
+$(DENY_STAMP):
+	CARGO_TARGET_DIR="$(CACHE)/tools/target" $(CARGO) install --locked cargo-deny --version $(DENY_VERSION) --root "$(CACHE)/tools"
+	rm -rf "$(CACHE)/tools/target"
+	touch $@
+
+.PHONY: help build test unit e2e demo bench bench-quick lint fmt deny docs clean programs
