@@ -1,0 +1,5 @@
+use super::*;
+use model::*;
+use proptest::prelude::*;
+use prost::Message;
+use std::net::IpAddr;
