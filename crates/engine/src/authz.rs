@@ -281,3 +281,5 @@ impl fmt::Display for Name<'_> {
     }
 }
 
+#[cfg(test)]
+mod tests;

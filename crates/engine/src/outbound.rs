@@ -224,3 +224,5 @@ fn has_healthy_endpoint(snapshot: &Snapshot, key: &model::ServiceKey) -> bool {
         .is_some_and(|all| all.iter().any(|(_, e)| e.workload.health == Health::Healthy))
 }
 
+#[cfg(test)]
+mod tests;
