@@ -337,10 +337,10 @@ impl Snapshot {
 
     fn remove_policy(&mut self, key: &PolicyKey) {
         self.global.remove_mut(key);
-        if let Some(mut keys) = self.by_scope.get(&key.namespace).cloned() {
-            if keys.remove_mut(key) {
-                self.by_scope.insert_mut(key.namespace.clone(), keys);
-            }
+        if let Some(mut keys) = self.by_scope.get(&key.namespace).cloned()
+            && keys.remove_mut(key)
+        {
+            self.by_scope.insert_mut(key.namespace.clone(), keys);
         }
         self.policies.remove_mut(key);
     }

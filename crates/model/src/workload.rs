@@ -84,7 +84,7 @@ impl Workload {
             service_account: "default".into(),
             addresses: Arc::new([]),
             hostname: empty.clone(),
-            node: empty.clone(),
+            node: empty,
             protocol: TunnelProtocol::None,
             native_tunnel: false,
             application_tunnel: None,

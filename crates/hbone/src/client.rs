@@ -1,0 +1,208 @@
+//! The client end of a tunnel: handshake, CONNECT, and the driver that owns the connection.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use h2::{RecvStream, SendStream};
+use http::HeaderMap;
+use model::Identity;
+use tokio::net::TcpStream;
+
+use crate::error::TunnelError;
+use crate::headers::ConnectHeaders;
+use crate::stream::{FlushHandle, TlsStream};
+use crate::{CONNECTION_WINDOW, Credentials, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW};
+
+/// A silent tunnel is probed after this long, and given up after `PING_TIMEOUT` more (Istio: 10 s, 20 s).
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// An established tunnel. Cheap to clone; streams of all clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Tunnel {
+    send: SendRequest<Bytes>,
+    state: Arc<TunnelState>,
+}
+
+#[derive(Debug)]
+struct TunnelState {
+    /// Streams that live.
+    streams: AtomicUsize,
+    /// No new streams: GOAWAY, a broken connection, or a ping without answer.
+    closed: AtomicBool,
+    peer: Identity,
+}
+
+/// A new tunnel and the future that drives it; the tunnel works only while that is polled.
+pub struct Dialed<D> {
+    pub tunnel: Tunnel,
+    pub driver: D,
+}
+
+impl<D> std::fmt::Debug for Dialed<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Dialed").field("tunnel", &self.tunnel).finish_non_exhaustive()
+    }
+}
+
+/// One CONNECT stream. Counted in its tunnel until dropped.
+#[derive(Debug)]
+pub struct TunnelStream {
+    pub send: SendStream<Bytes>,
+    pub receive: RecvStream,
+    /// Response headers of the peer's proxy.
+    pub headers: HeaderMap,
+    pub peer: Identity,
+    _slot: Slot,
+}
+
+impl TunnelStream {
+    /// The two directions, and the guard that keeps the stream counted.
+    pub fn split(self) -> (SendStream<Bytes>, RecvStream, impl Sized) {
+        (self.send, self.receive, self._slot)
+    }
+}
+
+/// Counts a stream while it lives.
+#[derive(Debug)]
+struct Slot(Arc<TunnelState>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Tunnel {
+    /// TLS and HTTP/2 over a connected socket. The peer must show one of `expected`.
+    pub async fn handshake(
+        tcp: TcpStream,
+        credentials: &Credentials,
+        expected: &[Identity],
+    ) -> Result<Dialed<impl Future<Output = Result<(), h2::Error>> + Send + use<>>, TunnelError> {
+        let config = credentials
+            .client_config(expected)
+            .map_err(|e| TunnelError::Handshake(e.to_string()))?;
+        let tls = TlsStream::connect(tcp, config).await?;
+        let peer = tls.peer()?;
+        let flush = tls.flush_handle();
+        let (send, connection) = h2::client::Builder::new()
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(MAX_FRAME)
+            .max_header_list_size(MAX_HEADER_LIST)
+            .max_send_buffer_size(SEND_BUFFER)
+            .enable_push(false)
+            .handshake::<_, Bytes>(tls)
+            .await?;
+        let state = Arc::new(TunnelState {
+            streams: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            peer,
+        });
+        let driver = drive(connection, flush, state.clone());
+        Ok(Dialed { tunnel: Self { send, state }, driver })
+    }
+
+    /// Opens a stream to `target`. Returns once the peer's proxy has said yes.
+    pub async fn open(
+        &self,
+        target: SocketAddr,
+        headers: &ConnectHeaders,
+    ) -> Result<TunnelStream, TunnelError> {
+        let request =
+            headers.request(target).map_err(|e| TunnelError::Handshake(e.to_string()))?;
+        self.state.streams.fetch_add(1, Ordering::Relaxed);
+        let slot = Slot(self.state.clone());
+        let mut send = self.send.clone().ready().await?;
+        let (response, stream) = send.send_request(request, false)?;
+        let response = response.await?;
+        if !response.status().is_success() {
+            let reason = response.headers().get("x-ambit-reason");
+            return Err(TunnelError::Refused {
+                status: response.status().as_u16(),
+                reason: reason
+                    .and_then(|r| r.to_str().ok())
+                    .map(|r| r.chars().take(512).collect()),
+            });
+        }
+        let (head, receive) = response.into_parts();
+        Ok(TunnelStream {
+            send: stream,
+            receive,
+            headers: head.headers,
+            peer: self.state.peer.clone(),
+            _slot: slot,
+        })
+    }
+
+    /// Streams that live on this tunnel, or are about to.
+    pub fn streams(&self) -> usize {
+        self.state.streams.load(Ordering::Relaxed)
+    }
+
+    /// True when no new stream may be opened.
+    pub fn is_closed(&self) -> bool {
+        self.state.closed.load(Ordering::Relaxed)
+    }
+
+    /// Lets no further stream use this tunnel.
+    pub(crate) fn retire(&self) {
+        self.state.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// How many streams this tunnel may carry: the peer's limit, or ours if that is lower.
+    pub fn capacity(&self, ours: usize) -> usize {
+        ours.min(self.send.current_max_send_streams())
+    }
+}
+
+/// Drives one client connection: protocol, flush after each poll, keepalive.
+async fn drive<T>(
+    mut connection: h2::client::Connection<T, Bytes>,
+    flush: FlushHandle,
+    state: Arc<TunnelState>,
+) -> Result<(), h2::Error>
+where
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    let keepalive = connection.ping_pong().map(|ping| keepalive(ping, state.clone()));
+    let polled = std::future::poll_fn(move |cx| {
+        let result = std::pin::Pin::new(&mut connection).poll(cx);
+        match flush.flush(cx) {
+            std::task::Poll::Ready(Err(e)) if result.is_pending() => {
+                tracing::debug!(error = %e, "tunnel write failed");
+                std::task::Poll::Ready(Ok(()))
+            }
+            _ => result,
+        }
+    });
+    let result = match keepalive {
+        Some(keepalive) => tokio::select! {
+            biased;
+            result = polled => result,
+            () = keepalive => Ok(()),
+        },
+        None => polled.await,
+    };
+    state.closed.store(true, Ordering::Relaxed);
+    result
+}
+
+/// Ends when a ping stays without answer. Only silent tunnels need it, but a ping every ten seconds
+/// costs less than knowing.
+async fn keepalive(mut ping: h2::PingPong, state: Arc<TunnelState>) {
+    loop {
+        tokio::time::sleep(PING_INTERVAL).await;
+        let answer = tokio::time::timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await;
+        if !matches!(answer, Ok(Ok(_))) {
+            tracing::debug!(peer = %state.peer, "tunnel does not answer pings, giving it up");
+            state.closed.store(true, Ordering::Relaxed);
+            return;
+        }
+    }
+}

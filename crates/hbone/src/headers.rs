@@ -1,0 +1,117 @@
+//! The words of a CONNECT: authority, `baggage`, `forwarded`, `traceparent`.
+//!
+//! Everything here parses bytes that a peer controls: every function is total and bounded. The header
+//! size limit of HTTP/2 bounds the input.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use http::uri;
+use http::{HeaderMap, HeaderValue, Method, Request, Uri};
+use model::Workload;
+
+/// Where a CONNECT wants to go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Authority {
+    Address(SocketAddr),
+    /// A service host name and port; only waypoints and gateways take these.
+    Host(String, u16),
+}
+
+impl Authority {
+    /// Parses `:authority`. The error says what is wrong, in words for the peer's operator.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            return Ok(Self::Address(address));
+        }
+        let quote = || text.chars().take(128).collect::<String>();
+        let (host, port) =
+            text.rsplit_once(':').ok_or_else(|| format!("authority {:?} has no port", quote()))?;
+        let port: u16 =
+            port.parse().map_err(|_| format!("authority {:?} has a bad port", quote()))?;
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+        if host.is_empty() || host.len() > 253 || !host.bytes().all(plain) {
+            return Err(format!("authority {:?} is neither ip:port nor host:port", quote()));
+        }
+        Ok(Self::Host(host.to_ascii_lowercase(), port))
+    }
+}
+
+/// What a source proxy says about a connection.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectHeaders {
+    /// Describes the source workload (W3C baggage). For telemetry only, never for policy.
+    pub baggage: Option<HeaderValue>,
+    /// `for=source;host=intended service` (RFC 7239).
+    pub forwarded: Option<HeaderValue>,
+    /// W3C trace context; joins the access logs of both ends.
+    pub traceparent: Option<HeaderValue>,
+}
+
+impl ConnectHeaders {
+    /// The request for a tunnel to `target`.
+    pub(crate) fn request(&self, target: SocketAddr) -> Result<Request<()>, http::Error> {
+        let authority: uri::Authority = target.to_string().parse()?;
+        let mut request = Request::new(());
+        *request.method_mut() = Method::CONNECT;
+        *request.uri_mut() = Uri::builder().authority(authority).build()?;
+        *request.version_mut() = http::Version::HTTP_2;
+        let headers = request.headers_mut();
+        for (name, value) in [
+            ("baggage", &self.baggage),
+            ("forwarded", &self.forwarded),
+            ("traceparent", &self.traceparent),
+        ] {
+            if let Some(value) = value {
+                headers.insert(name, value.clone());
+            }
+        }
+        Ok(request)
+    }
+
+    pub fn from_headers(headers: &HeaderMap) -> Self {
+        let get = |name: &str| headers.get(name).cloned();
+        Self {
+            baggage: get("baggage"),
+            forwarded: get("forwarded"),
+            traceparent: get("traceparent"),
+        }
+    }
+
+    /// `baggage` of a workload, with Istio's keys. Made once per workload and shared.
+    pub fn baggage_of(workload: &Workload) -> Option<HeaderValue> {
+        let mut text = String::with_capacity(192);
+        let mut put = |key: &str, value: &str| {
+            if !value.is_empty() {
+                let comma = if text.is_empty() { "" } else { "," };
+                let _ = write!(text, "{comma}{key}={value}");
+            }
+        };
+        put("k8s.cluster.name", &workload.cluster);
+        put("k8s.namespace.name", &workload.namespace);
+        put(&format!("k8s.{}.name", workload.workload_kind.as_str()), &workload.workload_name);
+        put("service.name", &workload.canonical_name);
+        put("service.version", &workload.canonical_revision);
+        put("cloud.region", workload.locality.region.as_deref().unwrap_or(""));
+        put("cloud.availability_zone", workload.locality.zone.as_deref().unwrap_or(""));
+        HeaderValue::from_str(&text).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn authorities() {
+        let check = |text: &str, want: Option<Authority>| {
+            assert_eq!(Authority::parse(text).ok(), want, "{text}");
+        };
+        check("10.0.0.1:80", Some(Authority::Address("10.0.0.1:80".parse().unwrap())));
+        check("[fd00::1]:80", Some(Authority::Address("[fd00::1]:80".parse().unwrap())));
+        check("Web.shop:80", Some(Authority::Host("web.shop".into(), 80)));
+        for bad in ["", ":", "web", "web:", "web:99999", ":80", "a b:80", "fd00::1", "[fd00::1]", "web:80/x", "u@web:80"] {
+            check(bad, None);
+        }
+    }
+}

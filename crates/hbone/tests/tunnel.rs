@@ -1,0 +1,245 @@
+//! Tunnels over real loopback sockets: bytes, half-close, resets, identities, the pool.
+#![allow(clippy::unwrap_used, reason = "test")]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use hbone::{
+    Authority, ConnectHeaders, Credentials, Pool, PoolKey, PoolLimits, ServerTunnel, Transfer,
+    TunnelError, relay_tunnel,
+};
+use http::StatusCode;
+use model::{Identity, Reason, WorkloadUid};
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
+use rustls_pki_types::PrivateKeyDer;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    root: rustls_pki_types::CertificateDer<'static>,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = params.self_signed(&key).unwrap().der().clone();
+        Self { issuer: Issuer::new(params, key), root }
+    }
+
+    fn credentials(&self, id: &Identity) -> Arc<Credentials> {
+        self.with_times(id, -3600, 3600)
+    }
+
+    fn with_times(&self, id: &Identity, from: i64, to: i64) -> Arc<Credentials> {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.subject_alt_names = vec![SanType::URI(id.to_string().try_into().unwrap())];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let now = std::time::SystemTime::now();
+        let at = |s: i64| {
+            let d = std::time::Duration::from_secs(s.unsigned_abs());
+            if s < 0 { (now - d).into() } else { (now + d).into() }
+        };
+        params.not_before = at(from);
+        params.not_after = at(to);
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        Arc::new(
+            Credentials::new(id.clone(), vec![cert.der().clone()], key, vec![self.root.clone()])
+                .unwrap(),
+        )
+    }
+}
+
+fn id(sa: &str) -> Identity {
+    Identity::new("cluster.local", "shop", sa)
+}
+
+/// An HBONE server that connects every CONNECT to its authority. Counts tunnels.
+async fn server(credentials: Arc<Credentials>, refuse: bool) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let tunnels = Arc::new(AtomicUsize::new(0));
+    let count = tunnels.clone();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let config = credentials.server_config();
+            let count = count.clone();
+            tokio::spawn(async move {
+                let Ok(mut tunnel) = ServerTunnel::accept(tcp, config).await else { return };
+                count.fetch_add(1, Ordering::SeqCst);
+                while let Some(Ok(incoming)) = tunnel.next().await {
+                    tokio::spawn(async move {
+                        let Ok(Authority::Address(target)) = incoming.target else {
+                            return incoming.refuse(StatusCode::BAD_REQUEST, Reason::BadRequest);
+                        };
+                        if refuse {
+                            return incoming.refuse(StatusCode::UNAUTHORIZED, Reason::PolicyDeny);
+                        }
+                        let Ok(app) = TcpStream::connect(target).await else {
+                            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, Reason::ConnectFailed);
+                        };
+                        let (send, receive) = incoming.accept(None).unwrap();
+                        relay_tunnel(app, send, receive, &Transfer::default(), std::future::pending()).await;
+                    });
+                }
+            });
+        }
+    });
+    (address, tunnels)
+}
+
+/// Reads everything, then answers with it twice: proves half-close in both directions.
+async fn double_echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut tcp, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut all = Vec::new();
+                if tcp.read_to_end(&mut all).await.is_ok() {
+                    let _ = tcp.write_all(&all).await;
+                    let _ = tcp.write_all(&all).await;
+                }
+            });
+        }
+    });
+    address
+}
+
+fn key(gateway: SocketAddr, expected: &str) -> PoolKey {
+    PoolKey {
+        source: WorkloadUid("a".into()),
+        source_identity: id("client"),
+        destination: WorkloadUid("b".into()),
+        gateway,
+        expected: vec![id(expected)],
+    }
+}
+
+/// One application connection through a tunnel: writes `data`, ends, and returns the answer.
+async fn call(
+    pool: &Pool,
+    key: &PoolKey,
+    credentials: &Credentials,
+    target: SocketAddr,
+    data: Vec<u8>,
+) -> Result<Vec<u8>, TunnelError> {
+    let gateway = key.gateway;
+    let stream = pool
+        .open(key, credentials, target, &ConnectHeaders::default(), || TcpStream::connect(gateway))
+        .await?;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (proxy, _) = listener.accept().await.unwrap();
+    let (send, receive, slot) = stream.split();
+    let relay = tokio::spawn(async move {
+        relay_tunnel(proxy, send, receive, &Transfer::default(), std::future::pending()).await;
+        drop(slot);
+    });
+    let (mut read, mut write) = app.split();
+    let mut answer = Vec::new();
+    let (_, got) = tokio::join!(
+        async {
+            write.write_all(&data).await.unwrap();
+            write.shutdown().await.unwrap();
+        },
+        read.read_to_end(&mut answer)
+    );
+    got.unwrap();
+    relay.await.unwrap();
+    Ok(answer)
+}
+
+#[tokio::test]
+async fn bytes_arrive_whole_and_half_close_is_kept() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    for size in [0_usize, 1, 100, 4095, 4096, 16384, 70_000, 1 << 20, 9 << 20] {
+        let data: Vec<u8> = (0..size).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect();
+        let answer = call(&pool, &key(gateway, "server"), &client, target, data.clone()).await.unwrap();
+        assert_eq!(answer.len(), 2 * size);
+        assert!(answer[..size] == data && answer[size..] == data, "{size} bytes differ");
+    }
+    assert_eq!(tunnels.load(Ordering::SeqCst), 1, "one tunnel carries all");
+}
+
+#[tokio::test]
+async fn many_streams_share_and_spread() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits { streams: 10, ..PoolLimits::default() });
+    let client = ca.credentials(&id("client"));
+    let key = key(gateway, "server");
+    let calls = (0..60).map(|i| call(&pool, &key, &client, target, vec![i; 50_000]));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap().len(), 100_000);
+    }
+    let tunnels = tunnels.load(Ordering::SeqCst);
+    assert!((2..=7).contains(&tunnels), "{tunnels} tunnels for 60 streams of at most 10 each");
+}
+
+#[tokio::test]
+async fn wrong_identities_are_refused_on_both_sides() {
+    let (ca, foreign) = (Ca::new(), Ca::new());
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits::default());
+    let (gateway, _) = server(ca.credentials(&id("server")), false).await;
+    let go = async |key: PoolKey, client: Arc<Credentials>| {
+        call(&pool, &key, &client, target, b"x".to_vec()).await
+    };
+    // The twin that must succeed.
+    assert!(go(key(gateway, "server"), ca.credentials(&id("client"))).await.is_ok());
+
+    let other = go(key(gateway, "other"), ca.credentials(&id("client"))).await.unwrap_err();
+    assert!(matches!(&other, TunnelError::PeerIdentity { found, .. } if found.ends_with("/sa/server")), "{other}");
+
+    let (strange, _) = server(foreign.credentials(&id("server")), false).await;
+    let unknown = go(key(strange, "server"), ca.credentials(&id("client"))).await.unwrap_err();
+    assert!(matches!(unknown, TunnelError::PeerCertificate(_)), "{unknown}");
+
+    let late = ca.with_times(&id("server"), 3600, 7200);
+    let (future, _) = server(late, false).await;
+    let clock = go(key(future, "server"), ca.credentials(&id("client"))).await.unwrap_err();
+    assert!(clock.to_string().contains("clock"), "{clock}");
+
+    // The server refuses us: with TLS 1.3 we learn of it after our own handshake is done.
+    let mut k = key(gateway, "server");
+    k.source = WorkloadUid("foreign".into());
+    assert!(go(k, foreign.credentials(&id("server"))).await.is_err());
+    let mut k = key(gateway, "server");
+    k.source = WorkloadUid("domain".into());
+    let elsewhere = ca.credentials(&Identity::new("other.domain", "shop", "client"));
+    assert!(go(k, elsewhere).await.is_err());
+}
+
+#[tokio::test]
+async fn a_refusal_names_its_reason_and_a_dead_gateway_fails_once_for_all() {
+    let ca = Ca::new();
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    let target = double_echo().await;
+    let (gateway, _) = server(ca.credentials(&id("server")), true).await;
+    let refused = call(&pool, &key(gateway, "server"), &client, target, vec![]).await.unwrap_err();
+    assert!(
+        matches!(&refused, TunnelError::Refused { status: 401, reason: Some(r) } if r == "policy_deny"),
+        "{refused}"
+    );
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let dead_key = key(dead, "server");
+    let calls = (0..5).map(|_| call(&pool, &dead_key, &client, target, vec![]));
+    for result in futures_util::future::join_all(calls).await {
+        assert_eq!(result.unwrap_err().reason(), Reason::ConnectFailed);
+    }
+}
