@@ -2,7 +2,7 @@
 //!
 //! One pass over the endpoints keeps the best few and allocates nothing else: by locality first, then
 //! by weighted chance without replacement. Each endpoint draws a number that is exponentially
-//! distributed with its weight as rate; the smallest numbers win, which is exactly weighted sampling.
+//! distributed with its capacity as rate; the smallest numbers win, which is exactly weighted sampling.
 //!
 //! Invariants: an unhealthy endpoint is picked only where the service says so; a STRICT service is
 //! never served from further away; what does not fit is counted, so that a refusal can say why.
@@ -46,8 +46,14 @@ pub(crate) fn choose<'a>(
     let mut best = Best::default();
     let mut dice = Dice::new(rand);
     scan(call, snapshot, |mut pick| {
-        pick.draw = dice.exponential(pick.workload.capacity);
-        best.offer(pick);
+        let rate = f64::from(pick.workload.capacity.max(1));
+        let unit = dice.unit();
+        // -ln(x) is at least 1-x: most endpoints of a large service lose without the logarithm.
+        pick.draw = (1.0 - unit) / rate;
+        if best.would_take(&pick) {
+            pick.draw = -unit.ln() / rate;
+            best.offer(pick);
+        }
     })?;
     Ok(best.picks.into_iter().flatten().collect())
 }
@@ -162,6 +168,10 @@ struct Best<'a> {
 }
 
 impl<'a> Best<'a> {
+    fn would_take(&self, pick: &Pick<'a>) -> bool {
+        self.picks[MAX_CANDIDATES - 1].is_none_or(|worst| pick.before(&worst))
+    }
+
     fn offer(&mut self, pick: Pick<'a>) {
         let mut hand = Some(pick);
         for slot in &mut self.picks {
@@ -191,12 +201,11 @@ impl Dice {
         Self { state: mix(rand) }
     }
 
-    /// Exponentially distributed, with this rate. A weight of 0 counts as 1, as everywhere.
-    fn exponential(&mut self, rate: u32) -> f64 {
+    /// Uniform in (0, 1].
+    fn unit(&mut self) -> f64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        // The upper 32 bits: exact in a float, fine enough for any number of endpoints. In (0, 1].
-        let unit = f64::from((mix(self.state) >> 32) as u32) + 1.0;
-        -(unit / 4_294_967_296.0).ln() / f64::from(rate.max(1))
+        // The upper 32 bits: exact in a float, and fine enough for any number of endpoints.
+        (f64::from((mix(self.state) >> 32) as u32) + 1.0) / 4_294_967_296.0
     }
 }
 

@@ -109,9 +109,9 @@ fn holds(m: &Match, case: &Case) -> bool {
 fn text_matches(s: &StringMatch, value: &str) -> bool {
     match s {
         StringMatch::Exact(want) => want.to_string() == value,
-        StringMatch::Prefix(want) => value.len() >= want.len() && &value[..want.len()] == &**want,
+        StringMatch::Prefix(want) => value.len() >= want.len() && value[..want.len()] == **want,
         StringMatch::Suffix(want) => {
-            value.len() >= want.len() && &value[value.len() - want.len()..] == &**want
+            value.len() >= want.len() && value[value.len() - want.len()..] == **want
         }
         StringMatch::Presence => value.chars().count() > 0,
     }
