@@ -12,8 +12,10 @@ pub mod any;
 pub mod client;
 pub mod codec;
 pub mod digest;
+mod kind;
 pub mod server;
 
+// Prost's output is its own affair; a test keeps it equal to what `proto/` generates.
 /// Messages of `type.googleapis.com/istio.workload.Address`.
 #[allow(clippy::all, clippy::pedantic, missing_debug_implementations, reason = "generated")]
 pub mod workload {
@@ -50,16 +52,7 @@ pub mod ambit {
     include!("gen/ambit.v1.rs");
 }
 
-/// Type URL of workloads and services.
-pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
-/// Type URL of layer-4 policies.
-pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
-/// Type URL of where policies were written.
-pub const ORIGIN_TYPE: &str = "type.googleapis.com/ambit.v1.Origin";
-/// Type URL of the marker that closes a push.
-pub const MARKER_TYPE: &str = "type.googleapis.com/ambit.v1.PushMarker";
-/// Resource name of the one marker.
-pub const MARKER_NAME: &str = "push";
+pub use kind::{Kind, MARKER_NAME, REFUSED_TYPE};
 
 /// gRPC path of the delta discovery stream.
 pub const DELTA_PATH: &str =
@@ -69,3 +62,8 @@ pub const CREATE_CERTIFICATE_PATH: &str =
     "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 /// Key in the metadata of a certificate request that names the workload a node proxy asks for.
 pub const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
+
+/// Largest request a server takes, in bytes: the versions of 500,000 resources after a reconnect.
+pub const MAX_REQUEST_BYTES: usize = 64 << 20;
+/// Largest response a client takes, in bytes: a mesh of 500,000 workloads in one response.
+pub const MAX_RESPONSE_BYTES: usize = 256 << 20;

@@ -1,1 +1,440 @@
+//! The server's half of a delta discovery stream: what a proxy should hold, and one [`Connection`] per
+//! stream that works out what to send next.
+//!
+//! Invariants:
+//! - Additions travel Origin, Authorization, Address; removals the other way round: no proxy ever holds a
+//!   reference to a policy that was not sent, nor loses a policy that something still refers to.
+//! - One response per type is in flight. What changes meanwhile is sent as one difference afterwards.
+//! - The marker comes last, once per push, and only to who asked for it.
+//! - A connection always ends up with the newest [`Resources`], wherever it started from.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use model::{ConfigVersion, Policy, Service, Str, Workload};
+use prost::Message;
+
+use crate::any::Any;
+use crate::digest::{self, Sum};
+use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit, codec};
+
+/// Names kept of a refusal: enough to start looking.
+const MAX_REFUSED_NAMES: usize = 100;
+/// Bytes kept of a proxy's words: they end up in logs and on a page.
+const MAX_MESSAGE_BYTES: usize = 4096;
+
+/// One resource, encoded once for every connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// Equal versions mean equal bytes.
+    pub version: Str,
+    pub hash: u64,
+    pub value: Bytes,
+}
+
+impl Encoded {
+    pub fn new(name: &str, value: Vec<u8>) -> Self {
+        let hash = digest::resource(name, &value);
+        Self { version: digest::version(hash).into(), hash, value: value.into() }
+    }
+}
+
+/// Everything a proxy should hold after one push.
+#[derive(Clone, Debug, Default)]
+pub struct Resources {
+    push: ConfigVersion,
+    origins: Table,
+    authorizations: Table,
+    addresses: Table,
+}
+
+/// The resources of one type by name, and their sum.
+#[derive(Clone, Debug, Default)]
+struct Table {
+    by_name: BTreeMap<Str, Encoded>,
+    sum: Sum,
+}
+
+impl Resources {
+    /// Encodes a whole mesh. Of several values with one name the last one counts.
+    pub fn new<'a>(
+        push: ConfigVersion,
+        workloads: impl IntoIterator<Item = &'a Workload>,
+        services: impl IntoIterator<Item = &'a Service>,
+        policies: impl IntoIterator<Item = &'a Policy>,
+    ) -> Self {
+        let mut all = Self { push, ..Self::default() };
+        for w in workloads {
+            all.addresses.set(codec::workload_name(w), codec::encode_workload(w).encode_to_vec());
+        }
+        for s in services {
+            all.addresses.set(codec::service_name(s), codec::encode_service(s).encode_to_vec());
+        }
+        for p in policies {
+            let name = codec::policy_name(p);
+            all.authorizations.set(name.clone(), codec::encode_policy(p).encode_to_vec());
+            all.origins.set(name, codec::policy_origin(p).encode_to_vec());
+        }
+        all
+    }
+
+    pub fn push(&self) -> ConfigVersion {
+        self.push
+    }
+
+    /// The same mesh under another push number.
+    pub fn with_push(mut self, push: ConfigVersion) -> Self {
+        self.push = push;
+        self
+    }
+
+    /// Whether both say the same, whatever their push numbers: then there is nothing to push.
+    pub fn same_content(&self, other: &Self) -> bool {
+        [Kind::Origin, Kind::Authorization, Kind::Address]
+            .into_iter()
+            .all(|kind| self.table(kind).by_name == other.table(kind).by_name)
+    }
+
+    /// Name and encoding of each resource of a type, ordered by name.
+    pub fn iter(&self, kind: Kind) -> impl Iterator<Item = (&Str, &Encoded)> {
+        self.table(kind).by_name.iter()
+    }
+
+    /// Count and sum of a type.
+    pub fn sum(&self, kind: Kind) -> Sum {
+        self.table(kind).sum
+    }
+
+    fn table(&self, kind: Kind) -> &Table {
+        static EMPTY: Table = Table { by_name: BTreeMap::new(), sum: Sum { count: 0, sum: 0 } };
+        match kind {
+            Kind::Origin => &self.origins,
+            Kind::Authorization => &self.authorizations,
+            Kind::Address => &self.addresses,
+            // Depends on the connection's subscriptions: made when it is sent.
+            Kind::Marker => &EMPTY,
+        }
+    }
+}
+
+impl Table {
+    fn set(&mut self, name: Str, value: Vec<u8>) {
+        let new = Encoded::new(&name, value);
+        self.sum.add(new.hash);
+        if let Some(old) = self.by_name.insert(name, new) {
+            self.sum.remove(old.hash);
+        }
+    }
+}
+
+/// What a request meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The proxy wants this type, from now on or from scratch.
+    Subscribed(Kind),
+    Unsubscribed(Kind),
+    /// Enforced by the proxy. A marker says up to which push.
+    Acked {
+        kind: Kind,
+        push: Option<ConfigVersion>,
+    },
+    Nacked(Nack),
+    /// An answer to a response that is no longer the newest, or a type that this server does not have.
+    Ignored(String),
+}
+
+/// A proxy refused something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nack {
+    pub kind: Kind,
+    /// The resources it refused, when it says so; else the first ones of the response.
+    pub names: Vec<String>,
+    /// In the proxy's words.
+    pub message: String,
+}
+
+/// A request that cannot be served. The stream should end with these words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unserviceable(String);
+
+/// One discovery stream.
+#[derive(Debug)]
+pub struct Connection {
+    desired: Arc<Resources>,
+    types: [Subscription; Kind::ALL.len()],
+    last_nonce: u64,
+    acked: Option<ConfigVersion>,
+    marker_due: bool,
+}
+
+#[derive(Debug, Default)]
+struct Subscription {
+    active: bool,
+    /// Versions of what the proxy holds or has been sent. An empty version matches nothing.
+    sent: BTreeMap<Str, Str>,
+    in_flight: Option<InFlight>,
+    /// A subscription is answered even when there is nothing to send: the proxy waits for it.
+    answer_due: bool,
+    /// `sent` is known to have every desired resource, and none but these.
+    added: bool,
+    removed: bool,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    nonce: String,
+    names: Vec<Str>,
+    push: ConfigVersion,
+}
+
+impl Connection {
+    pub fn new(desired: Arc<Resources>) -> Self {
+        Self { desired, types: Default::default(), last_nonce: 0, acked: None, marker_due: true }
+    }
+
+    /// A newer state of the mesh. Call [`Self::next_response`] afterwards.
+    pub fn set(&mut self, desired: Arc<Resources>) {
+        self.desired = desired;
+        self.marker_due = true;
+        for subscription in &mut self.types {
+            subscription.added = false;
+            subscription.removed = false;
+        }
+    }
+
+    /// The last push that the proxy enforces in full, as far as it said so.
+    pub fn acked(&self) -> Option<ConfigVersion> {
+        self.acked
+    }
+
+    /// Whether everything has been sent and answered.
+    pub fn is_settled(&self) -> bool {
+        let done = |s: &Subscription| {
+            !s.active || (s.added && s.removed && s.in_flight.is_none() && !s.answer_due)
+        };
+        let marker = &self.types[Kind::Marker.index()];
+        self.types[..Kind::Marker.index()].iter().all(done)
+            && (!marker.active || (!self.marker_due && marker.in_flight.is_none()))
+    }
+
+    /// Takes a request in. Call [`Self::next_response`] afterwards.
+    pub fn request(&mut self, request: DeltaDiscoveryRequest) -> Result<Event, Unserviceable> {
+        let Some(kind) = Kind::from_type_url(&request.type_url) else {
+            return Ok(Event::Ignored(format!(
+                "no such type here: {}",
+                short(&request.type_url, 256)
+            )));
+        };
+        let answer = self.answer(kind, &request);
+        let active = self.types[kind.index()].active;
+        let all = |names: &[String]| names.iter().any(|name| name == "*");
+        let (subscribe, unsubscribe) =
+            (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
+        if all(subscribe) && all(unsubscribe) || subscribe.iter().any(|name| name != "*") {
+            return Err(Unserviceable(format!(
+                "{kind}: this control plane serves whole types only; switch on-demand xDS off in the proxy"
+            )));
+        }
+        if all(unsubscribe) {
+            self.types[kind.index()] = Subscription::default();
+            return Ok(Event::Unsubscribed(kind));
+        }
+        // The first request of a type subscribes to all of it; "*" later means: all of it, once more.
+        if all(subscribe) || (!active && request.response_nonce.is_empty()) {
+            self.subscribe(kind, request.initial_resource_versions);
+            return Ok(Event::Subscribed(kind));
+        }
+        Ok(answer.unwrap_or_else(|| Event::Ignored(format!("{kind}: not the newest nonce"))))
+    }
+
+    /// The next response to send, if anything may be sent now. Call it until it returns `None`.
+    pub fn next_response(&mut self) -> Option<DeltaDiscoveryResponse> {
+        // What refers must not overtake what it refers to: the first step that has something to send
+        // and must wait holds back all later ones.
+        let steps = [
+            (Kind::Origin, Part::Added),
+            (Kind::Authorization, Part::Added),
+            (Kind::Address, Part::Both),
+            (Kind::Authorization, Part::Removed),
+            (Kind::Origin, Part::Removed),
+        ];
+        for (kind, part) in steps {
+            let (resources, removed) = self.difference(kind, part);
+            let subscription = &self.types[kind.index()];
+            if resources.is_empty() && removed.is_empty() && !subscription.answer_due {
+                continue;
+            }
+            if subscription.in_flight.is_some() {
+                return None;
+            }
+            return Some(self.send(kind, part, resources, removed));
+        }
+        self.next_marker()
+    }
+
+    /// Settles the response that this request answers, if it does.
+    fn answer(&mut self, kind: Kind, request: &DeltaDiscoveryRequest) -> Option<Event> {
+        let subscription = &mut self.types[kind.index()];
+        let answered = subscription.in_flight.take_if(|sent| {
+            !request.response_nonce.is_empty() && sent.nonce == request.response_nonce
+        })?;
+        let Some(error) = &request.error_detail else {
+            let push = (kind == Kind::Marker).then_some(answered.push);
+            self.acked = push.or(self.acked);
+            return Some(Event::Acked { kind, push });
+        };
+        let listed = error.details.iter().find(|any| any.type_url == REFUSED_TYPE);
+        let listed = listed.and_then(|any| ambit::Refused::decode(any.value.clone()).ok());
+        let mut names = match listed {
+            Some(refused) => refused.names,
+            None => answered.names.iter().map(ToString::to_string).collect(),
+        };
+        names.truncate(MAX_REFUSED_NAMES);
+        Some(Event::Nacked(Nack { kind, names, message: short(&error.message, MAX_MESSAGE_BYTES) }))
+    }
+
+    fn subscribe(&mut self, kind: Kind, versions: BTreeMap<String, String>) {
+        let subscription = &mut self.types[kind.index()];
+        let mut sent: BTreeMap<Str, Str> =
+            versions.into_iter().map(|(name, version)| (name.into(), version.into())).collect();
+        // What is still on its way will be held too, and it is not known in which version.
+        for name in subscription.in_flight.iter().flat_map(|sent| &sent.names) {
+            sent.insert(name.clone(), "".into());
+        }
+        *subscription = Subscription {
+            active: true,
+            sent,
+            in_flight: subscription.in_flight.take(),
+            answer_due: kind != Kind::Marker,
+            added: false,
+            removed: false,
+        };
+        self.marker_due = true;
+    }
+
+    /// What the proxy lacks, and what it should no longer have.
+    fn difference(&mut self, kind: Kind, part: Part) -> (Vec<Resource>, Vec<String>) {
+        let desired = &self.desired.table(kind).by_name;
+        let subscription = &mut self.types[kind.index()];
+        let (mut resources, mut removed) = (Vec::new(), Vec::new());
+        if !subscription.active {
+            return (resources, removed);
+        }
+        if part != Part::Removed && !subscription.added {
+            for (name, encoded) in desired {
+                if subscription.sent.get(name) != Some(&encoded.version) {
+                    resources.push(on_wire(kind, name, encoded));
+                }
+            }
+            subscription.added = resources.is_empty();
+        }
+        if part != Part::Added && !subscription.removed {
+            let gone = subscription.sent.keys().filter(|name| !desired.contains_key(*name));
+            removed.extend(gone.map(ToString::to_string));
+            subscription.removed = removed.is_empty();
+        }
+        (resources, removed)
+    }
+
+    fn send(
+        &mut self,
+        kind: Kind,
+        part: Part,
+        resources: Vec<Resource>,
+        removed_resources: Vec<String>,
+    ) -> DeltaDiscoveryResponse {
+        let subscription = &mut self.types[kind.index()];
+        let mut names = Vec::with_capacity(resources.len());
+        for resource in &resources {
+            let name: Str = resource.name.as_str().into();
+            names.push(name.clone());
+            subscription.sent.insert(name, resource.version.as_str().into());
+        }
+        for name in &removed_resources {
+            subscription.sent.remove(name.as_str());
+        }
+        subscription.added |= part != Part::Removed;
+        subscription.removed |= part != Part::Added;
+        subscription.answer_due = false;
+        self.respond(kind, resources, removed_resources, names)
+    }
+
+    fn next_marker(&mut self) -> Option<DeltaDiscoveryResponse> {
+        let marker = &self.types[Kind::Marker.index()];
+        if !marker.active || !self.marker_due || marker.in_flight.is_some() {
+            return None;
+        }
+        self.marker_due = false;
+        let subscribed = |kind: &Kind| self.types[kind.index()].active;
+        let kinds =
+            [Kind::Origin, Kind::Authorization, Kind::Address].into_iter().filter(subscribed);
+        let push = self.desired.push;
+        let message = ambit::PushMarker {
+            epoch: push.epoch,
+            number: push.number,
+            holdings: kinds
+                .map(|kind| {
+                    let Sum { count, sum } = self.desired.sum(kind);
+                    ambit::Holding { type_url: kind.type_url().to_owned(), count, sum }
+                })
+                .collect(),
+        };
+        let encoded = Encoded::new(MARKER_NAME, message.encode_to_vec());
+        let resource = on_wire(Kind::Marker, MARKER_NAME, &encoded);
+        Some(self.respond(Kind::Marker, vec![resource], Vec::new(), vec![MARKER_NAME.into()]))
+    }
+
+    fn respond(
+        &mut self,
+        kind: Kind,
+        resources: Vec<Resource>,
+        removed_resources: Vec<String>,
+        names: Vec<Str>,
+    ) -> DeltaDiscoveryResponse {
+        self.last_nonce += 1;
+        let nonce = self.last_nonce.to_string();
+        let push = self.desired.push;
+        self.types[kind.index()].in_flight = Some(InFlight { nonce: nonce.clone(), names, push });
+        DeltaDiscoveryResponse {
+            system_version_info: push.to_string(),
+            resources,
+            type_url: kind.type_url().to_owned(),
+            nonce,
+            removed_resources,
+        }
+    }
+}
+
+/// Which half of a difference a step sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Added,
+    Removed,
+    Both,
+}
+
+/// What turns `old` into `new`: names of resources to set and to remove.
+pub fn diff(old: &Resources, new: &Resources, kind: Kind) -> (BTreeSet<Str>, BTreeSet<Str>) {
+    let (old, new) = (&old.table(kind).by_name, &new.table(kind).by_name);
+    let set = new.iter().filter(|(name, encoded)| old.get(*name) != Some(encoded));
+    let removed = old.keys().filter(|name| !new.contains_key(*name));
+    (set.map(|(name, _)| name.clone()).collect(), removed.cloned().collect())
+}
+
+fn on_wire(kind: Kind, name: &str, encoded: &Encoded) -> Resource {
+    Resource {
+        version: encoded.version.to_string(),
+        resource: Some(Any { type_url: kind.type_url().to_owned(), value: encoded.value.clone() }),
+        name: name.to_owned(),
+        aliases: Vec::new(),
+    }
+}
+
+/// At most `max` bytes of a peer's words.
+fn short(words: &str, max: usize) -> String {
+    let end = (0..=max.min(words.len())).rev().find(|end| words.is_char_boundary(*end));
+    words[..end.unwrap_or(0)].to_owned()
+}

@@ -45,3 +45,10 @@ pub struct Provenance {
     #[prost(string, tag = "3")]
     pub origin: ::prost::alloc::string::String,
 }
+/// In the details of a refusal (google.rpc.Status): the names of the resources that were refused. The rest of
+/// the response is in force.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Refused {
+    #[prost(string, repeated, tag = "1")]
+    pub names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
