@@ -9,8 +9,10 @@
 //! - An operation on a namespace leaves the calling thread in the namespace it came from, or aborts the process.
 //! - Every error names the object it was about; where the kernel gives a reason in words, the error carries it.
 
+pub mod capture;
 pub mod netlink;
 pub mod netns;
+pub mod nft;
 pub mod socket;
 pub mod sysctl;
 #[cfg(any(test, feature = "testing"))]

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{NetlinkAddr, connect};
 use socket2::{Domain, Protocol, Socket, Type};
 
-pub(crate) use message::{Message, Received, attr, attrs, messages, text, u16_at, u32_at};
+pub(crate) use message::{Message, Received, attr, attrs, messages, text, u32_at};
 
 pub(crate) const NLM_F_REQUEST: u16 = 0x1;
 pub(crate) const NLM_F_ACK: u16 = 0x4;

@@ -1,0 +1,235 @@
+//! Capture: every TCP connection into or out of a pod passes the proxy's listeners in the pod's network namespace.
+//!
+//! Purpose: [`install`], [`remove`] and check ([`is_installed`]) the settings, routes and rules that do it.
+//!
+//! How it works, with TPROXY and routing by mark, and without connection tracking or address translation:
+//! - *Out*: the output chain marks packets of the app [`MARK_OUTBOUND`]; the mark routes them to loopback, and there
+//!   prerouting hands them to the listener on [`OUTBOUND_PORT`].
+//! - *In*: prerouting hands TCP from outside to the listener on [`INBOUND_PLAINTEXT_PORT`], except HBONE and probes.
+//! - *The proxy's own sockets* carry [`MARK_PROXY`] and are left alone; accepted sockets inherit it from their listener.
+//! - *Proxy to app*: the proxy connects in the client's name with [`MARK_TO_APP`]. `tcp_fwmark_accept` makes the app's
+//!   end carry the same mark, which routes the answers to loopback instead of to the real client.
+//!
+//! Invariants: everything is idempotent; a pod without IPv6 is captured for IPv4; an app that cannot set marks
+//! (it has no capability over its own network namespace) cannot leave uncaptured.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+pub use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
+use nix::errno::Errno;
+
+use crate::netlink::route::{Kind, Route};
+use crate::netlink::rule::Rule as RoutingRule;
+use crate::netlink::{self, link, route, rule};
+use crate::netns::NetNs;
+use crate::nft::{
+    self, Chain, ChainType, Family, Hook, HookPoint, Rule, TCP, Table, Verdict, priority,
+};
+use crate::sysctl;
+
+/// Mark of the proxy's own sockets in the pod, listeners included: never captured.
+pub const MARK_PROXY: u32 = 0x539;
+/// Mark of what the app sends out, until the proxy has it.
+pub const MARK_OUTBOUND: u32 = 0x100;
+/// Mark of connections from the proxy to the app, both directions.
+pub const MARK_TO_APP: u32 = 0x200;
+/// The bits of a mark that are ours.
+pub const MARK_MASK: u32 = 0xfff;
+/// The routing table that sends everything to loopback.
+pub const ROUTE_TABLE: u32 = 100;
+/// Where our routing rules stand: after the table of local addresses (0), before main (32766).
+pub const RULE_PRIORITY: u32 = 20_100;
+/// The address in whose name the node probes a pod's health. Link-local, so that no pod can have it.
+pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+/// The same for IPv6.
+pub const PROBE_V6: Ipv6Addr =
+    Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
+/// Name of the nftables table, family inet.
+pub const TABLE: &str = "ambit";
+
+/// Accepted sockets take the mark of the connection's first packet.
+const FWMARK_ACCEPT: &str = "net/ipv4/tcp_fwmark_accept";
+
+/// Capture could not be put in place, taken away or looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The namespace cannot be entered.
+    #[error("capture: {0}")]
+    Namespace(#[source] io::Error),
+    /// A kernel setting is missing or read-only.
+    #[error("capture: {0}{hint}", hint = sysctl_hint(.0))]
+    Setting(#[source] io::Error),
+    /// Policy routing failed.
+    #[error("capture: {0}{hint}", hint = routing_hint(.0))]
+    Routing(#[source] netlink::Error),
+    /// The nftables table was refused.
+    #[error("capture: {0}")]
+    Table(#[source] nft::Error),
+}
+
+/// Puts capture in place in a pod's namespace. Listeners should stand before: from here on connections go to them.
+pub fn install(ns: &NetNs) -> Result<(), CaptureError> {
+    ns.run(|| {
+        settings()?;
+        for ipv6 in families() {
+            add_routing(ipv6).map_err(CaptureError::Routing)?;
+        }
+        // Last, since this switches capture on: before it, the rest does nothing.
+        nft::replace(&table()).map_err(CaptureError::Table)
+    })
+    .map_err(CaptureError::Namespace)?
+}
+
+/// Takes capture away; settings stay, they do no harm. Live connections through the proxy break.
+pub fn remove(ns: &NetNs) -> Result<(), CaptureError> {
+    ns.run(|| {
+        nft::delete(Family::Inet, TABLE).map_err(CaptureError::Table)?;
+        for ipv6 in families() {
+            for wanted in routing_rules(ipv6) {
+                rule::delete(&wanted).map_err(CaptureError::Routing)?;
+            }
+            route::delete(&loopback_route(ipv6)).map_err(CaptureError::Routing)?;
+        }
+        Ok(())
+    })
+    .map_err(CaptureError::Namespace)?
+}
+
+/// Whether capture is in place and whole: somebody may have removed or added a rule by hand.
+pub fn is_installed(ns: &NetNs) -> Result<bool, CaptureError> {
+    ns.run(|| {
+        let rules = rule::list().map_err(CaptureError::Routing)?;
+        let routes = route::list(ROUTE_TABLE).map_err(CaptureError::Routing)?;
+        let routed = families().all(|ipv6| {
+            routes.contains(&loopback_route(ipv6))
+                && routing_rules(ipv6).iter().all(|wanted| rules.contains(wanted))
+        });
+        let set = sysctl::read(FWMARK_ACCEPT).map_err(CaptureError::Setting)? == "1";
+        Ok(routed && set && nft::is_intact(&table()).map_err(CaptureError::Table)?)
+    })
+    .map_err(CaptureError::Namespace)?
+}
+
+/// The table that captures.
+pub fn table() -> Table {
+    let chain = |name: &str, point, kind, rules| Chain {
+        name: name.to_owned(),
+        hook: Some(Hook { point, kind, priority: priority::MANGLE }),
+        rules,
+    };
+    Table {
+        family: Family::Inet,
+        name: TABLE.to_owned(),
+        sets: vec![],
+        chains: vec![
+            chain("prerouting", HookPoint::Prerouting, ChainType::Filter, prerouting()),
+            chain("output", HookPoint::Output, ChainType::Route, output()),
+        ],
+    }
+}
+
+fn prerouting() -> Vec<Rule> {
+    let leave = |rule: Rule| rule.verdict(Verdict::Return);
+    let [probe4, probe6] = probes();
+    vec![
+        leave(Rule::new("only TCP is captured").protocol_not(TCP)),
+        leave(Rule::new("probes of the node").source(probe4)),
+        leave(Rule::new("probes of the node").source(probe6)),
+        leave(Rule::new("between proxy and app").mark(MARK_TO_APP, MARK_MASK)),
+        Rule::new("from the app to the outbound listener")
+            .from_loopback()
+            .mark(MARK_OUTBOUND, MARK_MASK)
+            .protocol(TCP)
+            .tproxy(OUTBOUND_PORT)
+            .verdict(Verdict::Accept),
+        leave(Rule::new("the pod to itself").from_loopback()),
+        leave(Rule::new("HBONE has its own listener").tcp_port(HBONE_PORT)),
+        Rule::new("from outside to the inbound listener")
+            .protocol(TCP)
+            .tproxy(INBOUND_PLAINTEXT_PORT)
+            .verdict(Verdict::Accept),
+    ]
+}
+
+fn output() -> Vec<Rule> {
+    let leave = |rule: Rule| rule.verdict(Verdict::Return);
+    let [probe4, probe6] = probes();
+    vec![
+        leave(Rule::new("only TCP is captured").protocol_not(TCP)),
+        leave(Rule::new("the proxy's own sockets").mark(MARK_PROXY, MARK_MASK)),
+        leave(Rule::new("between proxy and app").mark(MARK_TO_APP, MARK_MASK)),
+        leave(Rule::new("answers to probes").destination(probe4)),
+        leave(Rule::new("answers to probes").destination(probe6)),
+        leave(Rule::new("the pod to itself").destination_is_local()),
+        Rule::new("everything else goes to the proxy").set_mark(MARK_OUTBOUND),
+    ]
+}
+
+fn probes() -> [IpAddr; 2] {
+    [PROBE_V4.into(), PROBE_V6.into()]
+}
+
+/// The families the namespace has. IPv6 can be missing from the kernel, or switched off for the whole namespace.
+fn families() -> impl Iterator<Item = bool> {
+    let off = sysctl::read("net/ipv6/conf/lo/disable_ipv6");
+    let has_ipv6 = off.is_ok_and(|off| off == "0");
+    [false, true].into_iter().filter(move |ipv6| !ipv6 || has_ipv6)
+}
+
+fn settings() -> Result<(), CaptureError> {
+    // Everything captured passes loopback.
+    link::up("lo").map_err(CaptureError::Routing)?;
+    sysctl::write(FWMARK_ACCEPT, "1").map_err(CaptureError::Setting)?;
+    // The packets that capture turns around come in on an interface they would not go out by.
+    let links = link::list().map_err(CaptureError::Routing)?;
+    for name in ["all", "default"].into_iter().chain(links.iter().map(|l| l.name.as_str())) {
+        sysctl::write(&format!("net/ipv4/conf/{name}/rp_filter"), "0")
+            .map_err(CaptureError::Setting)?;
+    }
+    Ok(())
+}
+
+fn add_routing(ipv6: bool) -> netlink::Result<()> {
+    route::add(&loopback_route(ipv6))?;
+    routing_rules(ipv6).iter().try_for_each(rule::add)
+}
+
+fn loopback_route(ipv6: bool) -> Route {
+    Route { kind: Kind::Local, table: ROUTE_TABLE, ..Route::default_of(ipv6).dev("lo") }
+}
+
+fn routing_rules(ipv6: bool) -> [RoutingRule; 2] {
+    [MARK_OUTBOUND, MARK_TO_APP].map(|mark| RoutingRule {
+        ipv6,
+        mark,
+        mask: MARK_MASK,
+        table: ROUTE_TABLE,
+        priority: RULE_PRIORITY,
+    })
+}
+
+fn sysctl_hint(e: &io::Error) -> &'static str {
+    match e.kind() {
+        io::ErrorKind::NotFound => {
+            "; is /proc mounted, and the kernel at least 4.16 with network namespaces?"
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "; /proc/sys/net must be writable by root of the namespace's owner"
+        }
+        _ => "",
+    }
+}
+
+fn routing_hint(e: &netlink::Error) -> &'static str {
+    match e.errno {
+        Errno::EPERM | Errno::EACCES => "; CAP_NET_ADMIN over this network namespace is needed",
+        Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT => {
+            "; the kernel seems to lack policy routing (CONFIG_IP_MULTIPLE_TABLES)"
+        }
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests;
