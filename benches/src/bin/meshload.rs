@@ -1,0 +1,243 @@
+//! `meshload`: servers and clients of a benchmark, for use inside pods. One JSON object a line.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use meshload::bulk::{self, Direction};
+use meshload::clients;
+use meshload::connections::{self, Closing, Plan};
+use meshload::lines;
+use meshload::server::{self, Greeting};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
+
+#[derive(Parser)]
+#[command(version, about = "Load for the mesh: servers and clients that count what they see")]
+struct Cli {
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+#[derive(Subcommand)]
+enum Mode {
+    /// HTTP/1.1 with keep-alive: a body of fixed size, or the client's address for /who
+    Serve(Listen),
+    /// Bulk data both ways; counts every byte
+    Sink(Listen),
+    /// Repeats what it hears
+    Echo(Listen),
+    /// Speaks first: a line with the addresses of both ends; then repeats what it hears
+    Netecho(Listen),
+    /// HTTP on PORT, bulk on PORT+1, echo on PORT+2, netecho on PORT+3, in one process
+    All(Listen),
+    /// Does nothing until it is ended, for a pod that only runs clients
+    Pause,
+    /// Closed loop: each connection sends again when it has its answer
+    Closed(Load),
+    /// Fixed rate; latency from when a request was due
+    Rate {
+        #[command(flatten)]
+        load: Load,
+        /// Requests a second
+        #[arg(long, default_value_t = 1000)]
+        rate: u32,
+    },
+    /// A new connection for every request
+    Connect {
+        #[command(flatten)]
+        load: Load,
+        /// Who closes first and so keeps TIME_WAIT
+        #[arg(long, value_enum, default_value_t = Closing::Server)]
+        closing: Closing,
+        /// End after this many connections; 0: no limit
+        #[arg(long, default_value_t = 0)]
+        most: u64,
+        /// Seconds of the windows that are counted one by one
+        #[arg(long, default_value_t = 2.0)]
+        window: f64,
+    },
+    /// Opens the connections, has one answer on each, holds them, closes them
+    Idle(Load),
+    /// Bulk to the sink
+    Send(Load),
+    /// Bulk from the sink
+    Receive(Load),
+    /// Sends standard input over one connection and prints what comes back
+    Cat { to: String },
+    /// Prints this namespace's addresses, loopback and link-local left out
+    Addresses,
+    /// Counts established TCP connections on a local port, from /proc/net
+    Established { port: u16 },
+}
+
+#[derive(Args)]
+struct Listen {
+    /// Address and port; [::]:PORT serves both families
+    #[arg(long, default_value = "[::]:8080")]
+    listen: SocketAddr,
+    /// Bytes of the HTTP body
+    #[arg(long, default_value_t = 128)]
+    body: usize,
+}
+
+#[derive(Args)]
+struct Load {
+    /// HOST:PORT
+    #[arg(long)]
+    to: String,
+    /// Connections, streams, or new connections at a time
+    #[arg(short = 'n', long, default_value_t = 1)]
+    connections: usize,
+    /// Seconds
+    #[arg(short, long, default_value_t = 3.0)]
+    duration: f64,
+}
+
+impl Load {
+    fn address(&self) -> anyhow::Result<SocketAddr> {
+        resolve(&self.to)
+    }
+
+    fn time(&self) -> anyhow::Result<Duration> {
+        seconds(self.duration)
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    raise_file_limit()?;
+    match cli.mode {
+        Mode::Serve(on) => server::serve_http(&bind(on.listen)?, on.body)?,
+        Mode::Sink(on) => bulk::serve(&bind(on.listen)?)?,
+        Mode::Echo(on) => server::serve_echo(&bind(on.listen)?, Greeting::None)?,
+        Mode::Netecho(on) => server::serve_echo(&bind(on.listen)?, Greeting::Addresses)?,
+        Mode::All(on) => serve_all(&on)?,
+        Mode::Pause => loop {
+            std::thread::park();
+        },
+        Mode::Closed(load) => {
+            clients::closed_loop(load.address()?, load.connections, load.time()?)?
+        }
+        Mode::Rate { load, rate } => {
+            clients::open_schedule(load.address()?, load.connections, rate, load.time()?)?;
+        }
+        Mode::Connect { load, closing, most, window } => connections::run(&Plan {
+            to: load.address()?,
+            concurrency: load.connections,
+            time: load.time()?,
+            most,
+            closing,
+            window: seconds(window)?,
+        })?,
+        Mode::Idle(load) => clients::hold_idle(load.address()?, load.connections, load.time()?)?,
+        Mode::Send(load) => {
+            bulk::run(load.address()?, Direction::Send, load.connections, load.time()?)?
+        }
+        Mode::Receive(load) => {
+            bulk::run(load.address()?, Direction::Receive, load.connections, load.time()?)?
+        }
+        Mode::Cat { to } => cat(&to)?,
+        Mode::Addresses => {
+            lines::line(&json!({ "event": "addresses", "addresses": addresses()? }))?
+        }
+        Mode::Established { port } => {
+            lines::line(
+                &json!({ "event": "established", "port": port, "count": established(port)? }),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn bind(on: SocketAddr) -> anyhow::Result<TcpListener> {
+    // std binds IPv6 sockets to both families, and sets SO_REUSEADDR.
+    TcpListener::bind(on).with_context(|| format!("cannot listen on {on}"))
+}
+
+fn serve_all(on: &Listen) -> anyhow::Result<()> {
+    let listener = |offset: u16| {
+        let port = on
+            .listen
+            .port()
+            .checked_add(offset)
+            .context("the last of the four ports is above 65535")?;
+        bind(SocketAddr::new(on.listen.ip(), port))
+    };
+    let (http, sink, echo, netecho) = (listener(0)?, listener(1)?, listener(2)?, listener(3)?);
+    std::thread::scope(|scope| {
+        scope.spawn(|| bulk::serve(&sink));
+        scope.spawn(|| server::serve_echo(&echo, Greeting::None));
+        scope.spawn(|| server::serve_echo(&netecho, Greeting::Addresses));
+        server::serve_http(&http, on.body)
+    })?;
+    Ok(())
+}
+
+fn resolve(to: &str) -> anyhow::Result<SocketAddr> {
+    let mut found =
+        to.to_socket_addrs().with_context(|| format!("{to} is not HOST:PORT of a known host"))?;
+    found.next().with_context(|| format!("{to} has no address"))
+}
+
+fn seconds(seconds: f64) -> anyhow::Result<Duration> {
+    match Duration::try_from_secs_f64(seconds) {
+        // An hour: nobody measures longer, and a forgotten client must end.
+        Ok(time) if !time.is_zero() && time <= Duration::from_secs(3600) => Ok(time),
+        Ok(_) | Err(_) => bail!("{seconds} is not a time between 0 and 3600 seconds"),
+    }
+}
+
+/// Ten thousand connections need as many descriptors; the soft limit is usually 1024.
+fn raise_file_limit() -> anyhow::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")
+}
+
+fn cat(to: &str) -> anyhow::Result<()> {
+    let mut input = Vec::new();
+    io::stdin().take(1 << 20).read_to_end(&mut input)?;
+    let mut stream = std::net::TcpStream::connect(resolve(to)?)
+        .with_context(|| format!("cannot connect to {to}"))?;
+    stream.set_read_timeout(Some(clients::PATIENCE))?;
+    stream.write_all(&input)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    io::copy(&mut stream, &mut io::stdout())?;
+    Ok(())
+}
+
+fn addresses() -> anyhow::Result<Vec<IpAddr>> {
+    let ips = nix::ifaddrs::getifaddrs()?.filter_map(|i| {
+        let address = i.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    Ok(ips.filter(|ip| !ip.is_loopback() && !is_link_local(ip)).collect())
+}
+
+fn is_link_local(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}
+
+fn established(port: u16) -> anyhow::Result<usize> {
+    let wanted = format!(":{port:04X}");
+    let mut count = 0;
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let text =
+            std::fs::read_to_string(table).with_context(|| format!("cannot read {table}"))?;
+        count += text
+            .lines()
+            .skip(1)
+            .map(|l| l.split_whitespace().collect::<Vec<_>>())
+            .filter(|w| {
+                w.get(1).is_some_and(|local| local.ends_with(&wanted)) && w.get(3) == Some(&"01")
+            })
+            .count();
+    }
+    Ok(count)
+}
