@@ -9,6 +9,11 @@
 //! - *The proxy's own sockets* carry [`MARK_PROXY`] and are left alone; accepted sockets inherit it from their listener.
 //! - *Proxy to app*: the proxy connects in the client's name with [`MARK_TO_APP`]. `tcp_fwmark_accept` makes the app's
 //!   end carry the same mark, which routes the answers to loopback instead of to the real client.
+//! - *Resets* that the kernel itself sends belong to no socket, so they carry the mark of the packet they answer
+//!   (`fwmark_reflect`). Packets from outside are marked [`MARK_PROXY`] for that: their resets leave. Packets that
+//!   proxy and app exchange are marked so that the reset reaches the other one: a refused connection is known at once.
+//! - *Without listeners* the opening packets are dropped, so nothing passes uncaptured, and the sender's next try a
+//!   second later finds the proxy that was restarted meanwhile.
 //!
 //! Invariants: everything is idempotent; a pod without IPv6 is captured for IPv4; an app that cannot set marks
 //! (it has no capability over its own network namespace) cannot leave uncaptured.
@@ -48,8 +53,10 @@ pub const PROBE_V6: Ipv6Addr =
 /// Name of the nftables table, family inet.
 pub const TABLE: &str = "ambit";
 
-/// Accepted sockets take the mark of the connection's first packet.
+/// Accepted sockets take the mark of the connection's first packet (both families).
 const FWMARK_ACCEPT: &str = "net/ipv4/tcp_fwmark_accept";
+/// Packets that the kernel answers with take the mark of what they answer.
+const FWMARK_REFLECT: [&str; 2] = ["net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"];
 
 /// Capture could not be put in place, taken away or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +80,7 @@ pub fn install(ns: &NetNs) -> Result<(), CaptureError> {
     ns.run(|| {
         settings()?;
         for ipv6 in families() {
+            sysctl::write(FWMARK_REFLECT[usize::from(ipv6)], "1").map_err(CaptureError::Setting)?;
             add_routing(ipv6).map_err(CaptureError::Routing)?;
         }
         // Last, since this switches capture on: before it, the rest does nothing.
@@ -105,7 +113,11 @@ pub fn is_installed(ns: &NetNs) -> Result<bool, CaptureError> {
             routes.contains(&loopback_route(ipv6))
                 && routing_rules(ipv6).iter().all(|wanted| rules.contains(wanted))
         });
-        let set = sysctl::read(FWMARK_ACCEPT).map_err(CaptureError::Setting)? == "1";
+        let reflected = families().map(|ipv6| FWMARK_REFLECT[usize::from(ipv6)]);
+        let mut set = true;
+        for name in std::iter::once(FWMARK_ACCEPT).chain(reflected) {
+            set &= sysctl::read(name).map_err(CaptureError::Setting)? == "1";
+        }
         Ok(routed && set && nft::is_intact(&table()).map_err(CaptureError::Table)?)
     })
     .map_err(CaptureError::Namespace)?
@@ -131,24 +143,27 @@ pub fn table() -> Table {
 
 fn prerouting() -> Vec<Rule> {
     let leave = |rule: Rule| rule.verdict(Verdict::Return);
+    let from_app = || {
+        Rule::new("from the app to the outbound listener")
+            .from_loopback()
+            .mark(MARK_OUTBOUND, MARK_MASK)
+    };
     let [probe4, probe6] = probes();
     vec![
         leave(Rule::new("only TCP is captured").protocol_not(TCP)),
         leave(Rule::new("probes of the node").source(probe4)),
         leave(Rule::new("probes of the node").source(probe6)),
         leave(Rule::new("between proxy and app").mark(MARK_TO_APP, MARK_MASK)),
-        Rule::new("from the app to the outbound listener")
-            .from_loopback()
-            .mark(MARK_OUTBOUND, MARK_MASK)
-            .protocol(TCP)
-            .tproxy(OUTBOUND_PORT)
-            .verdict(Verdict::Accept),
-        leave(Rule::new("the pod to itself").from_loopback()),
+        from_app().protocol(TCP).tproxy(OUTBOUND_PORT).verdict(Verdict::Accept),
+        from_app().tcp_opening().verdict(Verdict::Drop),
+        leave(Rule::new("the pod to itself").from_loopback().set_mark(0)),
+        Rule::new("from outside").set_mark(MARK_PROXY),
         leave(Rule::new("HBONE has its own listener").tcp_port(HBONE_PORT)),
         Rule::new("from outside to the inbound listener")
             .protocol(TCP)
             .tproxy(INBOUND_PLAINTEXT_PORT)
             .verdict(Verdict::Accept),
+        Rule::new("no listener: wait for it").tcp_opening().verdict(Verdict::Drop),
     ]
 }
 

@@ -7,10 +7,13 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::netns::NetNs;
 
 /// Says to the child which test it is.
 const INSIDE: &str = "AMBIT_TEST_IN_USER_NS";
@@ -27,7 +30,8 @@ pub fn in_user_ns(test: impl FnOnce()) {
     let exe = std::env::current_exe().unwrap_or_else(|e| panic!("current_exe: {e}"));
     let mut child = Command::new(exe);
     child.args(["--exact", &name, "--nocapture", "--include-ignored"]).env(INSIDE, &name);
-    isolate(&mut child);
+    let namespaces = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
+    isolate(&mut child, namespaces, None);
     let out = child.output().unwrap_or_else(|e| panic!("start {name} in namespaces: {e}"));
     let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
     let (stdout, stderr) = (text(&out.stdout), text(&out.stderr));
@@ -45,8 +49,9 @@ fn test_name<F>(_: &F) -> String {
     path.split_once("::").map_or(path, |(_crate, name)| name).to_owned()
 }
 
-/// Lets `command` start as root of new user, mount and network namespaces, and die with its parent.
-pub fn isolate(command: &mut Command) {
+/// Lets `command` start as root of new namespaces (`CLONE_NEWUSER` must be among them), perhaps after entering a network
+/// namespace, and die with its parent.
+pub fn isolate(command: &mut Command, namespaces: CloneFlags, first: Option<NetNs>) {
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
     let maps = [
         ("/proc/self/setgroups", "deny".to_owned()),
@@ -55,7 +60,10 @@ pub fn isolate(command: &mut Command) {
     ];
     let enter = move || -> io::Result<()> {
         nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-        unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
+        if let Some(ns) = &first {
+            setns(ns.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        }
+        unshare(namespaces)?;
         for (path, map) in &maps {
             fs::write(path, map)?;
         }

@@ -140,6 +140,18 @@ impl Rule {
             .with([Expr::Payload(2, 2, 2, REG), Expr::Equal(port.to_be_bytes().to_vec())])
     }
 
+    /// Only the first packet of a TCP connection: SYN without ACK.
+    #[must_use]
+    pub fn tcp_opening(self) -> Self {
+        // Where the flags are in the TCP header, and two of them.
+        let (flags, syn, ack) = (13, 0x02, 0x10);
+        self.protocol(TCP).with([
+            Expr::Payload(2, flags, 1, REG),
+            Expr::And(vec![syn | ack]),
+            Expr::Equal(vec![syn]),
+        ])
+    }
+
     /// Only packets whose mark has these bits under the mask.
     #[must_use]
     pub fn mark(self, value: u32, mask: u32) -> Self {
@@ -156,6 +168,26 @@ impl Rule {
         self.with([
             Expr::LoadMeta(Meta::InputInterface, REG),
             Expr::Equal(LOOPBACK_INDEX.to_ne_bytes().to_vec()),
+        ])
+    }
+
+    /// Only packets that came in by the interface of this number.
+    #[must_use]
+    pub fn from_interface(self, index: u32) -> Self {
+        self.with([
+            Expr::LoadMeta(Meta::InputInterface, REG),
+            Expr::Equal(index.to_ne_bytes().to_vec()),
+        ])
+    }
+
+    /// Only packets whose (number of the interface they came in by, source address) is in a set.
+    #[must_use]
+    pub fn interface_and_source_in(self, ipv6: bool, set: &str) -> Self {
+        let (source, length) = if ipv6 { (8, 16) } else { (12, 4) };
+        self.family(ipv6).with([
+            Expr::LoadMeta(Meta::InputInterface, REG32),
+            Expr::Payload(1, source, length, REG32 + 1),
+            Expr::Lookup { set: set.to_owned(), key: REG32, into: None },
         ])
     }
 

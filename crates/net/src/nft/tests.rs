@@ -78,7 +78,7 @@ fn a_refused_table_leaves_the_old_one_and_says_which_rule() {
         assert_eq!(e.source.errno, Errno::ENOENT, "{e}");
         assert!(is_intact(&good).unwrap());
         // TPROXY works in prerouting only.
-        let mut bad = good.clone();
+        let mut bad = good;
         bad.chains[1].rules.push(Rule::new("wrong hook").protocol(TCP).tproxy(1));
         let e = replace(&bad).unwrap_err();
         assert!(e.hint.as_ref().is_some_and(|h| h.contains("nft_tproxy")), "{e}");
