@@ -176,6 +176,8 @@ struct Subscription {
     /// Versions of what the proxy holds or has been sent. An empty version matches nothing.
     sent: BTreeMap<Str, Str>,
     in_flight: Option<InFlight>,
+    /// Began with what an earlier stream left behind.
+    resumed: bool,
     /// A subscription is answered even when there is nothing to send: the proxy waits for it.
     answer_due: bool,
     /// `sent` is known to have every desired resource, and none but these.
@@ -262,6 +264,9 @@ impl Connection {
             (Kind::Origin, Part::Removed),
         ];
         for (kind, part) in steps {
+            if self.must_keep(kind, part) {
+                continue;
+            }
             let (resources, removed) = self.difference(kind, part);
             let subscription = &self.types[kind.index()];
             if resources.is_empty() && removed.is_empty() && !subscription.answer_due {
@@ -273,6 +278,14 @@ impl Connection {
             return Some(self.send(kind, part, resources, removed));
         }
         self.next_marker()
+    }
+
+    /// A proxy that comes back subscribes type by type: until it has named its addresses, they may still
+    /// refer to a policy that is gone.
+    fn must_keep(&self, kind: Kind, part: Part) -> bool {
+        part == Part::Removed
+            && self.types[kind.index()].resumed
+            && !self.types[Kind::Address.index()].active
     }
 
     /// Settles the response that this request answers, if it does.
@@ -306,6 +319,7 @@ impl Connection {
         }
         *subscription = Subscription {
             active: true,
+            resumed: !sent.is_empty(),
             sent,
             in_flight: subscription.in_flight.take(),
             answer_due: kind != Kind::Marker,
@@ -438,3 +452,6 @@ fn short(words: &str, max: usize) -> String {
     let end = (0..=max.min(words.len())).rev().find(|end| words.is_char_boundary(*end));
     words[..end.unwrap_or(0)].to_owned()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,173 @@
+use super::*;
+use crate::discovery::Status;
+
+fn policy(name: &str) -> Policy {
+    Policy {
+        key: model::PolicyKey { namespace: "ns".into(), name: name.into() },
+        scope: model::Scope::WorkloadSelector,
+        action: model::Action::Allow,
+        rules: [].into(),
+        dry_run: false,
+        provenance: Default::default(),
+    }
+}
+
+fn workload(name: &str, policy_name: &str) -> Workload {
+    Workload { policies: [policy(policy_name).key].into(), ..Workload::named(name, "ns", name) }
+}
+
+fn mesh(number: u64, workloads: &[Workload], policies: &[Policy]) -> Arc<Resources> {
+    Arc::new(Resources::new(ConfigVersion { epoch: 1, number }, workloads, [], policies))
+}
+
+fn subscribe(kind: Kind) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest { type_url: kind.type_url().to_owned(), ..Default::default() }
+}
+
+fn ack(response: &DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: response.type_url.clone(),
+        response_nonce: response.nonce.clone(),
+        ..Default::default()
+    }
+}
+
+/// Everything the connection sends now: the last word of the type, what is set, what is removed.
+fn sent(connection: &mut Connection) -> (Vec<String>, Vec<DeltaDiscoveryResponse>) {
+    let responses: Vec<_> = std::iter::from_fn(|| connection.next_response()).collect();
+    let line = |r: &DeltaDiscoveryResponse| {
+        let set: Vec<_> = r.resources.iter().map(|r| r.name.as_str()).collect();
+        let kind = Kind::from_type_url(&r.type_url).unwrap();
+        format!("{kind} +{} -{}", set.join(","), r.removed_resources.join(","))
+    };
+    (responses.iter().map(line).collect(), responses)
+}
+
+#[test]
+fn additions_and_removals_travel_in_order_and_one_at_a_time() {
+    let first = mesh(1, &[workload("w", "p")], &[policy("p")]);
+    let mut c = Connection::new(first);
+    // As our proxies do.
+    for kind in Kind::ALL {
+        assert_eq!(c.request(subscribe(kind)), Ok(Event::Subscribed(kind)));
+    }
+    let (lines, responses) = sent(&mut c);
+    assert_eq!(
+        lines,
+        ["Origin +ns/p -", "Authorization +ns/p -", "Address +w -", "PushMarker +push -"]
+    );
+    assert!(!c.is_settled());
+
+    // Nothing is answered yet: two newer states become one difference.
+    c.set(mesh(2, &[workload("w", "q")], &[policy("q")]));
+    c.set(mesh(3, &[workload("w", "r")], &[policy("r")]));
+    assert_eq!(sent(&mut c).0, Vec::<String>::new());
+    // The address waits for the policy it refers to, although its own type is free.
+    c.request(ack(&responses[2])).unwrap();
+    c.request(ack(&responses[0])).unwrap();
+    let (lines, origin) = sent(&mut c);
+    assert_eq!(lines, ["Origin +ns/r -"]);
+    c.request(ack(&responses[1])).unwrap();
+    let (lines, next) = sent(&mut c);
+    assert_eq!(lines, ["Authorization +ns/r -", "Address +w -"]);
+    c.request(ack(&origin[0])).unwrap();
+    assert_eq!(sent(&mut c).0, Vec::<String>::new());
+    c.request(ack(&next[0])).unwrap();
+    let (lines, last) = sent(&mut c);
+    assert_eq!(lines, ["Authorization + -ns/p", "Origin + -ns/p"]);
+
+    // The first marker is still unanswered: push 2 never gets one of its own.
+    let event = c.request(ack(&responses[3])).unwrap();
+    assert_eq!(
+        event,
+        Event::Acked { kind: Kind::Marker, push: Some(ConfigVersion { epoch: 1, number: 1 }) }
+    );
+    let (lines, marker) = sent(&mut c);
+    assert_eq!(lines, ["PushMarker +push -"]);
+    for response in [&next[1], &last[0], &last[1], &marker[0]] {
+        c.request(ack(response)).unwrap();
+    }
+    assert!(c.is_settled());
+    assert_eq!(c.acked(), Some(ConfigVersion { epoch: 1, number: 3 }));
+}
+
+#[test]
+fn stock_proxies_get_two_types_and_no_marker() {
+    let mut c = Connection::new(mesh(1, &[workload("w", "p")], &[policy("p")]));
+    c.request(subscribe(Kind::Address)).unwrap();
+    c.request(subscribe(Kind::Authorization)).unwrap();
+    let (lines, responses) = sent(&mut c);
+    assert_eq!(lines, ["Authorization +ns/p -", "Address +w -"]);
+    for response in &responses {
+        c.request(ack(response)).unwrap();
+    }
+    assert!(c.is_settled());
+    c.set(mesh(2, &[workload("w", "p")], &[policy("p")]));
+    assert_eq!(sent(&mut c).0, Vec::<String>::new());
+    // What it wants no more it does not get.
+    let mut request = subscribe(Kind::Address);
+    request.resource_names_unsubscribe = vec!["*".to_owned()];
+    assert_eq!(c.request(request), Ok(Event::Unsubscribed(Kind::Address)));
+    c.set(mesh(3, &[], &[]));
+    assert_eq!(sent(&mut c).0, ["Authorization + -ns/p"]);
+}
+
+#[test]
+fn a_returning_proxy_keeps_policies_until_its_addresses_are_known() {
+    let mut c = Connection::new(mesh(1, &[], &[]));
+    let holding = |kind, name: &str| DeltaDiscoveryRequest {
+        initial_resource_versions: [(name.to_owned(), "v".to_owned())].into(),
+        ..subscribe(kind)
+    };
+    c.request(holding(Kind::Authorization, "ns/p")).unwrap();
+    let (lines, responses) = sent(&mut c);
+    assert_eq!(lines, ["Authorization + -"]);
+    c.request(ack(&responses[0])).unwrap();
+    assert_eq!(sent(&mut c).0, Vec::<String>::new());
+    c.request(holding(Kind::Address, "w")).unwrap();
+    assert_eq!(sent(&mut c).0, ["Address + -w", "Authorization + -ns/p"]);
+}
+
+#[test]
+fn refusals_are_reported_and_not_repeated() {
+    let check = |details: Vec<Any>, want: &[&str]| {
+        let mut c = Connection::new(mesh(1, &[workload("w", "p"), workload("x", "p")], &[]));
+        c.request(subscribe(Kind::Address)).unwrap();
+        let (_, responses) = sent(&mut c);
+        let mut nack = ack(&responses[0]);
+        nack.error_detail = Some(Status { code: 3, message: "no".repeat(5000), details });
+        let Ok(Event::Nacked(nack)) = c.request(nack) else { panic!("no refusal") };
+        assert_eq!((nack.kind, nack.message.len()), (Kind::Address, MAX_MESSAGE_BYTES));
+        assert_eq!(nack.names, want);
+        assert_eq!(sent(&mut c).0, Vec::<String>::new());
+        assert!(c.is_settled());
+        // A newer version is tried.
+        c.set(mesh(2, &[workload("w", "p"), workload("x", "q")], &[]));
+        assert_eq!(sent(&mut c).0, ["Address +x -"]);
+    };
+    check(Vec::new(), &["w", "x"]);
+    let value = ambit::Refused { names: vec!["x".to_owned()] }.encode_to_vec().into();
+    check(vec![Any { type_url: REFUSED_TYPE.to_owned(), value }], &["x"]);
+}
+
+#[test]
+fn odd_requests() {
+    let mut c = Connection::new(mesh(1, &[], &[]));
+    let cds = DeltaDiscoveryRequest { type_url: "x/Cluster".to_owned(), ..Default::default() };
+    assert!(matches!(c.request(cds), Ok(Event::Ignored(_))));
+    let mut stale = subscribe(Kind::Address);
+    stale.response_nonce = "99".to_owned();
+    assert!(matches!(c.request(stale.clone()), Ok(Event::Ignored(_))));
+    c.request(subscribe(Kind::Address)).unwrap();
+    assert_eq!(sent(&mut c).0, ["Address + -"]);
+    assert!(matches!(c.request(stale), Ok(Event::Ignored(_))));
+    assert!(!c.is_settled(), "a foreign nonce answers nothing");
+
+    let mut on_demand = subscribe(Kind::Address);
+    on_demand.resource_names_subscribe = vec!["ns/host".to_owned()];
+    assert!(c.request(on_demand.clone()).is_err());
+    on_demand.resource_names_subscribe = vec!["*".to_owned()];
+    on_demand.resource_names_unsubscribe = vec!["*".to_owned()];
+    let error = c.request(on_demand).unwrap_err();
+    assert!(error.to_string().contains("on-demand"), "{error}");
+}

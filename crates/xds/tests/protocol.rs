@@ -1,0 +1,358 @@
+//! The two halves of the protocol against each other: random meshes, losses and reconnects at any moment,
+//! and in the end the proxy holds what the control plane wants.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use model::{
+    Action, ConfigVersion, Policy, PolicyKey, Provenance, Rule, Scope, Service, ServiceKey,
+    Snapshot, Workload,
+};
+use proptest::collection::{btree_map, vec};
+use proptest::prelude::*;
+use xds::Kind;
+use xds::client::{Client, Mismatch, Saved};
+use xds::codec::Defaults;
+use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use xds::server::{Connection, Event, Resources, diff};
+
+/// A small mesh: index to variant. Workload `i` of variant `v` is selected by policy `v`, which exists.
+#[derive(Clone, Debug, Default)]
+struct Mesh {
+    workloads: BTreeMap<u8, u8>,
+    services: BTreeMap<u8, u8>,
+    policies: BTreeMap<u8, u8>,
+}
+
+fn mesh() -> impl Strategy<Value = Mesh> {
+    let some = || btree_map(0..5_u8, 0..4_u8, 0..5);
+    (some(), some(), some()).prop_map(|(workloads, services, policies)| {
+        let mut mesh = Mesh { workloads, services, policies };
+        for variant in mesh.workloads.values() {
+            mesh.policies.entry(*variant).or_insert(0);
+        }
+        mesh
+    })
+}
+
+impl Mesh {
+    fn policy(index: u8, variant: u8) -> Policy {
+        let text = |s: String| -> model::Str { s.into() };
+        let provenance = |line| Provenance {
+            object: text(format!("AuthorizationPolicy/ns/p{index}")),
+            field: text(format!("spec.rules[{line}]")),
+            origin: text(format!("file.yaml:{variant}")),
+        };
+        Policy {
+            key: PolicyKey { namespace: "ns".into(), name: text(format!("p{index}")) },
+            scope: Scope::WorkloadSelector,
+            action: if variant.is_multiple_of(2) { Action::Allow } else { Action::Deny },
+            rules: (0..variant)
+                .map(|l| Rule { clauses: Vec::new(), provenance: provenance(l) })
+                .collect(),
+            dry_run: false,
+            provenance: provenance(9),
+        }
+    }
+
+    fn workloads(&self) -> Vec<Workload> {
+        let one = |(index, variant): (&u8, &u8)| Workload {
+            node: format!("node-{variant}").into(),
+            policies: [Self::policy(*variant, 0).key].into(),
+            ..Workload::named(format!("c//Pod/ns/w{index}"), "ns", format!("w{index}"))
+        };
+        self.workloads.iter().map(one).collect()
+    }
+
+    fn services(&self) -> Vec<Service> {
+        let one = |(index, variant): (&u8, &u8)| Service {
+            key: ServiceKey { namespace: "ns".into(), hostname: format!("s{index}").into() },
+            name: format!("variant{variant}").into(),
+            vips: [].into(),
+            ports: [].into(),
+            subject_alt_names: [].into(),
+            waypoint: None,
+            load_balancing: Default::default(),
+            families: Default::default(),
+        };
+        self.services.iter().map(one).collect()
+    }
+
+    fn policies(&self) -> Vec<Policy> {
+        self.policies.iter().map(|(index, variant)| Self::policy(*index, *variant)).collect()
+    }
+
+    fn resources(&self, number: u64) -> Arc<Resources> {
+        let push = ConfigVersion { epoch: 7, number };
+        let (w, s, p) = (self.workloads(), self.services(), self.policies());
+        Arc::new(Resources::new(push, &w, &s, &p))
+    }
+
+    fn assert_held(&self, snapshot: &Snapshot) {
+        fn sorted<T: Clone + std::fmt::Debug>(all: impl Iterator<Item = T>) -> BTreeSet<String> {
+            all.map(|one| format!("{one:?}")).collect()
+        }
+        assert_eq!(
+            sorted(snapshot.workloads().map(|a| (**a).clone())),
+            sorted(self.workloads().into_iter())
+        );
+        assert_eq!(
+            sorted(snapshot.services().map(|a| (**a).clone())),
+            sorted(self.services().into_iter())
+        );
+        assert_eq!(
+            sorted(snapshot.policies().map(|a| (**a).clone())),
+            sorted(self.policies().into_iter())
+        );
+    }
+}
+
+/// A proxy, a control plane and the wires between them.
+struct World {
+    client: Client,
+    snapshot: Snapshot,
+    server: Connection,
+    desired: Arc<Resources>,
+    up: VecDeque<DeltaDiscoveryRequest>,
+    down: VecDeque<DeltaDiscoveryResponse>,
+    mismatches: Vec<Mismatch>,
+    markers: u64,
+    lossy: bool,
+}
+
+impl World {
+    fn new() -> Self {
+        let node = Node { id: "node-1".to_owned(), ..Default::default() };
+        let desired = Arc::new(Resources::default());
+        let mut world = Self {
+            client: Client::new(node, defaults()),
+            snapshot: Snapshot::default(),
+            server: Connection::new(desired.clone()),
+            desired,
+            up: VecDeque::new(),
+            down: VecDeque::new(),
+            mismatches: Vec::new(),
+            markers: 0,
+            lossy: false,
+        };
+        world.reconnect();
+        world
+    }
+
+    fn reconnect(&mut self) {
+        self.down.clear();
+        self.up = self.client.connect().into();
+        self.server = Connection::new(self.desired.clone());
+    }
+
+    fn push(&mut self, desired: Arc<Resources>) {
+        self.desired = desired.clone();
+        self.server.set(desired);
+        self.send();
+    }
+
+    fn send(&mut self) {
+        while let Some(response) = self.server.next_response() {
+            self.markers += u64::from(response.type_url == Kind::Marker.type_url());
+            self.down.push_back(response);
+        }
+    }
+
+    fn deliver_up(&mut self) {
+        if let Some(request) = self.up.pop_front() {
+            let event = self.server.request(request).expect("serviceable");
+            assert!(!matches!(event, Event::Ignored(_)), "{event:?}");
+            self.send();
+        }
+    }
+
+    fn deliver_down(&mut self) {
+        if let Some(response) = self.down.pop_front() {
+            let batch = self.client.handle(response);
+            self.snapshot = self.snapshot.with(batch.changes);
+            self.mismatches.extend(batch.mismatches);
+            self.up.extend(batch.receipt.answers());
+            self.assert_closed();
+        }
+    }
+
+    /// The response gets lost, and its acknowledgement is made up.
+    fn lose(&mut self) {
+        if let Some(response) = self.down.pop_front() {
+            self.lossy = true;
+            self.up.push_back(DeltaDiscoveryRequest {
+                type_url: response.type_url,
+                response_nonce: response.nonce,
+                ..Default::default()
+            });
+        }
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..1000 {
+            if self.up.is_empty() && self.down.is_empty() {
+                assert!(self.server.is_settled());
+                return;
+            }
+            self.deliver_up();
+            self.deliver_down();
+        }
+        panic!("never settles");
+    }
+
+    /// No workload ever refers to a policy that is not there.
+    fn assert_closed(&self) {
+        for workload in self.snapshot.workloads().filter(|_| !self.lossy) {
+            let missing = self.snapshot.policies_of(workload).missing;
+            assert!(missing.is_empty(), "{} misses {missing:?}", workload.uid);
+        }
+    }
+}
+
+fn defaults() -> Defaults {
+    Defaults { trust_domain: "cluster.local".into() }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Push(Mesh),
+    Up,
+    Down,
+    Reconnect,
+    /// The proxy restarts from what it saved.
+    Restart,
+    /// The control plane restarts and pushes the same.
+    Renumber,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        2 => mesh().prop_map(Step::Push),
+        6 => Just(Step::Up),
+        6 => Just(Step::Down),
+        1 => Just(Step::Reconnect),
+        1 => Just(Step::Restart),
+        1 => Just(Step::Renumber),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn ends_where_the_server_wants(steps in vec(step(), 0..60)) {
+        let mut world = World::new();
+        let mut wanted = Mesh::default();
+        let mut number = 1;
+        for step in steps {
+            match step {
+                Step::Push(mesh) => {
+                    number += 1;
+                    world.push(mesh.resources(number));
+                    wanted = mesh;
+                }
+                Step::Up => world.deliver_up(),
+                Step::Down => world.deliver_down(),
+                Step::Reconnect => world.reconnect(),
+                Step::Restart => restart(&mut world),
+                Step::Renumber => {
+                    number += 1;
+                    world.push(wanted.resources(number));
+                }
+            }
+        }
+        world.settle();
+        wanted.assert_held(&world.snapshot);
+        prop_assert_eq!(&world.mismatches, &[]);
+        prop_assert_eq!(world.snapshot.version(), world.desired.push());
+        prop_assert_eq!(world.server.acked(), Some(world.desired.push()));
+        prop_assert!(world.client.is_synced());
+    }
+
+    #[test]
+    fn lost_updates_are_found_and_repaired(before in mesh(), lost in mesh(), after in mesh()) {
+        let mut world = World::new();
+        world.push(before.resources(1));
+        world.settle();
+        world.push(lost.resources(2));
+        let responses = world.down.len();
+        // All but the marker.
+        for _ in 1..responses {
+            world.lose();
+        }
+        world.settle();
+        // Types that were lost one after the other (a removal after the acknowledgement of an addition)
+        // may need the next push.
+        world.push(after.resources(3));
+        world.settle();
+        after.assert_held(&world.snapshot);
+        prop_assert_eq!(world.snapshot.version(), ConfigVersion { epoch: 7, number: 3 });
+        let lossless = [Kind::Origin, Kind::Authorization, Kind::Address].into_iter().all(|kind| {
+            let (set, removed) = diff(&before.resources(1), &lost.resources(2), kind);
+            set.is_empty() && removed.is_empty()
+        });
+        prop_assert_eq!(world.mismatches.is_empty(), lossless);
+    }
+
+    #[test]
+    fn diff_turns_old_into_new(old in mesh(), new in mesh()) {
+        let (old, new) = (old.resources(1), new.resources(2));
+        for kind in Kind::ALL {
+            let (set, removed) = diff(&old, &new, kind);
+            let mut applied: BTreeMap<_, _> = old.iter(kind).collect();
+            applied.retain(|name, _| !removed.contains(*name));
+            applied.extend(new.iter(kind).filter(|(name, _)| set.contains(*name)));
+            prop_assert_eq!(applied, new.iter(kind).collect());
+        }
+    }
+}
+
+fn restart(world: &mut World) {
+    let held = world.client.held();
+    let saved: Vec<Saved> = held.save(&world.snapshot).collect();
+    let node = Node { id: "node-1".to_owned(), ..Default::default() };
+    world.client = Client::new(node, defaults());
+    let (changes, unreadable) = world.client.restore(saved);
+    assert_eq!(unreadable, []);
+    world.snapshot = Snapshot::default().with(changes);
+    world.assert_closed();
+    world.reconnect();
+}
+
+#[test]
+fn a_push_without_changes_costs_a_marker_and_nothing_else() {
+    let mut world = World::new();
+    let mesh = Mesh { workloads: [(1, 1)].into(), policies: [(1, 2)].into(), ..Mesh::default() };
+    world.push(mesh.resources(1));
+    world.settle();
+    let markers = world.markers;
+    world.push(mesh.resources(2));
+    assert_eq!(world.down.len(), 1);
+    world.settle();
+    assert_eq!(world.markers, markers + 1);
+    assert_eq!(world.snapshot.version().number, 2);
+}
+
+#[test]
+fn an_unchanged_mesh_is_not_sent_again_after_a_reconnect() {
+    let mut world = World::new();
+    let mesh = Mesh { workloads: [(1, 1)].into(), policies: [(1, 2)].into(), ..Mesh::default() };
+    world.push(mesh.resources(1));
+    world.settle();
+    for restart_too in [false, true] {
+        if restart_too {
+            restart(&mut world)
+        } else {
+            world.reconnect()
+        }
+        while !world.up.is_empty() {
+            world.deliver_up();
+        }
+        let sizes: Vec<_> =
+            world.down.iter().map(|r| (r.resources.len(), r.removed_resources.len())).collect();
+        // Each type is answered, and only the marker says something.
+        assert_eq!(sizes, [(0, 0), (0, 0), (0, 0), (1, 0)]);
+        world.settle();
+        mesh.assert_held(&world.snapshot);
+    }
+}
