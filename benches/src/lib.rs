@@ -8,6 +8,7 @@
 //! sends is counted again at the other end, and both counts are reported; a latency of the open
 //! schedule counts from the moment a request was due, not from when there was time to send it.
 
+pub mod bench;
 pub mod bulk;
 pub mod clients;
 pub mod connections;

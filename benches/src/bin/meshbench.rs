@@ -1,2 +1,222 @@
-//! later
-fn main() {}
+//! `meshbench`: the paired benchmark. `make bench` and `make bench-quick` call it.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use meshload::bench::machine::{self, Machine};
+use meshload::bench::results::Results;
+use meshload::bench::suite::{self, Task};
+use meshload::bench::sysctl::{self, Allowed, CONGESTION_PIN};
+use meshload::bench::world::{Arm, Programs, World};
+use meshload::bench::{memory, render};
+use serde_json::Value;
+
+#[derive(Parser)]
+#[command(version, about = "The same load with and without the mesh, in turns")]
+struct Cli {
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+#[derive(Subcommand)]
+enum Mode {
+    /// Every line; writes benches/results/DATE-COMMIT.json and benches/RESULTS.md
+    Full(Options),
+    /// Some lines, two short rounds; prints the page
+    Quick(Options),
+    /// Prints the page of a run that was measured before
+    Render { json: PathBuf },
+    /// Sets values in a pod's network namespace (started by this program itself)
+    #[command(hide = true)]
+    Sysctl { pid: i32, lab: i32, settings: Vec<String> },
+}
+
+#[derive(Args)]
+struct Options {
+    /// Folder with meshctl, meshload, ztunnel and istiod-lite; default: this program's
+    #[arg(long)]
+    programs: Option<PathBuf>,
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Of one measurement
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Only these lines, by id
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Where results are written
+    #[arg(long, default_value = "benches")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().mode {
+        Mode::Full(options) => full(&options),
+        Mode::Quick(options) => quick(&options),
+        Mode::Render { json } => {
+            let text = fs::read_to_string(&json).with_context(|| json.display().to_string())?;
+            print(&render::page(&serde_json::from_str(&text)?))
+        }
+        Mode::Sysctl { pid, lab, settings } => sysctl::set_here(pid, lab, &settings),
+    }
+}
+
+fn full(options: &Options) -> Result<()> {
+    let mut bench = Bench::new(options, 5, 3.0)?;
+    ensure!(
+        bench.results.rounds >= 5 || !options.only.is_empty(),
+        "a full run has at least five rounds"
+    );
+    bench.memory()?;
+    bench.lines(&wanted(options, |_| true))?;
+    bench.snapshot()?;
+    let results = &bench.results;
+    let folder = options.out.join("results");
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let file =
+        folder.join(format!("{}-{}.json", results.date, results.commit.replace('+', "-changed")));
+    fs::write(&file, serde_json::to_string_pretty(results)?)
+        .with_context(|| file.display().to_string())?;
+    let page = options.out.join("RESULTS.md");
+    fs::write(&page, render::page(results)).with_context(|| page.display().to_string())?;
+    print(&format!("{}\n{}\n", file.display(), page.display()))?;
+    check_bytes(results)
+}
+
+fn quick(options: &Options) -> Result<()> {
+    let mut bench = Bench::new(options, 2, 1.0)?;
+    bench.lines(&wanted(options, |task| suite::QUICK.contains(&task.id)))?;
+    print(&render::page(&bench.results))?;
+    check_bytes(&bench.results)
+}
+
+fn wanted(options: &Options, default: impl Fn(&Task) -> bool) -> Vec<Task> {
+    let all = suite::TASKS.iter().chain(suite::SUSTAINED);
+    let named = |t: &Task| options.only.iter().any(|o| o == t.id);
+    all.filter(|t| if options.only.is_empty() { default(t) } else { named(t) }).copied().collect()
+}
+
+fn check_bytes(results: &Results) -> Result<()> {
+    let lost = results.lost_bytes();
+    ensure!(lost.is_empty(), "BYTES WERE LOST on {}", lost.join(", "));
+    Ok(())
+}
+
+struct Bench {
+    programs: Programs,
+    folder: PathBuf,
+    /// Keeps the congestion control allowed.
+    allowed: Option<Allowed>,
+    results: Results,
+}
+
+impl Bench {
+    fn new(options: &Options, rounds: u32, seconds: f64) -> Result<Self> {
+        let own = std::env::current_exe()?;
+        let folder = options.programs.clone().or_else(|| own.parent().map(Path::to_owned));
+        let programs = Programs::in_folder(&folder.context("this program has no folder")?)?;
+        let (allowed, congestion) = match Allowed::ensure() {
+            Ok(allowed) => (Some(allowed), format!("{CONGESTION_PIN}, pinned")),
+            Err(error) => (None, format!("NOT pinned ({error:#})")),
+        };
+        let size = fs::metadata(&programs.ztunnel)?.len();
+        let results = Results {
+            date: machine::today(),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+            commit: machine::commit(),
+            machine: Machine::here(),
+            congestion,
+            rounds: options.rounds.unwrap_or(rounds),
+            seconds: options.seconds.unwrap_or(seconds),
+            lines: vec![],
+            noise: vec![],
+            memory: vec![],
+            start: vec![],
+            binary_mb: f64::from(u32::try_from(size).unwrap_or(u32::MAX)) / 1e6,
+            snapshot: None,
+            missing: vec![],
+        };
+        let folder = std::env::temp_dir().join(format!("meshbench-{}", std::process::id()));
+        Ok(Self { programs, folder, allowed, results })
+    }
+
+    fn up(&self, name: &str) -> Result<World> {
+        say(&format!("starting a mesh ({name})"))?;
+        let world = World::up(&self.programs, &self.folder.join(name), name)?;
+        if self.allowed.is_some() {
+            world.pin_congestion()?;
+        }
+        Ok(world)
+    }
+
+    /// On a mesh of its own: what earlier load left behind must not count.
+    fn memory(&mut self) -> Result<()> {
+        let world = self.up("bench-memory")?;
+        match memory::steps(&world, &[1_000, 10_000]) {
+            Ok(steps) => self.results.memory = steps,
+            Err(error) => {
+                self.results.missing.push(format!("memory with many connections: {error:#}"))
+            }
+        }
+        world.down()
+    }
+
+    fn lines(&mut self, tasks: &[Task]) -> Result<()> {
+        let world = self.up("bench")?;
+        let (rounds, seconds) = (self.results.rounds, self.results.seconds);
+        for task in tasks {
+            say(&format!("{}: {}", task.id, task.title))?;
+            let long = suite::SUSTAINED.iter().any(|s| s.id == task.id);
+            let (rounds, seconds) =
+                if long { (1, suite::SUSTAINED_SECONDS) } else { (rounds, seconds) };
+            match suite::paired(&world, task, rounds, seconds) {
+                Ok(line) => self.results.lines.push(line),
+                Err(error) => self.results.missing.push(format!("{}: {error:#}", task.id)),
+            }
+        }
+        for task in tasks.iter().filter(|t| suite::NOISE.contains(&t.id)) {
+            for arm in [Arm::Plain, Arm::Mesh] {
+                say(&format!("{}: {:?} against itself", task.id, arm))?;
+                match suite::against_itself(&world, task, arm, rounds, seconds) {
+                    Ok(noise) => self.results.noise.push(noise),
+                    Err(error) => {
+                        self.results.missing.push(format!("{} against itself: {error:#}", task.id))
+                    }
+                }
+            }
+        }
+        world.down()
+    }
+
+    fn snapshot(&mut self) -> Result<()> {
+        let program = self.programs.meshload.with_file_name("snapshot");
+        say("one change among 100,000 workloads")?;
+        let output =
+            Command::new(&program).output().with_context(|| program.display().to_string())?;
+        self.results.snapshot =
+            Some(serde_json::from_slice::<Value>(&output.stdout).context("snapshot's result")?);
+        Ok(())
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // What a failed run left is worth a look; an orderly one leaves nothing.
+        if self.results.missing.is_empty() {
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Progress, apart from the results.
+fn say(text: &str) -> Result<()> {
+    Ok(writeln!(io::stderr().lock(), "meshbench: {text}")?)
+}
+
+fn print(text: &str) -> Result<()> {
+    Ok(io::stdout().lock().write_all(text.as_bytes())?)
+}

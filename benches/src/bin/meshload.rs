@@ -17,6 +17,9 @@ use serde_json::json;
 #[derive(Parser)]
 #[command(version, about = "Load for the mesh: servers and clients that count what they see")]
 struct Cli {
+    /// Only shows in the process list, so that a benchmark finds the process of a pod
+    #[arg(long)]
+    label: Option<String>,
     #[command(subcommand)]
     mode: Mode,
 }

@@ -1,0 +1,329 @@
+//! `benches/RESULTS.md`: what came out of a run, as it came out.
+
+use std::fmt::Write as _;
+
+use super::bars::{self, Bar, window_rates};
+use super::results::{Kind, Line, Noise, Results, Sample};
+use super::stats::{Spread, text};
+use super::world::Arm;
+
+/// The page. Writing to a String cannot fail, so results of `write!` are dropped throughout.
+pub fn page(results: &Results) -> String {
+    let mut out = String::new();
+    head(&mut out, results);
+    bars_table(&mut out, results);
+    bulk(&mut out, results);
+    requests(&mut out, results);
+    connections(&mut out, results);
+    sustained(&mut out, results);
+    noise(&mut out, results);
+    memory(&mut out, results);
+    snapshot(&mut out, results);
+    missing(&mut out, results);
+    out
+}
+
+fn head(out: &mut String, results: &Results) {
+    let machine = &results.machine;
+    let steal: f64 = results.lines.iter().flat_map(|l| &l.samples).map(|s| s.steal_s).sum();
+    let _ = write!(
+        out,
+        "# Results\n\nWritten by `{}` on {}, commit {}; the raw measurements are beside this page in \
+         `results/`. Nothing was left out or repeated.\n\n\
+         * Machine: {}, {} cores, {} GB; kernel {}; {}; {}.\n\
+         * Everything (client, server, both proxies) shares these cores. Carry CPU seconds per unit and ratios to other \
+         machines, not rates.\n\
+         * Paired: no mesh and mesh in turns, {} rounds of {} s, the order changing; median (least–greatest); ratios are \
+         taken round by round. Client on node-1, server on node-2, pod address to pod address, two network namespaces \
+         for nodes joined by a bridge.\n\
+         * Congestion control in the pods: {} (this machine's default: {}). Logs and metrics as shipped: one access log \
+         line for each connection.\n\
+         * CPU of the proxies from `/proc/PID/stat`, between the marks that the client prints; the machine's from \
+         `/proc/stat` without idle and steal. Steal over all lines: {steal:.2} s.\n",
+        results.command,
+        results.date,
+        results.commit,
+        machine.processor,
+        machine.cores,
+        machine.memory_gb,
+        machine.kernel,
+        machine.system,
+        machine.compiler,
+        results.rounds,
+        results.seconds,
+        results.congestion,
+        machine.congestion_default,
+    );
+}
+
+fn bars_table(out: &mut String, results: &Results) {
+    out.push_str("\n## Bars\n\n| line | measured | no worse from the start | | where to go | |\n|---|---|---|---|---|---|\n");
+    for bar in bars::all(results) {
+        let Bar { digits, .. } = bar;
+        let sign = if bar.higher_is_better { '≥' } else { '≤' };
+        let word = |reached: Option<bool>| match reached {
+            Some(true) => "reached",
+            Some(false) => "**not reached**",
+            None => "not measured",
+        };
+        let measured = bar.measured.map_or_else(|| "–".to_owned(), |m| format!("{m:.digits$}"));
+        let _ = writeln!(
+            out,
+            "| {} | {measured} | {sign} {:.digits$} | {} | {sign} {:.digits$} | {} |",
+            bar.line,
+            bar.start,
+            word(bar.reached()),
+            bar.target,
+            word(bar.target_reached()),
+        );
+    }
+}
+
+fn of_kind(results: &Results, kind: Kind) -> Vec<&Line> {
+    results.lines.iter().filter(|l| l.kind == kind).collect()
+}
+
+fn errors(line: &Line) -> String {
+    match line.errors() {
+        0 => "0".to_owned(),
+        many => format!("**{many}**"),
+    }
+}
+
+fn bulk(out: &mut String, results: &Results) {
+    let lines = of_kind(results, Kind::Bulk);
+    if lines.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## Bulk\n\nEvery byte is counted at the sender and at the sink.\n\n\
+         | | no mesh Gbit/s | mesh Gbit/s | ratio | proxy CPU s/GB, both nodes | machine CPU s/GB, mesh | no mesh | bytes |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    for line in lines {
+        let lost = line.samples.iter().any(Sample::lost_bytes);
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {} | {} | {} |",
+            line.title,
+            text(line.spread(Arm::Plain, Sample::rate), 2),
+            text(line.spread(Arm::Mesh, Sample::rate), 2),
+            text(line.ratio(Sample::rate), 3),
+            text(line.spread(Arm::Mesh, Sample::proxy_cpu_per_unit), 3),
+            text(line.spread(Arm::Mesh, Sample::machine_cpu_per_unit), 3),
+            text(line.spread(Arm::Plain, Sample::machine_cpu_per_unit), 3),
+            if lost { "**LOST**" } else { "all arrived" },
+        );
+    }
+}
+
+fn requests(out: &mut String, results: &Results) {
+    let lines = of_kind(results, Kind::Requests);
+    if !lines.is_empty() {
+        out.push_str(
+            "\n## Small requests\n\nHTTP/1.1 with keep-alive, closed loop, 128 bytes of body.\n\n\
+             | | no mesh /s | mesh /s | ratio | p50/p99 µs no mesh | mesh | proxy CPU s/100k, both nodes | machine CPU s/100k, \
+             mesh | no mesh | errors |\n|---|---|---|---|---|---|---|---|---|---|\n",
+        );
+    }
+    for line in lines {
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            line.title,
+            text(line.spread(Arm::Plain, Sample::rate), 0),
+            text(line.spread(Arm::Mesh, Sample::rate), 0),
+            text(line.ratio(Sample::rate), 3),
+            quantiles(line, Arm::Plain, &["p50_us", "p99_us"]),
+            quantiles(line, Arm::Mesh, &["p50_us", "p99_us"]),
+            text(line.spread(Arm::Mesh, Sample::proxy_cpu_per_unit), 2),
+            text(line.spread(Arm::Mesh, Sample::machine_cpu_per_unit), 2),
+            text(line.spread(Arm::Plain, Sample::machine_cpu_per_unit), 2),
+            errors(line),
+        );
+    }
+    fixed_rate(out, results);
+}
+
+fn fixed_rate(out: &mut String, results: &Results) {
+    let lines = of_kind(results, Kind::Rate);
+    if lines.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## Fixed rate\n\nLatency from the moment a request was due, so that a stall shows in every request it made late.\n\n\
+         | | no mesh p50/p99/p99.9 µs | mesh | added p50 | added p99 | ranges in the mesh: p50; p99; p99.9 | errors |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    let added =
+        |q: &str| bars::added(results, q).map_or_else(|| "–".to_owned(), |v| format!("{v:+.0}"));
+    for line in lines {
+        let names = ["p50_us", "p99_us", "p999_us"];
+        let ranges: Vec<String> =
+            names.iter().map(|q| text(line.spread(Arm::Mesh, |s| s.number(q)), 0)).collect();
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            line.title,
+            quantiles(line, Arm::Plain, &names),
+            quantiles(line, Arm::Mesh, &names),
+            added("p50_us"),
+            added("p99_us"),
+            ranges.join("; "),
+            errors(line),
+        );
+    }
+}
+
+/// Medians over the rounds of several quantiles, joined by slashes.
+fn quantiles(line: &Line, arm: Arm, names: &[&str]) -> String {
+    let median = |name: &&str| {
+        line.spread(arm, |s| s.number(name))
+            .map_or_else(|| "–".into(), |s| format!("{:.0}", s.median))
+    };
+    names.iter().map(median).collect::<Vec<String>>().join("/")
+}
+
+fn connections(out: &mut String, results: &Results) {
+    let lines = of_kind(results, Kind::Connections);
+    if lines.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## New connections\n\nOne connection for each request; the client closes; at most 2048 sockets in TIME_WAIT \
+         (`tcp_max_tw_buckets` in the pods), so that the search for a free port is not what is measured.\n\n\
+         | | no mesh /s | mesh /s | ratio | p50/p99 µs mesh | proxy CPU s/100k, both nodes | machine CPU s/100k, mesh | no mesh \
+         | errors |\n|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for line in lines {
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+            line.title,
+            text(line.spread(Arm::Plain, Sample::rate), 0),
+            text(line.spread(Arm::Mesh, Sample::rate), 0),
+            text(line.ratio(Sample::rate), 3),
+            quantiles(line, Arm::Mesh, &["p50_us", "p99_us"]),
+            text(line.spread(Arm::Mesh, Sample::proxy_cpu_per_unit), 2),
+            text(line.spread(Arm::Mesh, Sample::machine_cpu_per_unit), 2),
+            text(line.spread(Arm::Plain, Sample::machine_cpu_per_unit), 2),
+            errors(line),
+        );
+    }
+}
+
+fn sustained(out: &mut String, results: &Results) {
+    let lines = of_kind(results, Kind::Sustained);
+    if lines.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## Sustained rate of new connections\n\nOne client pod to one server pod, 16 at a time, default port range; \
+         connections/s in consecutive windows of 2 s.\n\n| | | windows | errors |\n|---|---|---|---|\n",
+    );
+    for sample in lines.iter().flat_map(|l| l.samples.iter().map(move |s| (l, s))) {
+        let (line, sample) = sample;
+        let rates: Vec<String> =
+            window_rates(&sample.result).iter().map(|r| format!("{r:.0}")).collect();
+        let arm = if sample.arm == Arm::Mesh { "mesh" } else { "no mesh" };
+        let errors = if sample.errors() == 0 {
+            "0".to_owned()
+        } else {
+            format!("**{}**", sample.result["errors"])
+        };
+        let _ = writeln!(out, "| {} | {arm} | {} | {errors} |", line.title, rates.join(" "));
+    }
+}
+
+fn noise(out: &mut String, results: &Results) {
+    if results.noise.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## Noise floor\n\nThe same arm against itself, by the same method. A difference within these ranges is none.\n\n\
+         | | arm | ratio of rates | ratio of CPU per unit |\n|---|---|---|---|\n",
+    );
+    for noise in &results.noise {
+        let arm = if noise.arm == Arm::Mesh { "mesh (proxy CPU)" } else { "no mesh (machine CPU)" };
+        let cost = match noise.arm {
+            Arm::Mesh => Sample::proxy_cpu_per_unit,
+            Arm::Plain => Sample::machine_cpu_per_unit,
+        };
+        let _ = writeln!(
+            out,
+            "| {} | {arm} | {} | {} |",
+            noise.title,
+            text(self_ratio(noise, Sample::rate), 3),
+            text(self_ratio(noise, cost), 3),
+        );
+    }
+}
+
+fn self_ratio(noise: &Noise, value: impl Fn(&Sample) -> f64) -> Option<Spread> {
+    Spread::of(noise.pairs.iter().map(|(first, second)| value(second) / value(first)))
+}
+
+fn memory(out: &mut String, results: &Results) {
+    if results.memory.is_empty() {
+        return;
+    }
+    out.push_str("\n## Memory of the proxies, MB\n\nResident (anonymous part; peak so far), each node.\n\n| | node-1 | node-2 |\n|---|---|---|\n");
+    for step in &results.memory {
+        let node =
+            |i: usize| match (step.rss_mb.get(i), step.anonymous_mb.get(i), step.peak_mb.get(i)) {
+                (Some(rss), Some(anonymous), Some(peak)) => {
+                    format!("{rss:.1} ({anonymous:.1}; {peak:.1})")
+                }
+                _ => "–".to_owned(),
+            };
+        let _ = writeln!(out, "| {} | {} | {} |", step.title, node(0), node(1));
+    }
+    for start in &results.start {
+        let _ = write!(out, "\nStart to ready, {}: {:.0} ms.", start.node, start.ready_ms);
+    }
+    if !results.start.is_empty() {
+        out.push('\n');
+    }
+}
+
+fn snapshot(out: &mut String, results: &Results) {
+    let Some(s) = &results.snapshot else { return };
+    out.push_str("\n## One change among 100,000 workloads\n\n`Snapshot::with` of one endpoint, 2,000 changes; bar: 1 ms and 1 MB.\n\n");
+    let _ = writeln!(
+        out,
+        "| | p50 µs | p99 µs | greatest µs | bytes, mean | bytes, greatest |\n|---|---|---|---|---|---|"
+    );
+    for (title, key) in
+        [("Service of 10 endpoints", "service_of_10"), ("Service of 10,000", "service_of_10000")]
+    {
+        let (row, time) = (&s[key], &s[key]["time"]);
+        let number = |value: &serde_json::Value| {
+            value.as_f64().map_or_else(|| "–".to_owned(), |v| format!("{v:.0}"))
+        };
+        let _ = writeln!(
+            out,
+            "| {title} | {} | {} | {} | {} | {} |",
+            number(&time["p50_us"]),
+            number(&time["p99_us"]),
+            number(&time["max_us"]),
+            number(&row["bytes_mean"]),
+            number(&row["bytes_max"]),
+        );
+    }
+    let _ = writeln!(
+        out,
+        "\nThe whole snapshot: {} bytes for each workload, built in {:.2} s.",
+        s["snapshot_bytes_per_workload"],
+        s["build_seconds"].as_f64().unwrap_or(f64::NAN),
+    );
+}
+
+fn missing(out: &mut String, results: &Results) {
+    if results.missing.is_empty() {
+        return;
+    }
+    out.push_str("\n## Not measured\n\n");
+    for what in &results.missing {
+        let _ = writeln!(out, "* {what}");
+    }
+}

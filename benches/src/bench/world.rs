@@ -1,0 +1,330 @@
+//! The mesh under test: a local one with two nodes, started and asked through `meshctl`.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::procfs::{Cpu, Process, descendants};
+use super::sysctl::{self, CONGESTION, CONGESTION_PIN, Settings};
+
+/// A mesh that is not up by then will not come up.
+const UP_LIMIT: Duration = Duration::from_secs(90);
+/// Time to end in order; after that the processes are killed.
+const DOWN_LIMIT: Duration = Duration::from_secs(30);
+/// Between two looks at whether something is there yet.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Which of the two pairs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arm {
+    Plain,
+    Mesh,
+}
+
+impl Arm {
+    pub const fn namespace(self) -> &'static str {
+        match self {
+            Self::Plain => "bench-plain",
+            Self::Mesh => "bench-mesh",
+        }
+    }
+}
+
+/// Where the programs are.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    pub meshctl: PathBuf,
+    pub meshload: PathBuf,
+    pub ztunnel: PathBuf,
+}
+
+impl Programs {
+    /// All in one folder, as cargo leaves them.
+    pub fn in_folder(folder: &Path) -> Result<Self> {
+        let program = |name: &str| {
+            let path = folder.join(name);
+            ensure!(
+                path.is_file(),
+                "{} is missing: build it with `cargo build --bins`, same profile",
+                path.display()
+            );
+            Ok(path)
+        };
+        Ok(Self {
+            meshctl: program("meshctl")?,
+            meshload: program("meshload")?,
+            ztunnel: program("ztunnel")?,
+        })
+    }
+}
+
+/// A running mesh. Ends with this value.
+#[derive(Debug)]
+pub struct World {
+    programs: Programs,
+    name: String,
+    launcher: Child,
+    folder: PathBuf,
+    servers: [String; 2],
+}
+
+/// What a client reported, and the CPU time that passed while its load lasted.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub result: Value,
+    pub before: Cpu,
+    pub after: Cpu,
+}
+
+impl World {
+    /// Starts a mesh and waits until both pairs answer; in `folder` its YAML and its output are kept.
+    pub fn up(programs: &Programs, folder: &Path, name: &str) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let yaml = folder.join("mesh");
+        fs::create_dir_all(&yaml)?;
+        fs::write(yaml.join("bench.yaml"), manifest())?;
+        let log = File::create(folder.join("up.log"))?;
+        let launcher = Command::new(&programs.meshctl)
+            .args(["local", "up"])
+            .arg(&yaml)
+            .args(["--nodes", "2", "--name", name, "--image"])
+            .arg(format!("meshload={}", programs.meshload.display()))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("cannot start {}", programs.meshctl.display()))?;
+        let mut world = Self {
+            programs: programs.clone(),
+            name: name.to_owned(),
+            launcher,
+            folder: folder.to_owned(),
+            servers: [String::new(), String::new()],
+        };
+        world.servers = [world.address_of_server(Arm::Plain)?, world.address_of_server(Arm::Mesh)?];
+        world.wait_for_answers()?;
+        Ok(world)
+    }
+
+    /// `IP:PORT` of an arm's server; `offset` picks the service (see `meshload all`).
+    pub fn server(&self, arm: Arm, offset: u16) -> String {
+        format!("{}:{}", self.servers[arm as usize], 8080 + offset)
+    }
+
+    /// Process id of `meshctl local up`.
+    pub fn launcher(&self) -> i32 {
+        i32::try_from(self.launcher.id()).unwrap_or(i32::MAX)
+    }
+
+    /// The node proxies, ordered by node.
+    pub fn proxies(&self) -> Result<Vec<Process>> {
+        let mut found: Vec<Process> =
+            descendants(self.launcher()).into_iter().filter(|p| p.program() == "ztunnel").collect();
+        found.sort_by(|a, b| (a.flag("--node"), a.pid).cmp(&(b.flag("--node"), b.pid)));
+        ensure!(found.len() == 2, "expected two ztunnel processes, found {found:?}");
+        Ok(found)
+    }
+
+    /// Sets values in the network namespaces of all four pods.
+    pub fn set_in_pods(&self, settings: Settings<'_>) -> Result<()> {
+        let proxy = self.proxies()?[0].pid;
+        let pods: Vec<Process> = descendants(self.launcher())
+            .into_iter()
+            .filter(|p| p.program() == "meshload" && p.flag("--label").is_some())
+            .collect();
+        ensure!(pods.len() >= 4, "expected the processes of four pods, found {pods:?}");
+        pods.iter().try_for_each(|pod| sysctl::set(pod.pid, proxy, settings))
+    }
+
+    /// Pins the congestion control of all pods.
+    pub fn pin_congestion(&self) -> Result<()> {
+        self.set_in_pods(&[(CONGESTION, CONGESTION_PIN)])
+    }
+
+    /// Runs `meshload` with these arguments in the client pod of an arm.
+    pub fn load(&self, arm: Arm, arguments: &[&str]) -> Result<Outcome> {
+        self.load_with(arm, arguments, |_| Ok(()))
+    }
+
+    /// The same; `on_event` sees every line as it comes.
+    pub fn load_with(
+        &self,
+        arm: Arm,
+        arguments: &[&str],
+        mut on_event: impl FnMut(&Value) -> Result<()>,
+    ) -> Result<Outcome> {
+        let pids: Vec<i32> = self.proxies()?.iter().map(|p| p.pid).collect();
+        let mut child = self.exec(arm, "client", arguments).stdout(Stdio::piped()).spawn()?;
+        let lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
+        let (mut before, mut after, mut result) = (None, None, None);
+        for line in lines {
+            let line = line?;
+            let value: Value = serde_json::from_str(&line)
+                .with_context(|| format!("meshload printed {line:?}"))?;
+            match value["event"].as_str() {
+                Some("begin") => before = Some(Cpu::now(&pids)?),
+                Some("end") => after = Some(Cpu::now(&pids)?),
+                Some("result") => result = Some(value),
+                _ => on_event(&value)?,
+            }
+        }
+        let status = child.wait()?;
+        ensure!(
+            status.success(),
+            "meshload {} in {}/client: {status}",
+            arguments.join(" "),
+            arm.namespace()
+        );
+        match (result, before, after) {
+            (Some(result), Some(before), Some(after)) => Ok(Outcome { result, before, after }),
+            _ => bail!("meshload {} printed no result", arguments.join(" ")),
+        }
+    }
+
+    /// Runs `meshload` in a pod and returns the one line it prints.
+    pub fn ask(&self, arm: Arm, pod: &str, arguments: &[&str]) -> Result<Value> {
+        let output = self.exec(arm, pod, arguments).stderr(Stdio::piped()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "meshload {}: {}", arguments.join(" "), said.trim());
+        let text = String::from_utf8_lossy(&output.stdout);
+        serde_json::from_str(text.trim()).with_context(|| format!("meshload printed {text:?}"))
+    }
+
+    fn exec(&self, arm: Arm, pod: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.programs.meshctl);
+        command.args([
+            "local",
+            "exec",
+            "--name",
+            &self.name,
+            &format!("{}/{pod}", arm.namespace()),
+            "--",
+            "meshload",
+        ]);
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn address_of_server(&mut self, arm: Arm) -> Result<String> {
+        let until = Instant::now() + UP_LIMIT;
+        loop {
+            let error = match self.ask(arm, "server", &["addresses"]) {
+                Ok(value) => {
+                    match value["addresses"].as_array().and_then(|all| all.iter().find_map(ipv4)) {
+                        Some(address) => return Ok(address),
+                        None => anyhow::anyhow!("{}/server has no IPv4 address", arm.namespace()),
+                    }
+                }
+                Err(error) => error,
+            };
+            if let Some(status) = self.launcher.try_wait()? {
+                bail!(
+                    "meshctl local up ended with {status}: see {}",
+                    self.folder.join("up.log").display()
+                );
+            }
+            if Instant::now() > until {
+                return Err(error.context(format!(
+                    "the mesh is not up: see {}",
+                    self.folder.join("up.log").display()
+                )));
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Until the client of each arm has an answer from its server, and the mesh arm's came through the mesh.
+    fn wait_for_answers(&self) -> Result<()> {
+        for arm in [Arm::Plain, Arm::Mesh] {
+            let until = Instant::now() + UP_LIMIT;
+            let through_mesh = arm == Arm::Mesh;
+            loop {
+                let answered =
+                    self.load(arm, &["closed", "--to", &self.server(arm, 0), "-d", "0.1"]);
+                let tunnels = self.ask(arm, "server", &["established", "15008"])?["count"]
+                    .as_u64()
+                    .unwrap_or(0);
+                let requests =
+                    answered.as_ref().map_or(0, |o| o.result["requests"].as_u64().unwrap_or(0));
+                ensure!(
+                    through_mesh || tunnels == 0,
+                    "the pair outside the mesh goes through the mesh"
+                );
+                if requests > 0 && (tunnels > 0) == through_mesh {
+                    break;
+                }
+                if Instant::now() > until {
+                    let why = answered.map_or_else(|e| format!("{e:#}"), |o| o.result.to_string());
+                    bail!("no answer for {}/client ({tunnels} tunnels): {why}", arm.namespace());
+                }
+                thread::sleep(POLL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the mesh and waits for it.
+    pub fn down(mut self) -> Result<()> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        if self.launcher.try_wait()?.is_some() {
+            return Ok(());
+        }
+        kill(Pid::from_raw(self.launcher()), Signal::SIGINT)?;
+        let until = Instant::now() + DOWN_LIMIT;
+        while Instant::now() < until {
+            if self.launcher.try_wait()?.is_some() {
+                return Ok(());
+            }
+            thread::sleep(POLL);
+        }
+        self.launcher.kill()?;
+        self.launcher.wait()?;
+        bail!("the mesh did not end within {DOWN_LIMIT:?}")
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // On the way out of an error: that error is the one to show.
+        let _ = self.stop();
+    }
+}
+
+fn ipv4(value: &Value) -> Option<String> {
+    let text = value.as_str()?;
+    text.parse::<std::net::Ipv4Addr>().ok().map(|_| text.to_owned())
+}
+
+/// Two pairs, the client on one node, the server on the other.
+fn manifest() -> String {
+    let mut yaml = String::new();
+    for arm in [Arm::Plain, Arm::Mesh] {
+        let namespace = arm.namespace();
+        let mode = if arm == Arm::Mesh { "ambient" } else { "none" };
+        yaml += &format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {namespace}\n  labels:\n    istio.io/dataplane-mode: {mode}\n"
+        );
+        for (pod, node, mode) in [("client", "node-1", "pause"), ("server", "node-2", "all")] {
+            yaml += &format!(
+                "---\napiVersion: v1\nkind: ServiceAccount\nmetadata:\n  name: {pod}\n  namespace: {namespace}\n\
+                 ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {pod}\n  namespace: {namespace}\nspec:\n  \
+                 nodeName: {node}\n  serviceAccountName: {pod}\n  containers:\n  - name: meshload\n    image: meshload\n    \
+                 command: [meshload, --label, {namespace}/{pod}, {mode}]\n"
+            );
+        }
+        yaml += "---\n";
+    }
+    yaml
+}
