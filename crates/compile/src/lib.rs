@@ -1,1 +1,108 @@
-//! Kubernetes and Istio objects to model, status and diagnostics.
+//! Kubernetes and Istio objects to what a proxy knows ([`model`]), and to diagnostics.
+//!
+//! Text comes in through [`Folder`] (or [`parse_file`]), [`compile`] turns [`Objects`] into [`Compiled`].
+//! [`local`] does what a cluster's controllers and scheduler do, for the world on one machine.
+//!
+//! Invariants: no IO, clock, randomness or environment; every function is total: bad input becomes
+//! diagnostics, never a panic; the result depends on the objects alone, not on the order in which they
+//! came; every policy and rule carries its provenance.
+
+use std::sync::Arc;
+
+use model::{PolicyKey, Str};
+
+mod addresses;
+mod authorization;
+mod context;
+mod diagnostics;
+mod enrolment;
+mod folder;
+pub mod istio;
+mod kinds;
+pub mod local;
+mod object;
+mod parse;
+mod peer_authentication;
+mod pods;
+mod references;
+mod services;
+mod validate;
+mod yaml;
+
+pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
+pub use enrolment::{DATAPLANE_MODE, Enrolment, REDIRECTION, enrolment};
+pub use folder::Folder;
+pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
+pub use parse::{ParsedFile, parse_file};
+pub use pods::PodsOnNodes;
+
+/// What holds for the whole mesh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshConfig {
+    pub trust_domain: Str,
+    pub cluster: Str,
+    pub network: Str,
+    /// Policies here are for the whole mesh.
+    pub root_namespace: Str,
+    pub cluster_domain: Str,
+}
+
+impl Default for MeshConfig {
+    fn default() -> Self {
+        Self {
+            trust_domain: "cluster.local".into(),
+            cluster: "Kubernetes".into(),
+            network: "".into(),
+            root_namespace: "istio-system".into(),
+            cluster_domain: "cluster.local".into(),
+        }
+    }
+}
+
+/// What the objects mean.
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    /// By uid.
+    pub workloads: Vec<Arc<model::Workload>>,
+    /// By key.
+    pub services: Vec<Arc<model::Service>>,
+    /// By key.
+    pub policies: Vec<Arc<model::Policy>>,
+    /// Errors first, then by place.
+    pub diagnostics: Vec<Diagnostic>,
+    /// Who may be given a certificate on which node.
+    pub pods: PodsOnNodes,
+}
+
+/// Compiles everything that is in force.
+pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
+    let mut cx = context::Context::new(config);
+    let services = services::compile(objects, &mut cx);
+    let authorization = authorization::compile(objects, &mut cx);
+    let peers = peer_authentication::compile(objects, &mut cx);
+    let policies_of = |namespace: &str, pod: &k8s_openapi::api::core::v1::Pod| {
+        let labels = pod.metadata.labels.as_ref();
+        let selecting = authorization.iter().filter(|compiled| {
+            compiled.selection.as_ref().is_some_and(|s| s.selects(namespace, labels))
+        });
+        let mut keys: Vec<PolicyKey> = selecting.map(|c| c.policy.key.clone()).collect();
+        keys.extend(peers.policy_of(namespace, pod).cloned());
+        keys.sort_unstable();
+        keys
+    };
+    let mut workloads = pods::compile(objects, &services, &policies_of, &mut cx);
+    workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
+    references::check(objects, &services, &authorization, &mut cx);
+    let pods = pods::on_nodes(objects, &mut cx);
+    let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();
+    services.sort_by(|a, b| a.key.cmp(&b.key));
+    let mut policies: Vec<_> = authorization.into_iter().map(|c| c.policy).collect();
+    policies.extend(peers.policies);
+    policies.sort_by(|a, b| a.key.cmp(&b.key));
+    let mut diagnostics = cx.diagnostics;
+    diagnostics::sort(&mut diagnostics);
+    Compiled { workloads, services, policies, diagnostics, pods }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,237 @@
+//! Names that refer to nothing, selectors that select nothing, and policies where nobody enforces them.
+//!
+//! Kubernetes and Istio accept all of these; most are slips, and a policy that protects nothing is the
+//! expensive kind.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use model::{PolicyKey, Str, StringMatch};
+
+use crate::authorization;
+use crate::context::Context;
+use crate::diagnostics::{Code, Diagnostic};
+use crate::enrolment::enrolment;
+use crate::istio::selects;
+use crate::object::{Meta, Objects, Sourced, Table};
+use crate::pods::service_account;
+use crate::services::ByNamespace;
+
+/// Namespaces that every cluster has, or that the mesh brings.
+const BUILT_IN: [&str; 5] =
+    ["default", "kube-system", "kube-public", "kube-node-lease", "istio-system"];
+
+type Labels = Option<BTreeMap<String, String>>;
+
+pub(crate) fn check(
+    objects: &Objects,
+    services: &ByNamespace,
+    policies: &[authorization::Compiled],
+    cx: &mut Context<'_>,
+) {
+    namespaces(&objects.service_accounts, objects, cx);
+    namespaces(&objects.pods, objects, cx);
+    namespaces(&objects.deployments, objects, cx);
+    namespaces(&objects.services, objects, cx);
+    namespaces(&objects.authorization_policies, objects, cx);
+    namespaces(&objects.peer_authentications, objects, cx);
+    accounts(objects, cx);
+    let selectable = Selectable::of(objects);
+    service_selectors(objects, services, &selectable, cx);
+    policy_selectors(objects, policies, &selectable, cx);
+    policy_sources(objects, policies, cx);
+}
+
+/// Labels of pods, those that run and those that Deployments would make.
+struct Selectable<'a> {
+    by_namespace: BTreeMap<&'a str, Vec<(&'a Labels, bool)>>,
+}
+
+impl<'a> Selectable<'a> {
+    fn of(objects: &'a Objects) -> Self {
+        let mut by_namespace: BTreeMap<&str, Vec<(&Labels, bool)>> = BTreeMap::new();
+        for ((namespace, _), sourced) in &objects.pods {
+            let enrolled = enrolment(objects.namespace(namespace), &sourced.value).is_enrolled();
+            let entry = (&sourced.value.metadata.labels, enrolled);
+            by_namespace.entry(namespace).or_default().push(entry);
+        }
+        for ((namespace, _), sourced) in &objects.deployments {
+            let Some(spec) = &sourced.value.spec else { continue };
+            let Some(metadata) = &spec.template.metadata else { continue };
+            let mut metadata = metadata.clone();
+            metadata.namespace = Some(namespace.to_string());
+            let pod = Pod { metadata, spec: spec.template.spec.clone(), status: None };
+            let enrolled = enrolment(objects.namespace(namespace), &pod).is_enrolled();
+            let Some(metadata) = &spec.template.metadata else { continue };
+            by_namespace.entry(namespace).or_default().push((&metadata.labels, enrolled));
+        }
+        Self { by_namespace }
+    }
+
+    /// Whether each pod that is selected belongs to the mesh.
+    fn selected<'s>(
+        &'s self,
+        namespace: Option<&'s str>,
+        labels: &'s BTreeMap<String, String>,
+    ) -> impl Iterator<Item = bool> + 's {
+        let namespaces =
+            self.by_namespace.iter().filter(move |(ns, _)| namespace.is_none_or(|n| n == **ns));
+        let pods = namespaces.flat_map(|(_, pods)| pods);
+        pods.filter(|(l, _)| selects(labels, l.as_ref())).map(|(_, enrolled)| *enrolled)
+    }
+}
+
+fn exists(namespace: &str, objects: &Objects, cx: &Context<'_>) -> bool {
+    BUILT_IN.contains(&namespace)
+        || namespace == &*cx.config.root_namespace
+        || objects.namespace(namespace).is_some()
+}
+
+fn namespaces<T: Meta>(table: &Table<T>, objects: &Objects, cx: &mut Context<'_>) {
+    for (key, sourced) in table {
+        if !exists(&key.0, objects, cx) {
+            let message = format!("there is no Namespace {:?}", &*key.0);
+            let d = Diagnostic::warning(Code::DanglingReference, message)
+                .field("metadata.namespace")
+                .help("a cluster would refuse the object; add the Namespace");
+            cx.report(key, sourced, d);
+        }
+    }
+}
+
+fn accounts(objects: &Objects, cx: &mut Context<'_>) {
+    let missing = |namespace: &Str, spec: Option<&PodSpec>| {
+        let name = spec.map_or("default", service_account);
+        let there = name == "default"
+            || objects.service_accounts.contains_key(&(namespace.clone(), name.into()));
+        (!there).then(|| {
+            let message = format!("there is no ServiceAccount {namespace}/{name}");
+            Diagnostic::warning(Code::DanglingReference, message)
+                .help("a cluster would not start the pod; add the ServiceAccount")
+        })
+    };
+    for (key, sourced) in &objects.pods {
+        if let Some(d) = missing(&key.0, sourced.value.spec.as_ref()) {
+            cx.report(key, sourced, d.field("spec.serviceAccountName"));
+        }
+    }
+    for (key, sourced) in &objects.deployments {
+        let template = sourced.value.spec.as_ref().map(|s| &s.template);
+        if let Some(d) = missing(&key.0, template.and_then(|t| t.spec.as_ref())) {
+            cx.report(key, sourced, d.field("spec.template.spec.serviceAccountName"));
+        }
+    }
+}
+
+fn service_selectors(
+    objects: &Objects,
+    services: &ByNamespace,
+    selectable: &Selectable<'_>,
+    cx: &mut Context<'_>,
+) {
+    for compiled in services.values().flatten() {
+        let key = (compiled.service.key.namespace.clone(), compiled.service.name.clone());
+        let Some(sourced) = objects.services.get(&key) else { continue };
+        if compiled.selector.is_empty() {
+            let message = "no selector: the Service has no endpoints";
+            let d = Diagnostic::warning(Code::SelectsNothing, message).field("spec.selector");
+            cx.report(&key, sourced, d);
+        } else if selectable.selected(Some(&key.0), &compiled.selector).next().is_none() {
+            let message = "selects no pod: the Service has no endpoints";
+            let d = Diagnostic::warning(Code::SelectsNothing, message).field("spec.selector");
+            cx.report(&key, sourced, d.help("compare it with the labels of the pods"));
+        }
+    }
+}
+
+fn policy_selectors(
+    objects: &Objects,
+    policies: &[authorization::Compiled],
+    selectable: &Selectable<'_>,
+    cx: &mut Context<'_>,
+) {
+    for compiled in policies {
+        let PolicyKey { namespace, name } = &compiled.policy.key;
+        let key = (namespace.clone(), name.clone());
+        let Some(sourced) = objects.authorization_policies.get(&key) else { continue };
+        let Some(selection) = &compiled.selection else { continue };
+        let found = selectable.selected(selection.namespace.as_deref(), &selection.labels);
+        judge(&key, sourced, found, cx);
+    }
+    for (key, sourced) in &objects.peer_authentications {
+        let Some(selector) = &sourced.value.spec.selector else { continue };
+        if !selector.match_labels.is_empty() {
+            judge(key, sourced, selectable.selected(Some(&key.0), &selector.match_labels), cx);
+        }
+    }
+}
+
+/// A policy with a selector, and whether each pod it selects belongs to the mesh.
+fn judge<T: Meta>(
+    key: &(Str, Str),
+    sourced: &Sourced<T>,
+    selected: impl Iterator<Item = bool>,
+    cx: &mut Context<'_>,
+) {
+    let (mut inside, mut outside) = (0_usize, 0_usize);
+    for enrolled in selected {
+        *(if enrolled { &mut inside } else { &mut outside }) += 1;
+    }
+    if inside + outside == 0 {
+        let d = Diagnostic::warning(Code::SelectsNothing, "selects no pod: it protects nothing");
+        let d = d.field("spec.selector").help("compare it with the labels of the pods");
+        cx.report(key, sourced, d);
+    } else if outside > 0 {
+        let message = format!(
+            "{outside} of the {} pods it selects are outside the mesh, where nothing enforces it",
+            inside + outside
+        );
+        let d = Diagnostic::warning(Code::NotInMesh, message).field("spec.selector");
+        cx.report(key, sourced, d.help("label the namespace istio.io/dataplane-mode: ambient"));
+    }
+}
+
+/// Namespaces and service accounts that policies name.
+fn policy_sources(objects: &Objects, policies: &[authorization::Compiled], cx: &mut Context<'_>) {
+    for compiled in policies {
+        let policy = &compiled.policy;
+        let key = (policy.key.namespace.clone(), policy.key.name.clone());
+        let Some(sourced) = objects.authorization_policies.get(&key) else { continue };
+        for rule in policy.rules.iter() {
+            let mut missing = BTreeSet::new();
+            for m in rule.clauses.iter().flatten() {
+                let namespaces = m.namespaces.iter().chain(&m.not_namespaces);
+                let namespaces = namespaces.filter_map(exact);
+                let missing_namespaces = namespaces.filter(|ns| !exists(ns, objects, cx));
+                missing.extend(missing_namespaces.map(|ns| format!("Namespace {ns:?}")));
+                let accounts = m.service_accounts.iter().chain(&m.not_service_accounts);
+                let accounts = accounts.map(|(ns, sa)| (&**ns, &**sa));
+                let principals = m.principals.iter().chain(&m.not_principals).filter_map(exact);
+                let principals = principals.filter_map(|p| account_of(p, cx));
+                missing.extend(accounts.chain(principals).filter_map(|(ns, sa)| {
+                    let there = sa == "default" && exists(ns, objects, cx)
+                        || objects.service_accounts.contains_key(&(ns.into(), sa.into()));
+                    (!there).then(|| format!("ServiceAccount {ns}/{sa}"))
+                }));
+            }
+            for what in missing {
+                let message = format!("names {what}, which does not exist");
+                let d = Diagnostic::warning(Code::DanglingReference, message);
+                cx.report(&key, sourced, d.field(&*rule.provenance.field));
+            }
+        }
+    }
+}
+
+fn exact(m: &StringMatch) -> Option<&str> {
+    match m {
+        StringMatch::Exact(text) => Some(text),
+        _ => None,
+    }
+}
+
+/// The account of a principal of this mesh.
+fn account_of<'p>(principal: &'p str, cx: &Context<'_>) -> Option<(&'p str, &'p str)> {
+    let rest = principal.strip_prefix(&*cx.config.trust_domain)?.strip_prefix("/ns/")?;
+    rest.split_once("/sa/")
+}
