@@ -1,1 +1,3 @@
 //! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log.
+
+pub mod metrics;
