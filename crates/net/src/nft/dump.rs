@@ -3,10 +3,10 @@
 use nix::errno::Errno;
 
 use super::{
-    Chain, Error, Family, GETCHAIN, GETRULE, Hook, NEWCHAIN, NEWRULE, NFTA_CHAIN_HOOK,
-    NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE, NFTA_HOOK_HOOKNUM,
-    NFTA_HOOK_PRIORITY, NFTA_RULE_CHAIN, NFTA_RULE_TABLE, NFTA_RULE_USERDATA, Table, comment_bytes,
-    hint, signed_comment, type_name,
+    Chain, Error, Family, GETCHAIN, GETRULE, GETTABLE, Hook, NEWCHAIN, NEWRULE, NEWTABLE,
+    NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE,
+    NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_RULE_CHAIN, NFTA_RULE_TABLE, NFTA_RULE_USERDATA,
+    Table, comment_bytes, hint, signed_comment, type_name,
 };
 use crate::netlink::{self, Message, Netlink, Received, attr, text};
 
@@ -23,14 +23,19 @@ struct Seen {
     rules: Vec<Vec<u8>>,
 }
 
-/// Whether the kernel holds exactly the chains and rules of `table`, none missing, changed or added. The contents of
-/// sets are not compared.
+/// Whether the kernel holds exactly the chains and rules of `table`, none missing, changed or added. Sets are compared
+/// by the digest that came with the table: the kernel does not let anybody change them afterwards.
 pub fn is_intact(table: &Table) -> Result<bool, Error> {
-    let mut there = read(table.family, &table.name).map_err(|source| Error {
+    let failed = |source: netlink::Error| Error {
         object: format!("table {}", table.name),
         hint: hint(source.errno, &[]),
         source,
-    })?;
+    };
+    let digest = comment_bytes(&digest_of_table(table));
+    if read_digest(table.family, &table.name).map_err(failed)? != Some(digest) {
+        return Ok(false);
+    }
+    let mut there = read(table.family, &table.name).map_err(failed)?;
     let mut wanted: Vec<Seen> = table.chains.iter().map(expected).collect();
     there.sort();
     wanted.sort();
@@ -45,6 +50,16 @@ fn expected(chain: &Chain) -> Seen {
     Seen { name: chain.name.clone(), hook, rules }
 }
 
+fn read_digest(family: Family, table: &str) -> netlink::Result<Option<Vec<u8>>> {
+    let ask = Message::new(GETTABLE, 0, &[family as u8, 0, 0, 0]);
+    let mut netlink = Netlink::open(libc::NETLINK_NETFILTER)?;
+    let found = netlink.dump(&format!("read table {table}"), &ask, |m| {
+        let body = of_table(m, NEWTABLE, NFTA_TABLE_NAME, table)?;
+        attr(body, NFTA_TABLE_USERDATA).map(<[u8]>::to_vec)
+    })?;
+    Ok(found.into_iter().next())
+}
+
 fn read(family: Family, table: &str) -> netlink::Result<Vec<Seen>> {
     let what = format!("read table {table}");
     let mut netlink = Netlink::open(libc::NETLINK_NETFILTER)?;
@@ -57,7 +72,7 @@ fn read(family: Family, table: &str) -> netlink::Result<Vec<Seen>> {
     let mut ask = Message::new(GETRULE, 0, &head);
     ask.str(NFTA_RULE_TABLE, table);
     let rules = none_if_missing(netlink.dump(&what, &ask, |m| {
-        let body = of_table(m, NEWRULE, NFTA_RULE_TABLE, table)?;
+        let body = of_table(m, NEWRULE, NEWTABLE, NFTA_RULE_TABLE, table)?;
         let comment = attr(body, NFTA_RULE_USERDATA).unwrap_or(&[]).to_vec();
         Some((text(attr(body, NFTA_RULE_CHAIN)?), comment))
     }))?;
