@@ -6,7 +6,8 @@ use super::{
     Chain, Error, Family, GETCHAIN, GETRULE, GETTABLE, Hook, NEWCHAIN, NEWRULE, NEWTABLE,
     NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE,
     NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_RULE_CHAIN, NFTA_RULE_TABLE, NFTA_RULE_USERDATA,
-    Table, comment_bytes, hint, signed_comment, type_name,
+    NFTA_TABLE_NAME, NFTA_TABLE_USERDATA, Table, comment_bytes, digest_of_table, hint,
+    signed_comment, type_name,
 };
 use crate::netlink::{self, Message, Netlink, Received, attr, text};
 
@@ -72,7 +73,7 @@ fn read(family: Family, table: &str) -> netlink::Result<Vec<Seen>> {
     let mut ask = Message::new(GETRULE, 0, &head);
     ask.str(NFTA_RULE_TABLE, table);
     let rules = none_if_missing(netlink.dump(&what, &ask, |m| {
-        let body = of_table(m, NEWRULE, NEWTABLE, NFTA_RULE_TABLE, table)?;
+        let body = of_table(m, NEWRULE, NFTA_RULE_TABLE, table)?;
         let comment = attr(body, NFTA_RULE_USERDATA).unwrap_or(&[]).to_vec();
         Some((text(attr(body, NFTA_RULE_CHAIN)?), comment))
     }))?;
