@@ -105,4 +105,6 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
 }
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
