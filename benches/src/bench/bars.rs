@@ -111,10 +111,16 @@ fn connections(results: &Results) -> Vec<Bar> {
         .and_then(|l| l.spread(Arm::Mesh, Sample::proxy_cpu_per_unit));
     // Seconds per 100,000 on two nodes; microseconds for one on one node.
     let pooled = pooled.map(|s| s.median / 1e5 * 1e6 / 2.0);
+    let handshake = results
+        .handshakes
+        .iter()
+        .filter_map(|h| h["cpu_ms_median"].as_f64())
+        .max_by(f64::total_cmp);
     vec![
         at_least("sustained new connections/s, worst 2 s window", 6600.0, 9000.0, 0, sustained),
         at_most("sustained new connections: errors", 0.0, 0.0, 0, errors),
         at_most("CPU per new pooled connection and node, 16 at a time, µs", 95.0, 60.0, 0, pooled),
+        at_most("mTLS + HTTP/2 set-up, CPU of both ends, ms", 1.1, 0.7, 2, handshake),
     ]
 }
 

@@ -28,6 +28,8 @@ pub struct Results {
     pub binary_mb: f64,
     /// Output of the `snapshot` benchmark.
     pub snapshot: Option<Value>,
+    /// Output of the `handshake` benchmark: one at a time, and 16.
+    pub handshakes: Vec<Value>,
     /// What should have been measured and was not, and why.
     pub missing: Vec<String>,
 }

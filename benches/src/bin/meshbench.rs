@@ -73,7 +73,7 @@ fn full(options: &Options) -> Result<()> {
     );
     bench.memory()?;
     bench.lines(&wanted(options, |_| true))?;
-    bench.snapshot()?;
+    bench.programs_of_their_own()?;
     let results = &bench.results;
     let folder = options.out.join("results");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -138,6 +138,7 @@ impl Bench {
             start: vec![],
             binary_mb: f64::from(u32::try_from(size).unwrap_or(u32::MAX)) / 1e6,
             snapshot: None,
+            handshakes: vec![],
             missing: vec![],
         };
         let folder = std::env::temp_dir().join(format!("meshbench-{}", std::process::id()));
@@ -192,14 +193,23 @@ impl Bench {
         world.down()
     }
 
-    fn snapshot(&mut self) -> Result<()> {
-        let program = self.programs.meshload.with_file_name("snapshot");
-        say("one change among 100,000 workloads")?;
+    /// What needs no mesh: one change of the configuration, one handshake.
+    fn programs_of_their_own(&mut self) -> Result<()> {
+        self.results.snapshot = self.run("snapshot")?.pop();
+        self.results.handshakes = self.run("handshake")?;
+        Ok(())
+    }
+
+    /// The JSON lines that a program beside this one prints. Its exit status says whether its bar is
+    /// reached; the page shows the numbers either way.
+    fn run(&self, name: &str) -> Result<Vec<Value>> {
+        let program = self.programs.meshload.with_file_name(name);
+        say(name)?;
         let output =
             Command::new(&program).output().with_context(|| program.display().to_string())?;
-        self.results.snapshot =
-            Some(serde_json::from_slice::<Value>(&output.stdout).context("snapshot's result")?);
-        Ok(())
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines: Result<Vec<Value>, _> = text.lines().map(serde_json::from_str).collect();
+        lines.with_context(|| format!("{name} printed {text:?}"))
     }
 }
 
