@@ -24,6 +24,8 @@ use model::{ConfigVersion, Identity, PolicyKey, Provenance, Reason, ServiceKey, 
 mod line;
 mod time;
 
+pub(crate) use time::Utc;
+
 /// Bytes that wait for the writer: about 10,000 lines, one second of a busy node.
 const MAX_WAITING: usize = 4 << 20;
 /// The writer gathers for so long before it writes: at 10,000 lines a second it wakes 200 times, not

@@ -1,4 +1,6 @@
 //! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log.
 
 pub mod access_log;
+pub mod logging;
 pub mod metrics;
+pub mod readiness;
