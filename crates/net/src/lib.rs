@@ -13,6 +13,7 @@ pub mod capture;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
+pub mod packet;
 pub mod service_nat;
 pub mod socket;
 pub mod sysctl;
