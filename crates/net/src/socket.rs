@@ -19,7 +19,7 @@ use crate::netns::NetNs;
 /// Source ports used for connections in a client's name when the client's own connection ends in the same namespace
 /// (see [`SourcePorts::AboveEphemeral`]): what lies above Linux' default ephemeral range, 32768-60999.
 const HIGH_PORTS: std::ops::RangeInclusive<u16> = 61000..=65534;
-/// How many ports to try before saying the range is full. Ports rotate, so even one busy port is rare; each try costs
+/// How many ports to try before taking the range for full. Ports rotate, so even one busy port is rare; each try costs
 /// two system calls.
 const PORT_TRIES: u32 = 32;
 /// Connections the kernel holds between handshake and accept. It caps this by `net.core.somaxconn` (4096 by default).
@@ -147,22 +147,16 @@ pub fn connect_socket(ns: &NetNs, ipv6: bool, opts: &ConnectOpts) -> io::Result<
 /// (`take_error` tells). With tokio: `TcpStream::from_std`, `writable().await`, `take_error()`.
 pub fn connect(ns: &NetNs, to: SocketAddr, opts: &ConnectOpts) -> io::Result<TcpStream> {
     let target = SockAddr::from(to);
-    let mut tries = 0;
-    loop {
-        let socket = connect_socket(ns, to.is_ipv6(), opts)?;
-        match socket.connect(&target) {
-            Ok(()) => return Ok(socket.into()),
-            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => return Ok(socket.into()),
-            // Only a chosen port can be taken; with the kernel's choice this error is about something else.
-            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable && tries < PORT_TRIES => {
-                if opts.source_ports == SourcePorts::Ephemeral {
-                    return Err(e);
-                }
-                tries += 1;
-            }
-            Err(e) => return Err(e),
+    let chosen = opts.transparent_source.is_some() && opts.source_ports != SourcePorts::Ephemeral;
+    for _ in 0..if chosen { PORT_TRIES } else { 0 } {
+        match start(connect_socket(ns, to.is_ipv6(), opts)?, &target) {
+            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable => {}
+            done => return done,
         }
     }
+    // The range is full: the kernel's choice is rarely wrong, and no connection always is.
+    let opts = ConnectOpts { source_ports: SourcePorts::Ephemeral, ..*opts };
+    start(connect_socket(ns, to.is_ipv6(), &opts)?, &target)
 }
 
 /// Raises the limit of open files to what the system allows, and returns it.
@@ -172,6 +166,13 @@ pub fn raise_open_files() -> io::Result<u64> {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     Ok(hard)
+}
+
+fn start(socket: Socket, target: &SockAddr) -> io::Result<TcpStream> {
+    match socket.connect(target) {
+        Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => Err(e),
+        _ => Ok(socket.into()),
+    }
 }
 
 fn tcp_socket(ns: &NetNs, ipv6: bool) -> io::Result<Socket> {
@@ -224,6 +225,8 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
+    use crate::netlink::link::{self, VethEnd};
+    use crate::netlink::route::{self, Route};
     use crate::testing::in_user_ns;
 
     #[test]
@@ -265,6 +268,29 @@ mod tests {
                     assert_eq!(HIGH_PORTS.contains(&local.port()), high, "{local}");
                 }
             }
+        });
+    }
+
+    #[test]
+    fn a_full_range_of_ports_is_no_end() {
+        in_user_ns(|| {
+            raise_open_files().unwrap();
+            let ns = NetNs::current().unwrap();
+            // A way out into nothing: connections stay half open.
+            link::add_veth(&VethEnd::here("a"), &VethEnd::here("b")).unwrap();
+            link::up("a").unwrap();
+            link::up("b").unwrap();
+            route::add(&Route::default_of(false).dev("a")).unwrap();
+            let opts = ConnectOpts {
+                transparent_source: Some("192.0.2.9".parse().unwrap()),
+                source_ports: SourcePorts::AboveEphemeral,
+                ..ConnectOpts::default()
+            };
+            let to = "192.0.2.1:80".parse().unwrap();
+            let range = usize::from(HIGH_PORTS.end() - HIGH_PORTS.start()) + 1;
+            let all: Vec<_> = (0..range + 10).map(|_| connect(&ns, to, &opts).unwrap()).collect();
+            let high = |s: &&TcpStream| HIGH_PORTS.contains(&s.local_addr().unwrap().port());
+            assert_eq!(all.iter().filter(high).count(), range);
         });
     }
 

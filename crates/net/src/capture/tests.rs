@@ -71,10 +71,13 @@ impl Proxy {
     fn start(pod: &NetNs) -> Self {
         let proxy = Self { pod: pod.clone(), seen: Arc::default() };
         for any in ["0.0.0.0", "::"] {
-            for (direction, port) in [("out", OUTBOUND_PORT), ("in", INBOUND_PLAINTEXT_PORT)] {
+            // Each twice: one listener a thread, as a real proxy has them.
+            let ports = [("out", OUTBOUND_PORT), ("in", INBOUND_PLAINTEXT_PORT)];
+            for (direction, port) in ports.into_iter().chain(ports) {
                 let opts = ListenOpts {
                     transparent: true,
                     mark: Some(MARK_PROXY),
+                    reuse_port: true,
                     v6only: true,
                     ..ListenOpts::default()
                 };
