@@ -1,6 +1,7 @@
 //! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log.
 
 pub mod access_log;
+pub mod admin;
 pub mod logging;
 pub mod metrics;
 pub mod readiness;

@@ -175,6 +175,15 @@ impl fmt::Write for OneLine<'_> {
     }
 }
 
+/// A control of a subscriber that is not installed, for tests of what uses one.
+#[cfg(test)]
+pub(crate) fn detached(format: Format, directives: &str) -> LogControl {
+    let (subscriber, control) = subscriber(format, directives, io::sink).unwrap();
+    // The control holds it weakly; tests are short.
+    std::mem::forget(subscriber);
+    control
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
