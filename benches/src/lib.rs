@@ -17,3 +17,4 @@ pub mod lines;
 pub mod poller;
 pub mod request;
 pub mod server;
+pub mod talk;

@@ -27,7 +27,8 @@ pub const THREADS_MAX: usize = 1024;
 
 const LISTENER: u64 = u64::MAX;
 
-/// Serves `GET` until the process ends: a body of `body` bytes, or the peer's address for `/who`.
+/// Serves `GET` until the process ends: a body of `body` bytes, or for `/who`
+/// the peer's address as this end sees it, and this host's name.
 pub fn serve_http(listener: &TcpListener, body: usize) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let mut server = Http {
@@ -122,9 +123,11 @@ impl Http {
 /// Answers one request. False when the connection is to be closed.
 fn answer(client: &mut Client, head: &[u8], page: &[u8]) -> bool {
     if head.starts_with(b"GET /who") {
-        let address = format!("{}\n", client.peer.ip());
-        return client.stream.write_all(&response(address.as_bytes())).is_ok()
-            && !asks_to_close(head);
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        let who =
+            json!({ "peer": client.peer.ip().to_canonical(), "host": host.to_string_lossy() });
+        let response = response(format!("{who}\n").as_bytes());
+        return client.stream.write_all(&response).is_ok() && !asks_to_close(head);
     }
     if !head.starts_with(b"GET ") {
         // A body may follow that would be read as the next request: answer and close.

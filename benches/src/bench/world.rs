@@ -321,7 +321,7 @@ fn manifest() -> String {
                 "---\napiVersion: v1\nkind: ServiceAccount\nmetadata:\n  name: {pod}\n  namespace: {namespace}\n\
                  ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {pod}\n  namespace: {namespace}\nspec:\n  \
                  nodeName: {node}\n  serviceAccountName: {pod}\n  containers:\n  - name: meshload\n    image: meshload\n    \
-                 command: [meshload, --label, {namespace}/{pod}, {mode}]\n"
+                 args: [--label, {namespace}/{pod}, {mode}]\n"
             );
         }
         yaml += "---\n";

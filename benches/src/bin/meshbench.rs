@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
@@ -53,8 +53,15 @@ struct Options {
     out: PathBuf,
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().mode {
+fn main() -> ExitCode {
+    let Err(error) = run(Cli::parse().mode) else { return ExitCode::SUCCESS };
+    // Nobody is left to tell when standard error is closed.
+    let _ = say(&format!("{error:#}"));
+    ExitCode::FAILURE
+}
+
+fn run(mode: Mode) -> Result<()> {
+    match mode {
         Mode::Full(options) => full(&options),
         Mode::Quick(options) => quick(&options),
         Mode::Render { json } => {

@@ -1,7 +1,8 @@
 //! `meshload`: servers and clients of a benchmark, for use inside pods. One JSON object a line.
 
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -11,6 +12,7 @@ use meshload::clients;
 use meshload::connections::{self, Closing, Plan};
 use meshload::lines;
 use meshload::server::{self, Greeting};
+use meshload::talk;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
@@ -26,7 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Mode {
-    /// HTTP/1.1 with keep-alive: a body of fixed size, or the client's address for /who
+    /// HTTP/1.1 with keep-alive: a body of fixed size; for /who the client's address and this pod's name
     Serve(Listen),
     /// Bulk data both ways; counts every byte
     Sink(Listen),
@@ -68,8 +70,30 @@ enum Mode {
     Send(Load),
     /// Bulk from the sink
     Receive(Load),
-    /// Sends standard input over one connection and prints what comes back
-    Cat { to: String },
+    /// Prints the body of one answer: http://HOST[:PORT]/PATH
+    Get {
+        url: String,
+        #[command(flatten)]
+        patience: Patience,
+    },
+    /// Asks again and again on one connection; fails when that is lost
+    Ping {
+        url: String,
+        /// Answers to wait for; 0: until the connection is lost
+        #[arg(long, default_value_t = 0)]
+        count: u64,
+        /// Seconds between two requests
+        #[arg(long, default_value_t = 1.0)]
+        every: f64,
+        #[command(flatten)]
+        patience: Patience,
+    },
+    /// Sends standard input to HOST:PORT over one connection and prints what comes back
+    Cat {
+        to: String,
+        #[command(flatten)]
+        patience: Patience,
+    },
     /// Prints this namespace's addresses, loopback and link-local left out
     Addresses,
     /// Counts established TCP connections on a local port, from /proc/net
@@ -87,6 +111,13 @@ struct Listen {
 }
 
 #[derive(Args)]
+struct Patience {
+    /// Seconds for the connect and for each answer
+    #[arg(long, default_value_t = 10.0)]
+    timeout: f64,
+}
+
+#[derive(Args)]
 struct Load {
     /// HOST:PORT
     #[arg(long)]
@@ -101,7 +132,7 @@ struct Load {
 
 impl Load {
     fn address(&self) -> anyhow::Result<SocketAddr> {
-        resolve(&self.to)
+        talk::resolve(&self.to)
     }
 
     fn time(&self) -> anyhow::Result<Duration> {
@@ -109,8 +140,14 @@ impl Load {
     }
 }
 
-fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    let Err(error) = run(Cli::parse()) else { return ExitCode::SUCCESS };
+    // Nobody is left to tell when standard error is closed.
+    let _ = writeln!(std::io::stderr(), "meshload: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     raise_file_limit()?;
     match cli.mode {
         Mode::Serve(on) => server::serve_http(&bind(on.listen)?, on.body)?,
@@ -142,7 +179,11 @@ fn main() -> anyhow::Result<()> {
         Mode::Receive(load) => {
             bulk::run(load.address()?, Direction::Receive, load.connections, load.time()?)?
         }
-        Mode::Cat { to } => cat(&to)?,
+        Mode::Get { url, patience } => talk::get(&url, seconds(patience.timeout)?)?,
+        Mode::Ping { url, count, every, patience } => {
+            talk::ping(&url, count, seconds(every)?, seconds(patience.timeout)?)?;
+        }
+        Mode::Cat { to, patience } => talk::cat(&to, seconds(patience.timeout)?)?,
         Mode::Addresses => {
             lines::line(&json!({ "event": "addresses", "addresses": addresses()? }))?
         }
@@ -179,12 +220,6 @@ fn serve_all(on: &Listen) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn resolve(to: &str) -> anyhow::Result<SocketAddr> {
-    let mut found =
-        to.to_socket_addrs().with_context(|| format!("{to} is not HOST:PORT of a known host"))?;
-    found.next().with_context(|| format!("{to} has no address"))
-}
-
 fn seconds(seconds: f64) -> anyhow::Result<Duration> {
     match Duration::try_from_secs_f64(seconds) {
         // An hour: nobody measures longer, and a forgotten client must end.
@@ -197,18 +232,6 @@ fn seconds(seconds: f64) -> anyhow::Result<Duration> {
 fn raise_file_limit() -> anyhow::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")
-}
-
-fn cat(to: &str) -> anyhow::Result<()> {
-    let mut input = Vec::new();
-    io::stdin().take(1 << 20).read_to_end(&mut input)?;
-    let mut stream = std::net::TcpStream::connect(resolve(to)?)
-        .with_context(|| format!("cannot connect to {to}"))?;
-    stream.set_read_timeout(Some(clients::PATIENCE))?;
-    stream.write_all(&input)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    io::copy(&mut stream, &mut io::stdout())?;
-    Ok(())
 }
 
 fn addresses() -> anyhow::Result<Vec<IpAddr>> {
