@@ -11,18 +11,18 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Longer than the gaps within one save of any editor we know, too short for a person to notice.
-pub const QUIET: Duration = Duration::from_millis(20);
+pub(crate) const QUIET: Duration = Duration::from_millis(20);
 /// What a person still takes for "at once".
-pub const MAX: Duration = Duration::from_millis(200);
+pub(crate) const MAX: Duration = Duration::from_millis(200);
 /// Deleting an object's file weakens or breaks something: being wrong for a moment is worse than late.
-pub const GONE: Duration = Duration::from_millis(100);
+pub(crate) const GONE: Duration = Duration::from_millis(100);
 /// A file that has been unsettled this long is not being saved but streamed to; the parser judges what is
 /// there.
-pub const OPEN_MAX: Duration = Duration::from_secs(1);
+pub(crate) const OPEN_MAX: Duration = Duration::from_secs(1);
 
 /// What happened to a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// Somebody writes, and has not closed it yet.
     Writing,
     /// Whole: closed after writing, or renamed to here.
@@ -33,7 +33,7 @@ pub enum Change {
 
 /// What to read now.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Batch<P> {
+pub(crate) struct Batch<P> {
     pub paths: Vec<P>,
     /// Look at everything: events were lost, or a folder changed as a whole.
     pub rescan: bool,
@@ -41,7 +41,7 @@ pub struct Batch<P> {
 
 /// See the module.
 #[derive(Clone, Debug)]
-pub struct Debounce<P> {
+pub(crate) struct Debounce<P> {
     pending: BTreeMap<P, Pending>,
     rescan: Option<Times>,
 }
@@ -75,7 +75,7 @@ impl<P> Default for Debounce<P> {
 
 impl<P: Ord + Clone> Debounce<P> {
     /// Something happened to a path.
-    pub fn handle(&mut self, now: Instant, path: P, change: Change) {
+    pub(crate) fn handle(&mut self, now: Instant, path: P, change: Change) {
         let new = Pending { change, times: Times::new(now) };
         let pending = self.pending.entry(path).or_insert(new);
         if pending.change != change {
@@ -86,18 +86,18 @@ impl<P: Ord + Clone> Debounce<P> {
     }
 
     /// Everything must be looked at.
-    pub fn handle_rescan(&mut self, now: Instant) {
-        self.rescan.get_or_insert(Times::new(now)).last = now;
+    pub(crate) fn handle_rescan(&mut self, now: Instant) {
+        self.rescan.get_or_insert_with(|| Times::new(now)).last = now;
     }
 
     /// When [`Self::take`] will have something. `None`: nothing is pending.
-    pub fn due_at(&self) -> Option<Instant> {
+    pub(crate) fn due_at(&self) -> Option<Instant> {
         let held = self.pending.values().filter_map(Pending::held_until);
         self.free_at().into_iter().chain(held).min()
     }
 
     /// What is due now; empty when called too early.
-    pub fn take(&mut self, now: Instant) -> Batch<P> {
+    pub(crate) fn take(&mut self, now: Instant) -> Batch<P> {
         let all = self.free_at().is_some_and(|at| at <= now);
         let due = |p: &Pending| p.held_until().map_or(all, |until| until <= now);
         let paths: Vec<P> =

@@ -9,9 +9,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Mode of files that anyone on the machine may read.
-pub const PUBLIC: u32 = 0o644;
+pub(crate) const PUBLIC: u32 = 0o644;
 /// Mode of keys.
-pub const SECRET: u32 = 0o600;
+pub(crate) const SECRET: u32 = 0o600;
 
 /// The largest file this module reads: certificates and keys are below 4 KiB.
 const MAX_STATE_FILE: u64 = 64 * 1024;
@@ -56,7 +56,7 @@ fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> F
 }
 
 /// Creates the directory for this user alone unless it exists.
-pub fn create_dir(path: &Path) -> Result<(), FileError> {
+pub(crate) fn create_dir(path: &Path) -> Result<(), FileError> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -65,7 +65,7 @@ pub fn create_dir(path: &Path) -> Result<(), FileError> {
 }
 
 /// Takes the directory for this process; released when the returned file is dropped, also by a crash.
-pub fn lock_dir(dir: &Path) -> Result<File, FileError> {
+pub(crate) fn lock_dir(dir: &Path) -> Result<File, FileError> {
     let path = dir.join("lock");
     let file = OpenOptions::new()
         .create(true)
@@ -83,7 +83,7 @@ pub fn lock_dir(dir: &Path) -> Result<File, FileError> {
 
 /// Replaces the file by rename, so that readers see the old or the new content and a full disk leaves
 /// the old one in place.
-pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<(), FileError> {
+pub(crate) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<(), FileError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
     let written = (|| {
@@ -107,13 +107,13 @@ pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> Result<(), FileEr
 }
 
 /// Reads a small file of the state directory.
-pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, FileError> {
     read_checked(path, |_| Ok(()))
 }
 
 /// Reads a private key: refuses what group or others may access. The mode is that of the opened file,
 /// so nothing can be swapped between check and read.
-pub fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
+pub(crate) fn read_secret(path: &Path) -> Result<Vec<u8>, FileError> {
     read_checked(path, |metadata| {
         let mode = metadata.mode() & 0o777;
         if mode & 0o077 == 0 {

@@ -38,7 +38,7 @@ struct Certificate {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     responses: Family<Kind, Counter>,
     nacks: Family<Kind, Counter>,
@@ -112,40 +112,45 @@ impl Metrics {
         );
     }
 
-    pub fn response_sent(&self, kind: impl ToString) {
+    pub(crate) fn response_sent(&self, kind: impl ToString) {
         self.responses.get_or_create(&Kind { kind: kind.to_string() }).inc();
     }
 
-    pub fn nacked(&self, kind: impl ToString) {
+    pub(crate) fn nacked(&self, kind: impl ToString) {
         self.nacks.get_or_create(&Kind { kind: kind.to_string() }).inc();
     }
 
-    pub fn stream_opened(&self) {
+    pub(crate) fn stream_opened(&self) {
         self.proxies.inc();
     }
 
-    pub fn stream_ended(&self, reason: &'static str) {
+    pub(crate) fn stream_ended(&self, reason: &'static str) {
         self.proxies.dec();
         self.streams_ended.get_or_create(&Reason { reason }).inc();
     }
 
-    pub fn converged(&self, seconds: f64) {
+    pub(crate) fn converged(&self, seconds: f64) {
         self.convergence.observe(seconds);
     }
 
-    pub fn issued(&self, kind: &'static str) {
+    pub(crate) fn issued(&self, kind: &'static str) {
         self.issued.get_or_create(&Kind { kind: kind.into() }).inc();
     }
 
-    pub fn refused(&self, reason: &'static str) {
+    pub(crate) fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&Reason { reason }).inc();
     }
 
-    pub fn connection_failed(&self, reason: &'static str) {
+    pub(crate) fn connection_failed(&self, reason: &'static str) {
         self.handshakes_failed.get_or_create(&Reason { reason }).inc();
     }
 
-    pub fn compiled(&self, seconds: f64, counts: [(&'static str, usize); 3], found: &[Diagnostic]) {
+    pub(crate) fn compiled(
+        &self,
+        seconds: f64,
+        counts: [(&'static str, usize); 3],
+        found: &[Diagnostic],
+    ) {
         self.compile.observe(seconds);
         for (kind, count) in counts {
             let gauge = self.objects.get_or_create_owned(&Kind { kind: kind.into() });
@@ -159,17 +164,17 @@ impl Metrics {
         }
     }
 
-    pub fn pushed(&self) {
+    pub(crate) fn pushed(&self) {
         self.pushes.inc();
     }
 
-    pub fn expires(&self, certificate: &'static str, at: SystemTime) {
+    pub(crate) fn expires(&self, certificate: &'static str, at: SystemTime) {
         let seconds = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         self.expiry.get_or_create_owned(&Certificate { certificate }).set(seconds);
     }
 
     /// The page for Prometheus.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = encode(&mut text, &self.registry);

@@ -31,6 +31,7 @@ fn key() -> KeyPair {
     KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap()
 }
 
+#[expect(clippy::unwrap_in_result, reason = "set-up, not what is tested")]
 fn verify(
     issued: &Issued,
     roots: &[CertificateDer<'static>],

@@ -1,0 +1,189 @@
+//! One state of the mesh: what the folders mean, encoded for proxies. Made on the watch thread.
+//!
+//! Invariant: the push number grows exactly when what proxies should hold has changed, so that a proxy's
+//! acknowledged number says which configuration it enforces.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use compile::{Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, sort_diagnostics};
+use model::ConfigVersion;
+use xds::server::Resources;
+
+use crate::scan::News;
+use crate::watch::Update;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    /// What every proxy should hold.
+    pub resources: Arc<Resources>,
+    /// Who may have a certificate on which node.
+    pub pods: PodsOnNodes,
+    /// Workloads, services, policies.
+    pub counts: [usize; 3],
+    pub compile_time: Duration,
+    /// When this push number came to be.
+    pub since: Instant,
+}
+
+impl World {
+    pub(crate) fn push(&self) -> ConfigVersion {
+        self.resources.push()
+    }
+}
+
+/// What there is to know before every folder has been read: what is wrong, but no mesh.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Latest {
+    /// `None` until every folder has been read once: an empty mesh, sent to proxies that still hold a good
+    /// one, would take their policies away.
+    pub world: Option<Arc<World>>,
+    /// Errors first.
+    pub diagnostics: Arc<[Diagnostic]>,
+    /// The folders that are waited for.
+    pub missing: Vec<PathBuf>,
+}
+
+/// Turns what the watcher tells into states of the mesh.
+#[derive(Debug)]
+pub(crate) struct Builder {
+    mesh: MeshConfig,
+    epoch: u64,
+    folder: Folder,
+    /// What the files mean, and what is wrong with their content.
+    last: Option<(Arc<World>, Vec<Diagnostic>)>,
+}
+
+impl Builder {
+    /// `epoch` tells this run of the control plane from every other.
+    pub(crate) fn new(mesh: MeshConfig, epoch: u64) -> Self {
+        Self { mesh, epoch, folder: Folder::new(), last: None }
+    }
+
+    /// Takes a change in and says what holds at `now`.
+    pub(crate) fn update(&mut self, update: Update, now: Instant) -> Latest {
+        let changed = !update.news.is_empty();
+        for news in update.news {
+            match news {
+                News::Set { key: (folder, path), text } => {
+                    self.folder.set_file(folder, &path, &text)
+                }
+                News::Removed { key: (folder, path) } => self.folder.remove_file(folder, &path),
+            }
+        }
+        let (world, of_content) = match self.last.take() {
+            Some(last) if !changed => last,
+            last => self.build(last.map(|(world, _)| world), now),
+        };
+        let mut diagnostics = update.diagnostics;
+        diagnostics.extend(of_content.iter().cloned());
+        sort_diagnostics(&mut diagnostics);
+        self.last = Some((world.clone(), of_content));
+        Latest {
+            world: update.complete.then_some(world),
+            diagnostics: diagnostics.into(),
+            missing: update.missing,
+        }
+    }
+
+    /// Compiles and encodes everything: 100,000 pods take about a second, on a thread that has nothing
+    /// else to do. Parsing, the larger part of the work, was done for the changed files only.
+    fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
+        let started = Instant::now();
+        let Compiled { workloads, services, policies, diagnostics, pods } =
+            compile::compile(&self.folder.objects(), &self.mesh);
+        let mut of_content = self.folder.diagnostics();
+        of_content.extend(diagnostics);
+        let number = last.as_ref().map_or(0, |last| last.push().number);
+        let push = ConfigVersion { epoch: self.epoch, number: number + 1 };
+        let resources = Resources::new(
+            push,
+            workloads.iter().map(|w| &**w),
+            services.iter().map(|s| &**s),
+            policies.iter().map(|p| &**p),
+        );
+        let unchanged = last.filter(|last| last.resources.same_content(&resources));
+        let (resources, since) = match unchanged {
+            Some(last) => (last.resources.clone(), last.since),
+            None => (Arc::new(resources), now),
+        };
+        let counts = [workloads.len(), services.len(), policies.len()];
+        let compile_time = started.elapsed();
+        (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xds::Kind;
+
+    struct Play {
+        builder: Builder,
+        complete: bool,
+    }
+
+    impl Play {
+        fn new() -> Self {
+            Self { builder: Builder::new(MeshConfig::default(), 7), complete: true }
+        }
+
+        fn set(&mut self, path: &str, text: &str) -> Latest {
+            self.update(vec![News::Set { key: (0, path.into()), text: text.into() }])
+        }
+
+        fn update(&mut self, news: Vec<News>) -> Latest {
+            let complete = self.complete;
+            let update = Update { news, diagnostics: vec![], complete, missing: vec![] };
+            self.builder.update(update, Instant::now())
+        }
+    }
+
+    const SERVICE: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.20, ports: [{port: 80}]}
+";
+    const POLICY: &str = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: shop}
+spec: {}
+";
+
+    #[test]
+    fn the_push_number_grows_with_what_proxies_hold() {
+        let mut play = Play::new();
+        let check = |latest: Latest, number: u64, addresses: usize, policies: usize| {
+            let world = latest.world.expect("complete");
+            assert_eq!(world.push(), ConfigVersion { epoch: 7, number });
+            assert_eq!(world.resources.iter(Kind::Address).count(), addresses);
+            assert_eq!(world.resources.iter(Kind::Authorization).count(), policies);
+        };
+        check(play.update(vec![]), 1, 0, 0);
+        check(play.set("s.yaml", SERVICE), 2, 1, 0);
+        check(play.set("s.yaml", &format!("# a comment\n{SERVICE}")), 2, 1, 0);
+        check(play.set("p.yaml", POLICY), 3, 1, 1);
+        // The rule moved to another line: proxies name lines.
+        check(play.set("p.yaml", &format!("# a comment\n{POLICY}")), 4, 1, 1);
+        // Broken: the last good state stays in force, and nothing is pushed.
+        let latest = play.set("p.yaml", "kind: [");
+        assert!(latest.diagnostics.iter().any(|d| d.origin.starts_with("p.yaml:")));
+        check(latest, 4, 1, 1);
+        let latest = play.set("p.yaml", POLICY);
+        assert!(latest.diagnostics.iter().all(|d| d.severity != compile::Severity::Error));
+        check(latest, 5, 1, 1);
+        check(play.update(vec![News::Removed { key: (0, "p.yaml".into()) }]), 6, 1, 0);
+    }
+
+    #[test]
+    fn nothing_is_published_before_every_folder_was_read() {
+        let mut play = Play::new();
+        play.complete = false;
+        assert!(play.set("s.yaml", SERVICE).world.is_none());
+        play.complete = true;
+        let latest = play.update(vec![]);
+        assert_eq!(latest.world.expect("complete").counts, [0, 1, 0]);
+    }
+}
