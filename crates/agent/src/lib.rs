@@ -2,6 +2,11 @@
 
 pub mod access_log;
 pub mod admin;
+pub mod ca_client;
+pub mod certs;
+pub mod channel;
+pub mod disk;
 pub mod logging;
 pub mod metrics;
 pub mod readiness;
+pub mod store;

@@ -1,0 +1,486 @@
+//! The certificates of this node's workloads, and the proxy's own.
+//!
+//! One task ([`CertStore::run`]) fetches and renews; everybody else reads a map that is replaced as a
+//! whole. A workload's certificate is fetched when the workload appears on the node, and forgotten when
+//! the last one with that identity has left.
+//!
+//! Invariants: a certificate that failed to be renewed stays until it expires, and not a second longer;
+//! no identity is asked for more often than its back-off allows, however many wait for it; keys and
+//! certificates are in the secret directory before they are used, so that the next process has them too.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use engine::{Backoff, Rotation};
+use hbone::Credentials;
+use model::{Identity, Reason, Refusal};
+use rustls::pki_types::CertificateDer;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+mod material;
+
+use crate::ca_client::{CaClient, Issuer};
+use crate::channel::{ClientCertificate, ControlPlane, span};
+use crate::metrics::Metrics;
+use material::{KeyRequest, Material};
+
+/// Requests to the CA at once: a node that starts with 250 pods must not look like an attack, and one
+/// slow request must not hold up the others (Istio's number).
+const MAX_FETCHES: usize = 8;
+/// The longest sleep of the task. Looking costs nothing, and finds clocks that were set and a root file
+/// that was replaced.
+const TICK: Duration = Duration::from_secs(60);
+
+/// What came of asking for an identity.
+type Fetched = (Identity, Result<Material, String>);
+
+/// Seconds since the epoch.
+type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// See the module.
+pub struct CertStore {
+    control_plane: Arc<ControlPlane>,
+    issuer: Arc<dyn Issuer>,
+    clock: Clock,
+    own: Identity,
+    /// What data threads read.
+    current: ArcSwap<HashMap<Identity, Arc<Credentials>>>,
+    entries: Mutex<Entries>,
+    /// Wakes the task: something is wanted.
+    wanted: Notify,
+    /// Counts changes of `current` and of errors.
+    changed: watch::Sender<u64>,
+    metrics: OnceLock<Metrics>,
+}
+
+#[derive(Default)]
+struct Entries {
+    by_identity: HashMap<Identity, Entry>,
+    /// Left by an earlier process, until somebody wants them.
+    found: HashMap<Identity, Material>,
+    /// As last read, to notice a replacement.
+    roots: Vec<CertificateDer<'static>>,
+}
+
+/// One wanted identity.
+struct Entry {
+    material: Option<Material>,
+    backoff: Backoff,
+    /// When to look at it again.
+    due: Instant,
+    in_flight: bool,
+    /// To be replaced before its time.
+    stale: bool,
+    since: Instant,
+    /// Connections wait for it: it goes before those that are only prepared.
+    urgent: bool,
+    /// The jitter of this certificate's renewal; the same until it is renewed.
+    rand: u64,
+    error: Option<String>,
+}
+
+/// What the admin page shows of a certificate.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct CertificateState {
+    pub identity: String,
+    /// Empty: there is none yet.
+    pub serial: String,
+    pub not_before: u64,
+    pub not_after: u64,
+    /// Why the last attempt to get one failed.
+    pub error: Option<String>,
+}
+
+impl std::fmt::Debug for CertStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CertStore")
+            .field("own", &self.own)
+            .field("certificates", &self.current.load().len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl CertStore {
+    /// Reads what an earlier process left, so that it can be served before the CA answers.
+    pub fn new(control_plane: Arc<ControlPlane>) -> Arc<Self> {
+        let issuer = Arc::new(CaClient::new(control_plane.clone()));
+        Self::with(control_plane, issuer, Arc::new(system_clock))
+    }
+
+    /// With another CA and another clock.
+    fn with(control_plane: Arc<ControlPlane>, issuer: Arc<dyn Issuer>, clock: Clock) -> Arc<Self> {
+        let own = control_plane.proxy_identity();
+        let dir = &control_plane.secret_dir;
+        if let Err(e) = material::make_secret_dir(dir) {
+            tracing::warn!(
+                "no folder for certificates, a restart will need the CA: {}: {e}",
+                dir.display()
+            );
+        }
+        let roots = control_plane.roots().unwrap_or_default();
+        let found = material::read_all(dir, &roots, clock());
+        tracing::debug!("{} certificates found in {}", found.len(), dir.display());
+        let entries = Entries {
+            by_identity: HashMap::new(),
+            found: found.into_iter().map(|m| (m.identity().clone(), m)).collect(),
+            roots,
+        };
+        let store = Arc::new(Self {
+            control_plane,
+            issuer,
+            clock,
+            own: own.clone(),
+            current: ArcSwap::default(),
+            entries: Mutex::new(entries),
+            wanted: Notify::new(),
+            changed: watch::Sender::new(0),
+            metrics: OnceLock::new(),
+        });
+        store.prefetch(&own);
+        store
+    }
+
+    /// From now on the ends of the certificates are in these metrics.
+    pub fn report_to(&self, metrics: Metrics) {
+        if self.metrics.set(metrics).is_ok() {
+            self.publish(&self.lock());
+        }
+    }
+
+    /// A workload with this identity is on the node: get its certificate and keep it valid.
+    pub fn prefetch(&self, identity: &Identity) {
+        self.want(identity, false);
+    }
+
+    /// The last workload with this identity has left.
+    pub fn forget(&self, identity: &Identity) {
+        if *identity == self.own {
+            return;
+        }
+        let mut entries = self.lock();
+        entries.found.remove(identity);
+        if entries.by_identity.remove(identity).is_some() {
+            self.publish(&entries);
+        }
+        material::remove(&self.control_plane.secret_dir, identity);
+    }
+
+    /// The certificate of a wanted identity, unless it has expired. Does not wait for anybody.
+    pub fn get(&self, identity: &Identity) -> Option<Arc<Credentials>> {
+        let credentials = self.current.load().get(identity).cloned()?;
+        // By our clock. One that is not valid *yet* is shown all the same: the peer's clock decides, and
+        // its refusal names the clock.
+        (credentials.not_after() > (self.clock)()).then_some(credentials)
+    }
+
+    /// The certificate, as soon as there is one. An identity that nobody wanted so far is wanted now.
+    pub async fn wait(
+        &self,
+        identity: &Identity,
+        timeout: Duration,
+    ) -> Result<Arc<Credentials>, Refusal> {
+        // Subscribed before the first look: a certificate that comes in between is not missed.
+        let mut changed = self.subscribe();
+        if let Some(credentials) = self.get(identity) {
+            return Ok(credentials);
+        }
+        self.want(identity, true);
+        let search = async {
+            loop {
+                if let Some(credentials) = self.get(identity) {
+                    return Some(credentials);
+                }
+                changed.changed().await.ok()?;
+            }
+        };
+        let found = tokio::time::timeout(timeout, search).await.ok().flatten();
+        found.ok_or_else(|| self.refusal(identity, timeout))
+    }
+
+    /// Wakes when a certificate is new or gone, or an attempt failed.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// The proxy's own certificate, for connections to the control plane.
+    pub fn client_certificate(&self) -> Option<Arc<ClientCertificate>> {
+        self.own_certificate(&self.lock())
+    }
+
+    /// Why the proxy has no certificate of its own, or cannot renew it.
+    pub fn own_error(&self) -> Option<String> {
+        self.lock().by_identity.get(&self.own).and_then(|entry| entry.error.clone())
+    }
+
+    /// The control plane does not accept our certificate: get another one, valid or not.
+    pub fn own_refused(&self) {
+        if let Some(entry) = self.lock().by_identity.get_mut(&self.own)
+            // Two sides that disagree must not renew without a pause.
+            && entry.since.elapsed() > TICK
+            && entry.backoff.failures == 0
+        {
+            entry.stale = true;
+            entry.due = Instant::now();
+        }
+        self.wanted.notify_one();
+    }
+
+    /// All wanted certificates, by identity.
+    pub fn states(&self) -> Vec<CertificateState> {
+        let state = |(identity, entry): (&Identity, &Entry)| {
+            let held = entry.material.as_ref().map(|m| &m.credentials);
+            CertificateState {
+                identity: identity.to_string(),
+                serial: held.map(|c| c.serial().to_owned()).unwrap_or_default(),
+                not_before: held.map_or(0, |c| c.not_before()),
+                not_after: held.map_or(0, |c| c.not_after()),
+                error: entry.error.clone(),
+            }
+        };
+        let mut states: Vec<_> = self.lock().by_identity.iter().map(state).collect();
+        states.sort_by(|a, b| a.identity.cmp(&b.identity));
+        states
+    }
+
+    /// Fetches and renews until it is stopped.
+    pub async fn run(self: Arc<Self>, mut stopped: watch::Receiver<bool>) {
+        let mut fetches = JoinSet::new();
+        loop {
+            let next = self.start_due(&mut fetches);
+            tokio::select! {
+                _ = stopped.wait_for(|stopped| *stopped) => return,
+                Some(done) = fetches.join_next() => self.finish(done),
+                () = self.wanted.notified() => {}
+                () = tokio::time::sleep_until(next) => self.look_at_roots(),
+            }
+        }
+    }
+
+    fn want(&self, identity: &Identity, urgent: bool) {
+        let mut entries = self.lock();
+        let entries = &mut *entries;
+        let known = entries.by_identity.contains_key(identity);
+        let entry = entries
+            .by_identity
+            .entry(identity.clone())
+            .or_insert_with(|| Entry::new(entries.found.remove(identity), self.random()));
+        entry.urgent |= urgent;
+        if !known && entry.material.is_some() {
+            self.publish(entries);
+        }
+        self.wanted.notify_one();
+    }
+
+    /// Starts what is due and may start. Returns when to look again.
+    fn start_due(&self, fetches: &mut JoinSet<Fetched>) -> Instant {
+        let (instant, now) = (Instant::now(), (self.clock)());
+        let mut entries = self.lock();
+        let entries = &mut *entries;
+        self.drop_expired(entries, now);
+        let own = self.own_certificate(entries);
+        for entry in entries.by_identity.values_mut() {
+            entry.postpone(instant, now);
+        }
+        let mut due: Vec<_> = entries
+            .by_identity
+            .iter_mut()
+            .filter(|(identity, entry)| {
+                // Without its own certificate the proxy cannot ask for others.
+                !entry.in_flight
+                    && entry.due <= instant
+                    && (own.is_some() || **identity == self.own)
+            })
+            .collect();
+        due.sort_by_key(|(identity, entry)| {
+            (**identity != self.own, !entry.urgent, entry.material.is_some(), entry.due)
+        });
+        for (identity, entry) in due.into_iter().take(MAX_FETCHES.saturating_sub(fetches.len())) {
+            entry.in_flight = true;
+            fetches.spawn(self.fetch(identity.clone(), own.clone()));
+        }
+        let waiting = entries.by_identity.values().filter(|e| !e.in_flight && e.due > instant);
+        waiting.map(|entry| entry.due).min().unwrap_or(instant + TICK).min(instant + TICK)
+    }
+
+    /// One request to the CA, with a key of its own.
+    fn fetch(
+        &self,
+        identity: Identity,
+        own: Option<Arc<ClientCertificate>>,
+    ) -> impl Future<Output = Fetched> + Send + use<> {
+        let (issuer, clock) = (self.issuer.clone(), self.clock.clone());
+        let control_plane = self.control_plane.clone();
+        async move {
+            let attempt = async {
+                let request = KeyRequest::new(&identity).map_err(|e| e.to_string())?;
+                let chain = issuer.issue(identity.clone(), request.csr.clone(), own).await;
+                let chain = chain.map_err(|e| e.to_string())?;
+                let roots = control_plane.roots().map_err(|e| e.to_string())?;
+                let material = Material::issued(&identity, &request, &chain, &roots, clock())?;
+                if let Err(e) = material.write(&control_plane.secret_dir) {
+                    tracing::warn!(%identity, "the certificate is not kept for a restart: {e}");
+                }
+                Ok(material)
+            };
+            let result = attempt.await;
+            (identity, result)
+        }
+    }
+
+    fn finish(&self, done: Result<Fetched, tokio::task::JoinError>) {
+        let (identity, result) = match done {
+            Ok(fetched) => fetched,
+            Err(e) => return tracing::error!("a certificate request broke off: {e}"),
+        };
+        let (instant, now, rand) = (Instant::now(), (self.clock)(), self.random());
+        let mut entries = self.lock();
+        let Some(entry) = entries.by_identity.get_mut(&identity) else {
+            // Forgotten meanwhile: so must be what was kept for a restart.
+            return material::remove(&self.control_plane.secret_dir, &identity);
+        };
+        entry.in_flight = false;
+        match result {
+            Ok(material) => {
+                let seconds = material.credentials.not_after().saturating_sub(now);
+                tracing::info!(%identity, serial = material.credentials.serial(), "certificate for {}", span(seconds));
+                *entry = Entry::new(Some(material), rand);
+                entry.stale = false;
+                entry.postpone(instant, now);
+            }
+            Err(error) => {
+                entry.backoff.fail();
+                let pause = Duration::from_millis(entry.backoff.delay_ms(rand));
+                entry.due = instant + pause;
+                tracing::warn!(%identity, "no certificate, next attempt in {pause:?}: {error}");
+                entry.error = Some(error);
+            }
+        }
+        self.publish(&entries);
+    }
+
+    fn drop_expired(&self, entries: &mut Entries, now: u64) {
+        let mut dropped = false;
+        for (identity, entry) in &mut entries.by_identity {
+            let Some(expired) =
+                entry.material.take_if(|material| material.credentials.not_after() <= now)
+            else {
+                continue;
+            };
+            let ago = span(now.saturating_sub(expired.credentials.not_after()));
+            tracing::error!(%identity, "certificate expired {ago} ago by this machine's clock");
+            entry.error.get_or_insert_with(|| format!("expired {ago} ago by this machine's clock"));
+            dropped = true;
+        }
+        if dropped {
+            self.publish(entries);
+        }
+    }
+
+    /// A replaced root file means another CA, or a new root of it: everything is fetched again.
+    fn look_at_roots(&self) {
+        // An unreadable file is reported by who needs it.
+        let Ok(roots) = self.control_plane.roots() else { return };
+        let mut entries = self.lock();
+        if entries.roots == roots {
+            return;
+        }
+        tracing::info!(
+            "{} changed: all certificates are renewed",
+            self.control_plane.root_cert.display()
+        );
+        entries.roots = roots;
+        for entry in entries.by_identity.values_mut() {
+            entry.stale = true;
+            entry.due = Instant::now();
+        }
+    }
+
+    fn own_certificate(&self, entries: &Entries) -> Option<Arc<ClientCertificate>> {
+        let material = entries.by_identity.get(&self.own)?.material.as_ref()?;
+        (material.credentials.not_after() > (self.clock)()).then(|| material.client.clone())
+    }
+
+    /// Puts the certificates into force.
+    fn publish(&self, entries: &Entries) {
+        let held = entries.by_identity.iter();
+        let held = held.filter_map(|(identity, entry)| Some((identity, entry.material.as_ref()?)));
+        let map: HashMap<_, _> =
+            held.map(|(identity, m)| (identity.clone(), m.credentials.clone())).collect();
+        if let Some(metrics) = self.metrics.get() {
+            let before = self.current.load();
+            before
+                .keys()
+                .filter(|id| !map.contains_key(id))
+                .for_each(|id| metrics.forget_certificate(id));
+            map.iter().for_each(|(id, c)| metrics.set_certificate(id, c.not_after()));
+        }
+        self.current.store(Arc::new(map));
+        self.changed.send_modify(|changes| *changes += 1);
+    }
+
+    fn refusal(&self, identity: &Identity, waited: Duration) -> Refusal {
+        let entries = self.lock();
+        let error_of =
+            |identity| entries.by_identity.get(identity).and_then(|e| e.error.as_deref());
+        let own = self.own_certificate(&entries);
+        let why = match (error_of(identity), own, error_of(&self.own)) {
+            (Some(error), _, _) => error.to_owned(),
+            (None, None, Some(error)) => format!("the proxy itself has none: {error}"),
+            (None, None, None) => "the proxy itself has none yet".to_owned(),
+            (None, Some(_), _) => "the CA has not answered yet".to_owned(),
+        };
+        let waited = waited.as_secs_f32();
+        let message = format!("no certificate for {identity} within {waited} s: {why}");
+        Refusal::new(Reason::CertificateUnavailable, message)
+    }
+
+    fn random(&self) -> u64 {
+        // Without random numbers there are no keys either; jitter is the least of it.
+        getrandom::u64().unwrap_or_else(|_| (self.clock)())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    fn new(material: Option<Material>, rand: u64) -> Self {
+        let now = Instant::now();
+        Self {
+            // What an earlier process left under another root serves until the new one is here.
+            stale: material.as_ref().is_some_and(|m| m.foreign_root),
+            material,
+            backoff: Backoff::default(),
+            due: now,
+            in_flight: false,
+            since: now,
+            urgent: false,
+            rand,
+            error: None,
+        }
+    }
+
+    /// Moves on the moment of renewal of a certificate that is not yet due.
+    fn postpone(&mut self, instant: Instant, now: u64) {
+        let Some(material) = &self.material else { return };
+        if self.in_flight || self.stale || self.backoff.failures > 0 || self.due > instant {
+            return;
+        }
+        let (not_before, not_after) =
+            (material.credentials.not_before(), material.credentials.not_after());
+        let wait = Rotation { not_before, not_after }.wait(now, self.rand);
+        self.due = instant + Duration::from_secs(wait);
+    }
+}
+
+fn system_clock() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests;
