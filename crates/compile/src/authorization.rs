@@ -18,7 +18,7 @@ use crate::addresses;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::{
-    AuthorizationPolicy, AuthorizationRule, Condition, Operation, PolicyAction, Source, selects,
+    AuthorizationPolicy, AuthorizationRule, Condition, Operation, PolicyAction, Source,
 };
 use crate::object::{Meta, Objects, Sourced, provenance};
 
@@ -40,16 +40,6 @@ pub(crate) struct Selection {
     /// `None`: all namespaces.
     pub namespace: Option<Str>,
     pub labels: BTreeMap<String, String>,
-}
-
-impl Selection {
-    pub(crate) fn selects(
-        &self,
-        namespace: &str,
-        labels: Option<&BTreeMap<String, String>>,
-    ) -> bool {
-        self.namespace.as_deref().is_none_or(|n| n == namespace) && selects(&self.labels, labels)
-    }
 }
 
 pub(crate) fn compile(objects: &Objects, cx: &mut Context<'_>) -> Vec<Compiled> {

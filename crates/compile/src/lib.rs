@@ -7,6 +7,7 @@
 //! diagnostics, never a panic; the result depends on the objects alone, not on the order in which they
 //! came; every policy and rule carries its provenance.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{PolicyKey, Str};
@@ -80,12 +81,9 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let services = services::compile(objects, &mut cx);
     let authorization = authorization::compile(objects, &mut cx);
     let peers = peer_authentication::compile(objects, &mut cx);
+    let selectors = Selectors::of(&authorization);
     let policies_of = |namespace: &str, pod: &k8s_openapi::api::core::v1::Pod| {
-        let labels = pod.metadata.labels.as_ref();
-        let selecting = authorization.iter().filter(|compiled| {
-            compiled.selection.as_ref().is_some_and(|s| s.selects(namespace, labels))
-        });
-        let mut keys: Vec<PolicyKey> = selecting.map(|c| c.policy.key.clone()).collect();
+        let mut keys = selectors.policies_of(namespace, pod.metadata.labels.as_ref());
         keys.extend(peers.policy_of(namespace, pod).cloned());
         keys.sort_unstable();
         keys
@@ -102,6 +100,33 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let mut diagnostics = cx.diagnostics;
     diagnostics::sort(&mut diagnostics);
     Compiled { workloads, services, policies, diagnostics, pods }
+}
+
+/// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.
+struct Selectors<'a>(BTreeMap<Option<&'a str>, Vec<&'a authorization::Compiled>>);
+
+impl<'a> Selectors<'a> {
+    fn of(policies: &'a [authorization::Compiled]) -> Self {
+        let mut by_namespace: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for compiled in policies {
+            if let Some(selection) = &compiled.selection {
+                by_namespace.entry(selection.namespace.as_deref()).or_default().push(compiled);
+            }
+        }
+        Self(by_namespace)
+    }
+
+    fn policies_of(
+        &self,
+        namespace: &str,
+        labels: Option<&BTreeMap<String, String>>,
+    ) -> Vec<PolicyKey> {
+        let candidates = [None, Some(namespace)].into_iter().filter_map(|ns| self.0.get(&ns));
+        let selecting = candidates.flatten().filter(|compiled| {
+            compiled.selection.as_ref().is_some_and(|s| istio::selects(&s.labels, labels))
+        });
+        selecting.map(|compiled| compiled.policy.key.clone()).collect()
+    }
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ pub(crate) fn compile(
         workload.policies = policies_of(&key.0, pod).into();
         workloads.push(Arc::new(workload));
     }
-    duplicate_addresses(objects, cx);
+    duplicate_addresses(objects, services, cx);
     workloads
 }
 
@@ -219,7 +219,15 @@ fn localities(objects: &Objects, cx: &mut Context<'_>) -> BTreeMap<Str, Locality
 }
 
 /// Two pods with one address: traffic for it reaches one of them, and fails the other's identity check.
-fn duplicate_addresses(objects: &Objects, cx: &mut Context<'_>) {
+/// A pod with a Service's address is never reached.
+fn duplicate_addresses(objects: &Objects, services: &services::ByNamespace, cx: &mut Context<'_>) {
+    let vips = services.values().flatten().flat_map(|s| {
+        s.service
+            .vips
+            .iter()
+            .map(|vip| (vip.ip, format!("Service/{}/{}", s.service.key.namespace, s.service.name)))
+    });
+    let vips: BTreeMap<IpAddr, String> = vips.collect();
     let mut taken: BTreeMap<IpAddr, (&(Str, Str), &Sourced<Pod>)> = BTreeMap::new();
     let mut by_age: Vec<_> = objects.pods.iter().collect();
     by_age.sort_by(|a, b| age(a.0, a.1).cmp(&age(b.0, b.1)));
@@ -229,6 +237,11 @@ fn duplicate_addresses(objects: &Objects, cx: &mut Context<'_>) {
             continue;
         }
         for ip in addresses(&sourced.value) {
+            if let Some(service) = vips.get(&ip) {
+                let message = format!("{ip} is the address of {service}, which gets the traffic");
+                let d = Diagnostic::error(Code::DuplicateAddress, message).field("status.podIP");
+                cx.report(key, sourced, d);
+            }
             let Some((other, first)) = taken.get(&ip) else {
                 taken.insert(ip, (key, sourced));
                 continue;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Namespace, Pod, PodSpec};
 use model::{PolicyKey, Str, StringMatch};
 
 use crate::authorization;
@@ -30,40 +30,63 @@ pub(crate) fn check(
     cx: &mut Context<'_>,
 ) {
     namespaces(&objects.service_accounts, objects, cx);
-    namespaces(&objects.pods, objects, cx);
+    let own = own_pods(objects);
+    namespaces(&own, objects, cx);
     namespaces(&objects.deployments, objects, cx);
     namespaces(&objects.services, objects, cx);
     namespaces(&objects.authorization_policies, objects, cx);
     namespaces(&objects.peer_authentications, objects, cx);
-    accounts(objects, cx);
+    accounts(&own, objects, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);
     policy_sources(objects, policies, cx);
 }
 
-/// Labels of pods, those that run and those that Deployments would make.
+/// Pods that the user wrote: what is wrong with the others is said of their Deployment.
+fn own_pods(objects: &Objects) -> Table<Pod> {
+    let is_own = |namespace: &Str, pod: &Pod| {
+        deployment_of(pod)
+            .is_none_or(|d| !objects.deployments.contains_key(&(namespace.clone(), d.into())))
+    };
+    let pods = objects.pods.iter().filter(|((namespace, _), s)| is_own(namespace, &s.value));
+    pods.map(|(key, sourced)| (key.clone(), sourced.clone())).collect()
+}
+
+/// Labels of pods: those that run, and those that Deployments without pods would make.
 struct Selectable<'a> {
     by_namespace: BTreeMap<&'a str, Vec<(&'a Labels, bool)>>,
 }
 
 impl<'a> Selectable<'a> {
     fn of(objects: &'a Objects) -> Self {
+        let namespaces = objects.namespaces.iter();
+        let namespaces: BTreeMap<&str, &Namespace> =
+            namespaces.map(|((_, name), sourced)| (&**name, &*sourced.value)).collect();
         let mut by_namespace: BTreeMap<&str, Vec<(&Labels, bool)>> = BTreeMap::new();
+        let mut owners = BTreeSet::new();
         for ((namespace, _), sourced) in &objects.pods {
-            let enrolled = enrolment(objects.namespace(namespace), &sourced.value).is_enrolled();
+            let object = namespaces.get(&**namespace).copied();
+            let enrolled = enrolment(object, &sourced.value).is_enrolled();
             let entry = (&sourced.value.metadata.labels, enrolled);
             by_namespace.entry(namespace).or_default().push(entry);
+            owners.extend(deployment_of(&sourced.value).map(|owner| (&**namespace, owner)));
         }
-        for ((namespace, _), sourced) in &objects.deployments {
-            let Some(spec) = &sourced.value.spec else { continue };
-            let Some(metadata) = &spec.template.metadata else { continue };
-            let mut metadata = metadata.clone();
-            metadata.namespace = Some(namespace.to_string());
-            let pod = Pod { metadata, spec: spec.template.spec.clone(), status: None };
-            let enrolled = enrolment(objects.namespace(namespace), &pod).is_enrolled();
-            let Some(metadata) = &spec.template.metadata else { continue };
-            by_namespace.entry(namespace).or_default().push((&metadata.labels, enrolled));
+        for ((namespace, name), sourced) in &objects.deployments {
+            let template = sourced.value.spec.as_ref().map(|s| &s.template);
+            let Some((template, metadata)) = template.and_then(|t| Some((t, t.metadata.as_ref()?)))
+            else {
+                continue;
+            };
+            if owners.contains(&(&**namespace, &**name)) {
+                continue;
+            }
+            let mut pod =
+                Pod { metadata: metadata.clone(), spec: template.spec.clone(), status: None };
+            pod.metadata.namespace = Some(namespace.to_string());
+            let object = namespaces.get(&**namespace).copied();
+            let entry = (&metadata.labels, enrolment(object, &pod).is_enrolled());
+            by_namespace.entry(namespace).or_default().push(entry);
         }
         Self { by_namespace }
     }
@@ -79,6 +102,12 @@ impl<'a> Selectable<'a> {
         let pods = namespaces.flat_map(|(_, pods)| pods);
         pods.filter(|(l, _)| selects(labels, l.as_ref())).map(|(_, enrolled)| *enrolled)
     }
+}
+
+/// The Deployment a pod belongs to, where pods say so directly.
+fn deployment_of(pod: &Pod) -> Option<&str> {
+    let owners = pod.metadata.owner_references.iter().flatten();
+    owners.into_iter().find(|o| o.kind == "Deployment").map(|o| o.name.as_str())
 }
 
 fn exists(namespace: &str, objects: &Objects, cx: &Context<'_>) -> bool {
@@ -99,7 +128,7 @@ fn namespaces<T: Meta>(table: &Table<T>, objects: &Objects, cx: &mut Context<'_>
     }
 }
 
-fn accounts(objects: &Objects, cx: &mut Context<'_>) {
+fn accounts(own_pods: &Table<Pod>, objects: &Objects, cx: &mut Context<'_>) {
     let missing = |namespace: &Str, spec: Option<&PodSpec>| {
         let name = spec.map_or("default", service_account);
         let there = name == "default"
@@ -110,7 +139,7 @@ fn accounts(objects: &Objects, cx: &mut Context<'_>) {
                 .help("a cluster would not start the pod; add the ServiceAccount")
         })
     };
-    for (key, sourced) in &objects.pods {
+    for (key, sourced) in own_pods {
         if let Some(d) = missing(&key.0, sourced.value.spec.as_ref()) {
             cx.report(key, sourced, d.field("spec.serviceAccountName"));
         }

@@ -244,7 +244,7 @@ proptest! {
         let outer = [workload_mode, namespace_mode, mesh_mode];
         let main = outer.iter().flatten().find_map(is_set).unwrap_or(MtlsMode::Permissive);
         let want: Vec<u16> = ALL.iter().copied().filter(|port| {
-            let at_port = workload_mode.and(port_modes.get(port).copied());
+            let at_port = workload_mode.and_then(|_| port_modes.get(port).copied());
             at_port.filter(|m| *m != MtlsMode::Unset).unwrap_or(main) == MtlsMode::Strict
         }).collect();
         prop_assert_eq!(strict_ports(&mesh, "shop/web"), want, "{:?}", policies);
