@@ -253,3 +253,6 @@ fn duplicate_addresses(objects: &Objects, services: &services::ByNamespace, cx: 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

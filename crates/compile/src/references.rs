@@ -264,3 +264,6 @@ fn account_of<'p>(principal: &'p str, cx: &Context<'_>) -> Option<(&'p str, &'p 
     let rest = principal.strip_prefix(&*cx.config.trust_domain)?.strip_prefix("/ns/")?;
     rest.split_once("/sa/")
 }
+
+#[cfg(test)]
+mod tests;

@@ -252,3 +252,6 @@ fn load_balancing(
     };
     LoadBalancing { mode: RoutingMode::Failover, preference, health }
 }
+
+#[cfg(test)]
+mod tests;
