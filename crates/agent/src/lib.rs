@@ -10,3 +10,4 @@ pub mod logging;
 pub mod metrics;
 pub mod readiness;
 pub mod store;
+pub mod xds_client;

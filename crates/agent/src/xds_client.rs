@@ -1,0 +1,289 @@
+//! Keeps the configuration in force what the control plane wants: one delta stream, opened again whenever
+//! it ends.
+//!
+//! Invariants: an acknowledgement is sent after the snapshot it speaks of was published; when the stream
+//! ends everything held stays in force, and the next stream fetches only what differs; the last good
+//! configuration is in force before the control plane has been reached for the first time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use model::{Change, Snapshot};
+use prost::Message;
+use prost_types::Struct;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::{Code, Streaming};
+use tonic_prost::ProstCodec;
+use xds::client::Client;
+use xds::codec::Defaults;
+use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+
+mod status;
+
+use crate::certs::CertStore;
+use crate::channel::{self, ClientCertificate, ControlPlane};
+use crate::disk::{self, Saver};
+use crate::metrics::Termination;
+use crate::store::ConfigStore;
+pub use status::{Refused, XdsPhase, XdsStatus, XdsView};
+
+/// Requests that may wait for the wire: four types, each with an answer and a resynchronisation.
+const REQUESTS: usize = 32;
+/// How long a control plane may take to answer the opening of a stream.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs until `shutdown` says so.
+pub async fn run_xds(
+    control_plane: Arc<ControlPlane>,
+    store: Arc<ConfigStore>,
+    certs: Arc<CertStore>,
+    status: Arc<XdsStatus>,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let defaults = Defaults { trust_domain: control_plane.trust_domain.clone() };
+    let client = Client::new(node(&control_plane), defaults);
+    let trust_domain = control_plane.trust_domain.to_string();
+    let saver = Saver::start(control_plane.state_dir.clone(), trust_domain);
+    let mut session = Session { control_plane, store, certs, status, client, saver };
+    session.restore();
+    tokio::select! {
+        () = session.keep_connected() => {}
+        _ = shutdown.wait_for(|stop| *stop) => {}
+    }
+    // The saver writes what it has when it is dropped: not on this thread, which has a drain to finish.
+    let saver = session.saver;
+    let _ = tokio::task::spawn_blocking(move || drop(saver)).await;
+}
+
+struct Session {
+    control_plane: Arc<ControlPlane>,
+    store: Arc<ConfigStore>,
+    certs: Arc<CertStore>,
+    status: Arc<XdsStatus>,
+    client: Client,
+    saver: Saver,
+}
+
+/// Why a stream ended, in words for a person.
+struct Ended {
+    why: String,
+    termination: Termination,
+    /// The control plane does not know us.
+    unauthenticated: bool,
+}
+
+impl Session {
+    /// Puts the last good configuration into force.
+    fn restore(&mut self) {
+        let dir = &self.control_plane.state_dir;
+        let last_good = match disk::load(dir, &self.control_plane.trust_domain) {
+            Ok(Some(last_good)) => last_good,
+            Ok(None) => return,
+            Err(e) => return tracing::warn!("no configuration from disk: {e}"),
+        };
+        let (mut changes, unreadable) = self.client.restore(last_good.resources);
+        for error in unreadable {
+            tracing::warn!("left out of the configuration on disk: {error}");
+        }
+        changes.push(Change::SetVersion(last_good.version));
+        let snapshot = Snapshot::default().with(changes);
+        tracing::info!(version = %last_good.version, ?snapshot, "configuration from disk in force");
+        self.store.publish(snapshot);
+        self.status.update(|view| {
+            view.phase = XdsPhase::FromDisk;
+            view.version = last_good.version.to_string();
+        });
+    }
+
+    async fn keep_connected(&mut self) {
+        loop {
+            let own = self.own_certificate().await;
+            let Ended { why, termination, unauthenticated } = self.stream(&own).await;
+            if unauthenticated {
+                self.certs.own_refused();
+            }
+            let rand = getrandom::u64().unwrap_or_default();
+            let pause = self.client.retry_in(rand);
+            tracing::warn!("no configuration stream, next attempt in {pause:?}: {why}");
+            self.status.ended(why, termination);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Waits for the certificate that the control plane wants to see.
+    async fn own_certificate(&self) -> Arc<ClientCertificate> {
+        let mut changed = self.certs.subscribe();
+        loop {
+            if let Some(own) = self.certs.client_certificate() {
+                return own;
+            }
+            let why = self.certs.own_error();
+            self.status.update(|view| view.error = Some(waiting_for_certificate(why)));
+            // Cannot end: we hold the store.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// One stream from its opening to its end.
+    async fn stream(&mut self, own: &ClientCertificate) -> Ended {
+        let (requests, outgoing) = mpsc::channel(REQUESTS);
+        let mut incoming = match self.open(own, outgoing).await {
+            Ok(incoming) => incoming,
+            Err(ended) => return ended,
+        };
+        for request in self.client.connect() {
+            // Fails only when the stream has ended, and that is said below.
+            let _ = requests.send(request).await;
+        }
+        self.status.connected(&self.control_plane.address);
+        loop {
+            match incoming.message().await {
+                Ok(Some(response)) => {
+                    for answer in self.apply(response) {
+                        let _ = requests.send(answer).await;
+                    }
+                }
+                Ok(None) => {
+                    return Ended::because(
+                        "the control plane ended the stream",
+                        Termination::Complete,
+                    );
+                }
+                Err(status) => return Ended::from(&status),
+            }
+        }
+    }
+
+    async fn open(
+        &self,
+        own: &ClientCertificate,
+        requests: mpsc::Receiver<DeltaDiscoveryRequest>,
+    ) -> Result<Streaming<DeltaDiscoveryResponse>, Ended> {
+        let failed = |why: String| Ended::because(why, Termination::ConnectionError);
+        let channel = channel::connect(&self.control_plane, Some(own))
+            .await
+            .map_err(|e| failed(e.to_string()))?;
+        let opening = async {
+            let mut grpc = Grpc::new(channel).max_decoding_message_size(xds::MAX_RESPONSE_BYTES);
+            grpc.ready().await.map_err(|e| failed(channel::explain(&e)))?;
+            let codec = ProstCodec::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>::default();
+            let path = PathAndQuery::from_static(xds::DELTA_PATH);
+            let request = tonic::Request::new(ReceiverStream::new(requests));
+            grpc.streaming(request, path, codec).await.map_err(|status| Ended::from(&status))
+        };
+        match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
+            Ok(opened) => opened.map(tonic::Response::into_inner),
+            Err(_) => Err(failed(format!(
+                "{} does not answer within {} s",
+                self.control_plane.address,
+                OPEN_TIMEOUT.as_secs()
+            ))),
+        }
+    }
+
+    /// Puts a response into force; returns what to answer.
+    fn apply(&mut self, response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
+        let type_url = response.type_url.clone();
+        let size = response.encoded_len();
+        let batch = self.client.handle(response);
+        for error in &batch.refused {
+            tracing::warn!("refused from the control plane, what was there before stays: {error}");
+        }
+        for mismatch in &batch.mismatches {
+            tracing::error!(resync = mismatch.resync, "{mismatch}");
+        }
+        if !batch.changes.is_empty() {
+            let snapshot = self.store.load().with(batch.changes);
+            self.store.publish(snapshot);
+            self.saver.submit(self.client.held(), self.store.load_full());
+        }
+        let (refused, mismatches) = (batch.refused.len(), batch.mismatches.len());
+        self.report(&type_url, size, refused, mismatches);
+        batch.receipt.answers()
+    }
+
+    fn report(&self, type_url: &str, size: usize, refused: usize, mismatches: usize) {
+        let version = self.store.load().version();
+        let all_refused = self.client.refused();
+        let all_refused: Vec<_> = all_refused
+            .map(|(kind, name, why)| Refused {
+                kind: kind.to_string(),
+                name: name.to_string(),
+                why: why.to_owned(),
+            })
+            .take(status::MAX_REFUSED)
+            .collect();
+        self.status.received(type_url, size, refused, version, now());
+        self.status.update(|view| {
+            if self.client.is_synced() {
+                view.phase = XdsPhase::Synced;
+                view.was_synced = true;
+            }
+            view.version = version.to_string();
+            view.responses += 1;
+            view.mismatches += mismatches as u64;
+            view.refused = all_refused;
+            view.disk_error = self.saver.error();
+            view.updated_at = now();
+        });
+    }
+}
+
+impl Ended {
+    fn because(why: impl Into<String>, termination: Termination) -> Self {
+        Self { why: why.into(), termination, unauthenticated: false }
+    }
+}
+
+impl From<&tonic::Status> for Ended {
+    fn from(status: &tonic::Status) -> Self {
+        let why = match std::error::Error::source(status) {
+            Some(source) => channel::explain(source),
+            None => format!("the control plane says: {} ({:?})", status.message(), status.code()),
+        };
+        let unauthenticated = status.code() == Code::Unauthenticated;
+        Self { why, termination: Termination::Error, unauthenticated }
+    }
+}
+
+fn waiting_for_certificate(why: Option<String>) -> String {
+    match why {
+        Some(why) => format!("the proxy has no certificate to show to the control plane: {why}"),
+        None => "waiting for the proxy's first certificate".to_owned(),
+    }
+}
+
+/// Who we are, in the words of Istio's control plane.
+fn node(control_plane: &ControlPlane) -> Node {
+    let text = |s: &str| prost_types::Value {
+        kind: Some(prost_types::value::Kind::StringValue(s.to_owned())),
+    };
+    let ControlPlane { node, cluster, network, trust_domain, .. } = control_plane;
+    let fields: BTreeMap<_, _> = [
+        ("NODE_NAME", node.as_str()),
+        ("CLUSTER_ID", &**cluster),
+        ("NETWORK", &**network),
+        ("TRUST_DOMAIN", &**trust_domain),
+        ("NAMESPACE", "istio-system"),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_owned(), text(value)))
+    .collect();
+    Node {
+        // type~address~name.namespace~domain; the address says nothing about a node proxy.
+        id: format!("ztunnel~0.0.0.0~ztunnel-{node}.istio-system~istio-system.svc.cluster.local"),
+        cluster: "ztunnel".to_owned(),
+        metadata: Some(Struct { fields }),
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests;
