@@ -21,7 +21,7 @@ use crate::serve::{self, Limits};
 use crate::signer::{SignError, Signer};
 use crate::tls::{ServerCertificate, server_config};
 use crate::watch as folders;
-use crate::world::{Builder, Latest};
+use crate::world::{Builder, Latest, World};
 use crate::{registry, status};
 
 /// How often certificates are looked at at least. A clock may be set at any time.
@@ -179,21 +179,22 @@ fn watch_folders(
     let mut builder = Builder::new(config.mesh.clone(), epoch);
     let mut reporter = Reporter::default();
     let state_dir = config.state_dir.clone();
-    let mut last = None;
+    let mut last: Option<Arc<World>> = None;
     folders::start(config.dirs.clone(), move |update| {
         let latest = builder.update(update, Instant::now());
-        let push = latest.world.as_ref().map(|world| world.push());
         if let Some(world) = &latest.world {
             let [workloads, services, policies] = world.counts;
-            let counts = [("workloads", workloads), ("services", services), ("policies", policies)];
-            let seconds = world.compile_time.as_secs_f64();
-            control.metrics.compiled(seconds, counts, &latest.diagnostics);
-            if push != last {
+            control.metrics.counted(&world.counts, &latest.diagnostics);
+            if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, world)) {
+                control.metrics.compiled(world.compile_time.as_secs_f64());
+            }
+            if last.as_ref().map(|last| last.push()) != Some(world.push()) {
                 control.metrics.pushed();
-                tracing::info!(push = %world.push(), workloads, services, policies, seconds, "new configuration");
+                let took = world.compile_time;
+                tracing::info!(push = %world.push(), workloads, services, policies, ?took, "new configuration");
             }
         }
-        last = push;
+        last = latest.world.clone();
         publish.send_replace(latest.clone());
         reporter.report(&latest, &state_dir);
     })

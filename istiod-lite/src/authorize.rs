@@ -161,6 +161,14 @@ impl Subject {
             Self::Proxy { identity, .. } | Self::Workload { identity } => identity,
         }
     }
+
+    /// A word for the metric.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Proxy { .. } => "proxy",
+            Self::Workload { .. } => "workload",
+        }
+    }
 }
 
 /// Decides a certificate request. `requested` is what the caller wants to impersonate; `None` asks for

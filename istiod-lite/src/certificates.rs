@@ -13,7 +13,7 @@ use crate::authorize::{Caller, Refused, Subject, may_sign, node_dns_name};
 use crate::ca::pem;
 use crate::control::{Control, Peer};
 use crate::csr::{Csr, CsrError};
-use crate::signer::{LeafRequest, SignError};
+use crate::signer::{Issued, LeafRequest, SignError};
 
 /// A pod and its proxy can be quicker than the file that tells us about the pod: a request that would be
 /// refused for want of a pod waits this long for one. The file watch needs a tenth of it.
@@ -90,11 +90,19 @@ async fn decide_and_sign(
     let subject = allowed(control, &caller, requested.as_ref()).await?;
     let csr = Csr::parse(&request.csr)?;
     csr.check_names(subject.identity())?;
+    let issued = sign(control, &subject, csr, request.validity_duration, now).await?;
     if let (Caller::Token { .. }, Some(token)) = (&caller, token) {
-        // Last of all checks, so that a mistake does not cost the token; of two that race one wins.
+        // Last of all, so that no mistake costs the token. Of two callers that race with it, one gets
+        // its certificate; that of the other is dropped here.
         control.tokens().redeem(token).ok_or(Refused::UnknownToken)?;
     }
-    sign(control, peer, &caller, subject, csr, request.validity_duration, now).await
+    control.metrics.issued(subject.kind());
+    tracing::info!(
+        node = %caller.node(), peer = %peer.address, identity = %subject.identity(),
+        serial = issued.serial, "certificate issued"
+    );
+    let chain = issued.chain.iter().chain(&issued.roots);
+    Ok(IstioCertificateResponse { cert_chain: chain.map(|der| pem("CERTIFICATE", der)).collect() })
 }
 
 /// The decision; waits a little for a pod that we have not heard of yet.
@@ -123,35 +131,24 @@ async fn allowed(
 
 async fn sign(
     control: &Control,
-    peer: &Peer,
-    caller: &Caller,
-    subject: Subject,
+    subject: &Subject,
     csr: Csr,
     validity: i64,
     now: SystemTime,
-) -> Result<IstioCertificateResponse, NoCertificate> {
+) -> Result<Issued, SignError> {
     let wished = u64::try_from(validity).ok().filter(|s| *s > 0).map(Duration::from_secs);
-    let lifetime = wished.unwrap_or(control.leaf_ttl).min(control.leaf_ttl);
-    let (kind, dns_names) = match &subject {
-        Subject::Proxy { node, .. } => ("proxy", vec![node_dns_name(node)]),
-        Subject::Workload { .. } => ("workload", vec![]),
+    let dns_names = match subject {
+        Subject::Proxy { node, .. } => vec![node_dns_name(node)],
+        Subject::Workload { .. } => vec![],
     };
-    let identity = subject.identity().clone();
     let leaf = LeafRequest {
         public_key: csr.public_key,
-        identity: identity.clone(),
+        identity: subject.identity().clone(),
         dns_names,
         addresses: vec![],
-        lifetime,
+        lifetime: wished.unwrap_or(control.leaf_ttl).min(control.leaf_ttl),
     };
-    let issued = control.signer.sign(leaf, now).await?;
-    control.metrics.issued(kind);
-    tracing::info!(
-        node = %caller.node(), peer = %peer.address, %identity, serial = issued.serial,
-        lifetime = ?lifetime, "certificate issued"
-    );
-    let chain = issued.chain.iter().chain(&issued.roots);
-    Ok(IstioCertificateResponse { cert_chain: chain.map(|der| pem("CERTIFICATE", der)).collect() })
+    control.signer.sign(leaf, now).await
 }
 
 fn bearer(headers: &HeaderMap) -> Result<Option<&str>, Refused> {

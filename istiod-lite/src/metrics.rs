@@ -145,16 +145,15 @@ impl Metrics {
         self.handshakes_failed.get_or_create(&Reason { reason }).inc();
     }
 
-    pub(crate) fn compiled(
-        &self,
-        seconds: f64,
-        counts: [(&'static str, usize); 3],
-        found: &[Diagnostic],
-    ) {
+    pub(crate) fn compiled(&self, seconds: f64) {
         self.compile.observe(seconds);
-        for (kind, count) in counts {
+    }
+
+    /// Workloads, services and policies; and what is wrong with them.
+    pub(crate) fn counted(&self, counts: &[usize; 3], found: &[Diagnostic]) {
+        for (kind, count) in ["workloads", "services", "policies"].into_iter().zip(counts) {
             let gauge = self.objects.get_or_create_owned(&Kind { kind: kind.into() });
-            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+            gauge.set(i64::try_from(*count).unwrap_or(i64::MAX));
         }
         for severity in [Severity::Error, Severity::Warning, Severity::Info] {
             let count = found.iter().filter(|d| d.severity == severity).count();

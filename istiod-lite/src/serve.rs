@@ -1,10 +1,11 @@
 //! The port of proxies: TLS, HTTP/2, and the two gRPC methods. Every step has a limit, since anyone who
 //! reaches the port can start one.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -36,6 +37,9 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_STRANGERS: usize = 128;
 /// Connections in their handshake. Beyond it they wait in the kernel.
 const MAX_HANDSHAKES: usize = 128;
+/// Handshakes and strangers from one address: a pod that opens connections to keep others out keeps only
+/// itself out. A proxy opens a handful, and many of them may be behind one address in a test.
+const MAX_PER_ADDRESS: usize = 48;
 /// A handshake is two round trips and a millisecond of arithmetic.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// What a stranger's connection is good for is one certificate call.
@@ -58,6 +62,38 @@ pub(crate) struct Limits {
     handshakes: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
+    /// Handshakes and strangers by address.
+    addresses: Mutex<BTreeMap<IpAddr, usize>>,
+}
+
+/// One connection of an address; counted out when dropped.
+struct Place {
+    limits: Arc<Limits>,
+    address: IpAddr,
+}
+
+impl Limits {
+    fn place(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = addresses.entry(address).or_default();
+        if *count >= MAX_PER_ADDRESS {
+            return None;
+        }
+        *count += 1;
+        Some(Place { limits: self.clone(), address })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut addresses = self.limits.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = addresses.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                addresses.remove(&self.address);
+            }
+        }
+    }
 }
 
 impl Default for Limits {
@@ -66,6 +102,7 @@ impl Default for Limits {
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             strangers: Arc::new(Semaphore::new(MAX_STRANGERS)),
+            addresses: Mutex::default(),
         }
     }
 }
@@ -87,12 +124,19 @@ pub(crate) async fn accept(
         };
         match accepted {
             Ok((tcp, address)) => {
+                let Some(place) = limits.place(address.ip()) else {
+                    control.metrics.connection_failed("too_many_from_address");
+                    tracing::debug!(peer = %address, "connection refused: too many from this address");
+                    continue;
+                };
                 let (acceptor, control, limits) =
                     (acceptor.clone(), control.clone(), limits.clone());
                 tokio::spawn(async move {
                     let shaken = handshake(acceptor, tcp, address, &control).await;
                     drop(permit);
                     if let Some((stream, peer)) = shaken {
+                        // Who has shown a certificate of ours no longer counts for its address.
+                        let _place = peer.certificate.is_none().then_some(place);
                         serve(stream, peer, control, &limits).await;
                     }
                 });

@@ -132,7 +132,8 @@ impl Loop {
             let mut news = self.tree.refresh(&batch.paths);
             if batch.rescan || now >= next_scan {
                 news.extend(self.rescan());
-                next_scan = Instant::now() + self.interval();
+                // At most a fiftieth of the time goes into looking.
+                next_scan = Instant::now() + self.interval().max(50 * now.elapsed());
             }
             let now_wrong = self.diagnostics();
             if !news.is_empty() || now_wrong != diagnostics {

@@ -224,3 +224,27 @@ async fn the_root_survives_a_restart() {
     proxy.certificate(Call::default()).await.unwrap();
     second.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_cannot_keep_others_out() {
+    let w = two_nodes().await;
+    let node = w.node("node-1").await;
+    let mut idle = Vec::new();
+    // Connections that never start their handshake. The kernel accepts all of them.
+    for _ in 0..60 {
+        idle.push(tokio::net::TcpStream::connect(w.address()).await.unwrap());
+    }
+    within("refused", async {
+        while !w.running.metrics().contains("too_many_from_address") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    // From another address of loopback everything goes on.
+    let channel =
+        Channel::open_from("127.0.0.2", w.address(), w.roots(), Some(&node)).await.unwrap();
+    channel.certificate(Call::default()).await.unwrap();
+    drop(idle);
+    within("room again", async { while w.with(&node).await.is_err() {} }).await;
+    w.running.stop().await;
+}

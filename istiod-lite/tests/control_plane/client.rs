@@ -186,6 +186,15 @@ impl Channel {
         roots: Vec<CertificateDer<'static>>,
         svid: Option<&Svid>,
     ) -> Result<Self, String> {
+        Self::open_from("127.0.0.1", address, roots, svid).await
+    }
+
+    pub(crate) async fn open_from(
+        source: &str,
+        address: SocketAddr,
+        roots: Vec<CertificateDer<'static>>,
+        svid: Option<&Svid>,
+    ) -> Result<Self, String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut store = rustls::RootCertStore::empty();
         roots.into_iter().for_each(|root| store.add(root).unwrap());
@@ -201,7 +210,9 @@ impl Channel {
             }
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
-        let tcp = tokio::net::TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+        let socket = tokio::net::TcpSocket::new_v4().map_err(|e| e.to_string())?;
+        socket.bind((source.parse::<std::net::IpAddr>().unwrap(), 0).into()).unwrap();
+        let tcp = socket.connect(address).await.map_err(|e| e.to_string())?;
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
         let name = SERVER_NAME.try_into().unwrap();
         let tls = connector.connect(name, tcp).await.map_err(|e| e.to_string())?;

@@ -82,7 +82,7 @@ async fn a_broken_file_keeps_its_last_good_state_and_is_named() {
     within("diagnosed", async {
         loop {
             let text = std::fs::read_to_string(state_file(&w, "diagnostics.json")).unwrap();
-            if text.contains("policy.yaml:2") && text.contains("last_good_in_force") {
+            if text.contains("policy.yaml:3") && text.contains("last_good_in_force") {
                 break;
             }
             tokio::task::yield_now().await;
@@ -90,7 +90,7 @@ async fn a_broken_file_keeps_its_last_good_state_and_is_named() {
     })
     .await;
     let (_, page) = get(w.running.status, "/debug/diagnostics").await;
-    assert!(page.contains("policy.yaml:2"), "{page}");
+    assert!(page.contains("policy.yaml:3"), "{page}");
     // Everything else goes on, and the policy is still there.
     w.write("api.yaml", &pod("shop", "api-1", "api", "node-1", "10.244.1.3"));
     let (number, log) = stream.until_marker().await;
@@ -100,7 +100,7 @@ async fn a_broken_file_keeps_its_last_good_state_and_is_named() {
     w.write("policy.yaml", &policy("no-db", "db", 5433));
     assert_eq!(stream.until_marker().await, (3, vec!["+Authorization/shop/no-db".to_owned()]));
     let (_, page) = get(w.running.status, "/debug/diagnostics").await;
-    assert!(!page.contains("policy.yaml:2"), "{page}");
+    assert!(!page.contains("policy.yaml:3"), "{page}");
     w.running.stop().await;
 }
 

@@ -1,8 +1,11 @@
 //! The control plane inside this process, over real sockets, folders and TLS.
 
+// `cfg(test)` tells the linter that helpers are tests, too.
+#[cfg(test)]
 mod certificates;
-// `cfg(test)` tells the linter that these are tests.
 #[cfg(test)]
 mod client;
+#[cfg(test)]
 mod discovery;
+#[cfg(test)]
 mod startup;
