@@ -67,6 +67,12 @@ pub fn get(url: &str, patience: Duration) -> Result<()> {
     Ok(())
 }
 
+/// The status of one answer; its body is not looked at.
+pub fn status(url: &str, patience: Duration) -> Result<u16> {
+    let url = Url::parse(url)?;
+    Ok(Talk::begin(url.address()?, patience)?.ask(&url, true)?.0)
+}
+
 /// Asks again and again on one connection, and prints each answer; an error once the connection is lost.
 /// `count` 0: until then.
 pub fn ping(url: &str, count: u64, every: Duration, patience: Duration) -> Result<()> {

@@ -5,7 +5,8 @@
 
 use serde_json::Value;
 
-use super::results::{MemoryStep, Results, Sample};
+use super::results::{MemoryStep, Results, Sample, Size};
+use super::stats::Spread;
 use super::world::Arm;
 
 /// One number with its two bars.
@@ -155,9 +156,21 @@ fn memory(results: &Results) -> Vec<Bar> {
 }
 
 fn sizes(results: &Results) -> Vec<Bar> {
-    let start = results.start.iter().map(|s| s.ready_ms).max_by(f64::total_cmp);
+    let size = |workloads: u32, value: fn(&Size) -> f64| {
+        results.sizes.iter().find(|s| s.workloads == workloads).map(value)
+    };
+    let start = Spread::of(results.start_ms.iter().copied()).map(|s| s.max);
     vec![
-        at_most("start to ready, ms, the slower node", 61.0, 30.0, 0, start),
+        at_most("RSS MB, 10k workloads", 35.0, 20.0, 0, size(10_000, |s| s.rss_after_changes_mb)),
+        at_most(
+            "RSS MB, 100k workloads",
+            188.0,
+            80.0,
+            0,
+            size(100_000, |s| s.rss_after_changes_mb),
+        ),
+        at_most("RSS MB, 100k workloads, peak", 249.0, 120.0, 0, size(100_000, |s| s.peak_mb)),
+        at_most("start to ready, ms, the slowest", 61.0, 30.0, 0, start),
         at_most(
             "binary, MB",
             16.7,

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod procfs;
 pub mod render;
 pub mod results;
+pub mod sizes;
 pub mod stats;
 pub mod suite;
 pub mod sysctl;

@@ -23,7 +23,9 @@ pub struct Results {
     pub lines: Vec<Line>,
     pub noise: Vec<Noise>,
     pub memory: Vec<MemoryStep>,
-    pub start: Vec<StartTime>,
+    /// From the start of a proxy to ready with a small configuration, several times.
+    pub start_ms: Vec<f64>,
+    pub sizes: Vec<Size>,
     /// Of the ztunnel that was measured, as it is on disk.
     pub binary_mb: f64,
     /// Output of the `snapshot` benchmark.
@@ -95,11 +97,20 @@ pub struct MemoryStep {
     pub peak_mb: Vec<f64>,
 }
 
-/// How long a proxy took from its start to ready.
+/// One proxy with a configuration of some size.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct StartTime {
-    pub node: String,
+pub struct Size {
+    pub workloads: u32,
     pub ready_ms: f64,
+    pub cpu_s_to_ready: f64,
+    /// Three seconds after ready.
+    pub rss_mb: f64,
+    /// After changes of one workload each.
+    pub rss_after_changes_mb: f64,
+    pub peak_mb: f64,
+    pub proxy_cpu_ms_per_change: f64,
+    pub control_plane_cpu_ms_per_change: f64,
+    pub control_plane_rss_mb: f64,
 }
 
 impl Sample {

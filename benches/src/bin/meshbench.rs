@@ -12,8 +12,13 @@ use meshload::bench::results::Results;
 use meshload::bench::suite::{self, Task};
 use meshload::bench::sysctl::{self, Allowed, CONGESTION_PIN};
 use meshload::bench::world::{Arm, Programs, World};
-use meshload::bench::{memory, render};
+use meshload::bench::{memory, render, sizes};
 use serde_json::Value;
+
+/// Workloads in a configuration.
+const SIZES: [u32; 3] = [10, 10_000, 100_000];
+/// Starts of a proxy, for the spread.
+const STARTS: usize = 5;
 
 #[derive(Parser)]
 #[command(version, about = "The same load with and without the mesh, in turns")]
@@ -80,6 +85,7 @@ fn full(options: &Options) -> Result<()> {
     );
     bench.memory()?;
     bench.lines(&wanted(options, |_| true))?;
+    bench.sizes()?;
     bench.programs_of_their_own()?;
     let results = &bench.results;
     let folder = options.out.join("results");
@@ -142,7 +148,8 @@ impl Bench {
             lines: vec![],
             noise: vec![],
             memory: vec![],
-            start: vec![],
+            start_ms: vec![],
+            sizes: vec![],
             binary_mb: f64::from(u32::try_from(size).unwrap_or(u32::MAX)) / 1e6,
             snapshot: None,
             handshakes: vec![],
@@ -198,6 +205,27 @@ impl Bench {
             }
         }
         world.down()
+    }
+
+    /// Proxies with configurations of several sizes.
+    fn sizes(&mut self) -> Result<()> {
+        say("start to ready")?;
+        for _ in 0..STARTS {
+            match sizes::start_time(&self.programs, &self.folder) {
+                Ok(time) => self.results.start_ms.push(time.as_secs_f64() * 1e3),
+                Err(error) => self.results.missing.push(format!("start to ready: {error:#}")),
+            }
+        }
+        for workloads in SIZES {
+            say(&format!("{workloads} workloads"))?;
+            match sizes::measure(&self.programs, &self.folder, workloads) {
+                Ok(size) => self.results.sizes.push(size),
+                Err(error) => {
+                    self.results.missing.push(format!("{workloads} workloads: {error:#}"))
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What needs no mesh: one change of the configuration, one handshake.
