@@ -20,6 +20,7 @@ mod enrolment;
 mod folder;
 pub mod istio;
 mod kinds;
+mod labels;
 pub mod local;
 mod object;
 mod parse;

@@ -6,13 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Namespace, Pod, PodSpec};
-use model::{PolicyKey, Str, StringMatch};
+use model::{PolicyKey, Scope, Str, StringMatch};
 
 use crate::authorization;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::enrolment;
 use crate::istio::selects;
+use crate::labels;
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::services::ByNamespace;
@@ -37,6 +38,7 @@ pub(crate) fn check(
     namespaces(&objects.authorization_policies, objects, cx);
     namespaces(&objects.peer_authentications, objects, cx);
     accounts(&own, objects, cx);
+    labels::check(objects, &own, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);
@@ -183,15 +185,38 @@ fn policy_selectors(
         let PolicyKey { namespace, name } = &compiled.policy.key;
         let key = (namespace.clone(), name.clone());
         let Some(sourced) = objects.authorization_policies.get(&key) else { continue };
-        let Some(selection) = &compiled.selection else { continue };
+        let Some(selection) = &compiled.selection else {
+            if compiled.policy.scope == Scope::Namespace {
+                whole_namespace(&key, sourced, selectable, cx);
+            }
+            continue;
+        };
         let found = selectable.selected(selection.namespace.as_deref(), &selection.labels);
         judge(&key, sourced, found, cx);
     }
     for (key, sourced) in &objects.peer_authentications {
-        let Some(selector) = &sourced.value.spec.selector else { continue };
-        if !selector.match_labels.is_empty() {
-            judge(key, sourced, selectable.selected(Some(&key.0), &selector.match_labels), cx);
+        let selector = sourced.value.spec.selector.as_ref();
+        match selector.map(|s| &s.match_labels).filter(|labels| !labels.is_empty()) {
+            Some(labels) => judge(key, sourced, selectable.selected(Some(&key.0), labels), cx),
+            None if key.0 == cx.config.root_namespace => {}
+            None => whole_namespace(key, sourced, selectable, cx),
         }
+    }
+}
+
+/// A policy for a namespace of which no pod belongs to the mesh.
+fn whole_namespace<T: Meta>(
+    key: &(Str, Str),
+    sourced: &Sourced<T>,
+    selectable: &Selectable<'_>,
+    cx: &mut Context<'_>,
+) {
+    let everything = BTreeMap::new();
+    let mut pods = selectable.selected(Some(&key.0), &everything).peekable();
+    if pods.peek().is_some() && pods.all(|enrolled| !enrolled) {
+        let message = "no pod of the namespace is in the mesh: nothing enforces this policy";
+        let d = Diagnostic::warning(Code::NotInMesh, message);
+        cx.report(key, sourced, d.help("label the namespace istio.io/dataplane-mode: ambient"));
     }
 }
 

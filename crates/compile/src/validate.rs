@@ -93,6 +93,9 @@ fn pod_spec(at: &str, spec: &PodSpec, report: Report<'_>) {
     {
         report(format!("{at}.serviceAccountName"), message);
     }
+    if spec.containers.is_empty() {
+        report(format!("{at}.containers"), "a pod needs at least one container".into());
+    }
     let mut names = BTreeMap::new();
     let init = spec.init_containers.iter().flatten().enumerate().map(|c| ("initContainers", c));
     let main = spec.containers.iter().enumerate().map(|c| ("containers", c));

@@ -103,7 +103,8 @@ pub struct PodPlan {
     pub enrolment: Enrolment,
     /// `file:line` of the object that asks for it.
     pub origin: String,
-    /// Changes when what should run changes: a running pod with another hash is to be replaced.
+    /// Changes when what should run changes: a running pod with another hash is to be replaced. Labels
+    /// and annotations of a pod that no Deployment made are not part of it: they change in place.
     pub template_hash: Str,
 }
 

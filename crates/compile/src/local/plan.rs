@@ -79,8 +79,8 @@ fn candidates<'a>(objects: &'a Objects, diagnostics: &mut Vec<Diagnostic>) -> Ve
     for ((namespace, name), sourced) in &objects.pods {
         let mut pod = (*sourced.value).clone();
         pod.status = None;
-        let what = (&pod.metadata.labels, &pod.metadata.annotations, &pod.spec);
-        let hash = deployments::letters(deployments::hash_of(&what), 9);
+        // Labels and annotations of a pod may change while it runs; what it runs may not.
+        let hash = deployments::letters(deployments::hash_of(&pod.spec), 9);
         let id = format!("{namespace}/{name}");
         all.push(Candidate { id, pod, hash, owner: None, origin: &sourced.origin });
     }

@@ -266,7 +266,8 @@ fn values_out_of_range() {
         "{containers: [{name: A}, {name: b}, {name: b}]}",
         &["spec.containers[0].name", "spec.containers[2].name"],
     );
-    spec("v1", "Pod", "{nodeName: a/b, containers: []}", &["spec.nodeName"]);
+    spec("v1", "Pod", "{containers: []}", &["spec.containers"]);
+    spec("v1", "Pod", "{nodeName: a/b, containers: [{name: a}]}", &["spec.nodeName"]);
     let deployment = "{replicas: -1, selector: {}, template: {}}";
     spec("apps/v1", "Deployment", deployment, &["spec.replicas"]);
 }
@@ -287,6 +288,6 @@ fn lists_and_quantities() {
 #[test]
 fn generated_objects_name_their_source() {
     let text = "{apiVersion: v1, kind: Pod, metadata: {name: p, annotations: {ambit.io/origin: 'shop.yaml:12'}}, \
-                spec: {containers: []}}";
+                spec: {containers: [{name: a}]}}";
     assert_eq!(parse_file("state/x.json", text).objects[0].origin.to_string(), "shop.yaml:12");
 }

@@ -80,5 +80,8 @@ fn selectors() {
         let found = Mesh::new(&(policy("app: web") + &both)).compiled.diagnostics;
         assert_eq!(found[0].code, Code::NotInMesh);
         assert!(found[0].message.starts_with("1 of the 2 pods"), "{}", found[0].message);
+        let wide = policy("app: web").replace("selector: {matchLabels: {app: web}}", "");
+        assert!(warnings(&(wide.clone() + &both)).is_empty());
+        assert_eq!(warnings(&(wide + &outside)), [format!("not_in_mesh {kind}/default/p ")]);
     }
 }
