@@ -168,7 +168,7 @@ fn form(compiled: &Compiled) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn any_text_is_survived(text in "[-a-z0-9:{}\\[\\],&*!|>'\"#%@<\n\t ~.?]{0,200}") {

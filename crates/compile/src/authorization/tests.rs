@@ -492,7 +492,7 @@ fn says(rule: &AuthorizationRule, peer: &str, ip: &str, port: u16) -> Option<boo
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
     /// Whatever the rule: what it certainly denies is denied; what it does not certainly allow is not
     /// allowed; and where nothing needs a waypoint, the answer is exactly the rule's.
@@ -538,7 +538,10 @@ fn enforced(
     port: u16,
 ) -> bool {
     use crate::istio::AuthorizationPolicySpec;
-    let mut objects = crate::testing::objects(&world());
+    // Read once: thousands of cases share it.
+    static WORLD: std::sync::LazyLock<Objects> =
+        std::sync::LazyLock::new(|| crate::testing::objects(&world()));
+    let mut objects = WORLD.clone();
     let spec = AuthorizationPolicySpec {
         rules: Some(vec![rule.clone()]),
         action,
