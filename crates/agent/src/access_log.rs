@@ -24,7 +24,7 @@ use model::{ConfigVersion, Identity, PolicyKey, Provenance, Reason, ServiceKey, 
 mod line;
 mod time;
 
-pub(crate) use time::Utc;
+pub use time::Utc;
 
 /// Bytes that wait for the writer: about 10,000 lines, one second of a busy node.
 const MAX_WAITING: usize = 4 << 20;

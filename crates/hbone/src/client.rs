@@ -15,7 +15,9 @@ use tokio::net::TcpStream;
 use crate::error::TunnelError;
 use crate::headers::ConnectHeaders;
 use crate::stream::{FlushHandle, TlsStream};
-use crate::{CONNECTION_WINDOW, Credentials, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW};
+use crate::{
+    CONNECTION_WINDOW, Credentials, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW,
+};
 
 /// A silent tunnel is probed after this long, and given up after `PING_TIMEOUT` more (Istio: 10 s, 20 s).
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -83,7 +85,8 @@ impl Tunnel {
         tcp: TcpStream,
         credentials: &Credentials,
         expected: &[Identity],
-    ) -> Result<Dialed<impl Future<Output = Result<(), h2::Error>> + Send + use<>>, TunnelError> {
+    ) -> Result<Dialed<impl Future<Output = Result<(), h2::Error>> + Send + use<>>, TunnelError>
+    {
         let config = credentials
             .client_config(expected)
             .map_err(|e| TunnelError::Handshake(e.to_string()))?;
@@ -114,8 +117,7 @@ impl Tunnel {
         target: SocketAddr,
         headers: &ConnectHeaders,
     ) -> Result<TunnelStream, TunnelError> {
-        let request =
-            headers.request(target).map_err(|e| TunnelError::Handshake(e.to_string()))?;
+        let request = headers.request(target).map_err(|e| TunnelError::Handshake(e.to_string()))?;
         self.state.streams.fetch_add(1, Ordering::Relaxed);
         let slot = Slot(self.state.clone());
         let mut send = self.send.clone().ready().await?;
@@ -125,9 +127,7 @@ impl Tunnel {
             let reason = response.headers().get("x-ambit-reason");
             return Err(TunnelError::Refused {
                 status: response.status().as_u16(),
-                reason: reason
-                    .and_then(|r| r.to_str().ok())
-                    .map(|r| r.chars().take(512).collect()),
+                reason: reason.and_then(|r| r.to_str().ok()).map(|r| r.chars().take(512).collect()),
             });
         }
         let (head, receive) = response.into_parts();

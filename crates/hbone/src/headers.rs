@@ -110,7 +110,19 @@ mod tests {
         check("10.0.0.1:80", Some(Authority::Address("10.0.0.1:80".parse().unwrap())));
         check("[fd00::1]:80", Some(Authority::Address("[fd00::1]:80".parse().unwrap())));
         check("Web.shop:80", Some(Authority::Host("web.shop".into(), 80)));
-        for bad in ["", ":", "web", "web:", "web:99999", ":80", "a b:80", "fd00::1", "[fd00::1]", "web:80/x", "u@web:80"] {
+        for bad in [
+            "",
+            ":",
+            "web",
+            "web:",
+            "web:99999",
+            ":80",
+            "a b:80",
+            "fd00::1",
+            "[fd00::1]",
+            "web:80/x",
+            "u@web:80",
+        ] {
             check(bad, None);
         }
     }

@@ -96,7 +96,11 @@ pub async fn relay_tunnel(
     })
     .await;
     if ended.by != EndedBy::Both {
-        send.send_reset(if ended.by == EndedBy::Stopped { Reason::CANCEL } else { Reason::CONNECT_ERROR });
+        send.send_reset(if ended.by == EndedBy::Stopped {
+            Reason::CANCEL
+        } else {
+            Reason::CONNECT_ERROR
+        });
         reset(&tcp);
     }
     ended
@@ -333,7 +337,8 @@ impl Leg {
     ) -> Poll<Result<(), LegError>> {
         while !self.done {
             if !self.held.is_empty() {
-                let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.held)).map_err(LegError::Write)?;
+                let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.held))
+                    .map_err(LegError::Write)?;
                 moved.fetch_add(n as u64, Ordering::Relaxed);
                 self.held.advance(n);
                 if self.held.is_empty() {

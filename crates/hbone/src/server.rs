@@ -15,7 +15,8 @@ use crate::error::TunnelError;
 use crate::headers::{Authority, ConnectHeaders};
 use crate::stream::{FlushHandle, TlsStream};
 use crate::{
-    CONNECTION_WINDOW, MAX_CONCURRENT_STREAMS, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER, STREAM_WINDOW,
+    CONNECTION_WINDOW, MAX_CONCURRENT_STREAMS, MAX_FRAME, MAX_HEADER_LIST, SEND_BUFFER,
+    STREAM_WINDOW,
 };
 
 /// An accepted tunnel with a verified peer.

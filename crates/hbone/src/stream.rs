@@ -174,7 +174,9 @@ impl Inner {
                 self.unread = None;
             }
         }
-        self.tls.process_new_packets().map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        self.tls
+            .process_new_packets()
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         Poll::Ready(Ok(true))
     }
 
@@ -192,7 +194,9 @@ impl Inner {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                     // Many peers close TCP without close_notify. HTTP/2 frames its own ends, so a cut
                     // shows there.
-                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Poll::Ready(Ok(())),
+                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                        return Poll::Ready(Ok(()));
+                    }
                     Err(e) => return Poll::Ready(Err(e)),
                 }
             }
@@ -242,7 +246,11 @@ impl Inner {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_write(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         if self.queued + self.small.len() >= HIGH_WATER {
             ready!(self.poll_write_out(cx))?;
         }
@@ -296,7 +304,11 @@ impl AsyncRead for TlsStream {
 }
 
 impl AsyncWrite for TlsStream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         lock(&self.shared).poll_write(cx, &[IoSlice::new(buf)])
     }
 

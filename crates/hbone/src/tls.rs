@@ -13,8 +13,8 @@ use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::server::ParsedCertificate;
 use rustls::server::WebPkiClientVerifier;
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError,
     RootCertStore, ServerConfig, SignatureScheme,
@@ -63,8 +63,8 @@ impl Credentials {
         roots: Vec<CertificateDer<'static>>,
     ) -> Result<Self, CredentialsError> {
         let leaf = chain.first().ok_or(CredentialsError::Empty)?;
-        let (_, parsed) = X509Certificate::from_der(leaf)
-            .map_err(|e| CredentialsError::Parse(e.to_string()))?;
+        let (_, parsed) =
+            X509Certificate::from_der(leaf).map_err(|e| CredentialsError::Parse(e.to_string()))?;
         let found = peer_identity(leaf).map_err(CredentialsError::Parse)?;
         if found != identity {
             return Err(CredentialsError::WrongIdentity {

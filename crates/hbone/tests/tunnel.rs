@@ -84,10 +84,18 @@ async fn server(credentials: Arc<Credentials>, refuse: bool) -> (SocketAddr, Arc
                             return incoming.refuse(StatusCode::UNAUTHORIZED, Reason::PolicyDeny);
                         }
                         let Ok(app) = TcpStream::connect(target).await else {
-                            return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE, Reason::ConnectFailed);
+                            return incoming
+                                .refuse(StatusCode::SERVICE_UNAVAILABLE, Reason::ConnectFailed);
                         };
                         let (send, receive) = incoming.accept(None).unwrap();
-                        relay_tunnel(app, send, receive, &Transfer::default(), std::future::pending()).await;
+                        relay_tunnel(
+                            app,
+                            send,
+                            receive,
+                            &Transfer::default(),
+                            std::future::pending(),
+                        )
+                        .await;
                     });
                 }
             });
@@ -167,7 +175,8 @@ async fn bytes_arrive_whole_and_half_close_is_kept() {
     let client = ca.credentials(&id("client"));
     for size in [0_usize, 1, 100, 4095, 4096, 16384, 70_000, 1 << 20, 9 << 20] {
         let data: Vec<u8> = (0..size).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect();
-        let answer = call(&pool, &key(gateway, "server"), &client, target, data.clone()).await.unwrap();
+        let answer =
+            call(&pool, &key(gateway, "server"), &client, target, data.clone()).await.unwrap();
         assert_eq!(answer.len(), 2 * size);
         assert!(answer[..size] == data && answer[size..] == data, "{size} bytes differ");
     }
@@ -203,7 +212,10 @@ async fn wrong_identities_are_refused_on_both_sides() {
     assert!(go(key(gateway, "server"), ca.credentials(&id("client"))).await.is_ok());
 
     let other = go(key(gateway, "other"), ca.credentials(&id("client"))).await.unwrap_err();
-    assert!(matches!(&other, TunnelError::PeerIdentity { found, .. } if found.ends_with("/sa/server")), "{other}");
+    assert!(
+        matches!(&other, TunnelError::PeerIdentity { found, .. } if found.ends_with("/sa/server")),
+        "{other}"
+    );
 
     let (strange, _) = server(foreign.credentials(&id("server")), false).await;
     let unknown = go(key(strange, "server"), ca.credentials(&id("client"))).await.unwrap_err();

@@ -72,7 +72,8 @@ impl FromStr for Identity {
         let plain = |s: &str| {
             !s.is_empty()
                 && s.len() <= 253
-                && s.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b':'))
+                && s.bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b':'))
         };
         if [trust_domain, namespace, service_account].into_iter().all(plain) {
             Ok(Self::new(trust_domain, namespace, service_account))

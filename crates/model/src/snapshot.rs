@@ -11,8 +11,8 @@ use rpds::{HashTrieMapSync, RedBlackTreeMapSync, RedBlackTreeSetSync};
 use rustc_hash::FxBuildHasher;
 
 use crate::{
-    NetworkAddress, NetworkMode, Policy, PolicyKey, Scope, Service, ServiceKey, ServicePort, Str, Vip,
-    Workload, WorkloadUid,
+    NetworkAddress, NetworkMode, Policy, PolicyKey, Scope, Service, ServiceKey, ServicePort, Str,
+    Vip, Workload, WorkloadUid,
 };
 
 /// Keys come from the control plane, not from peers: a fast hash without a random seed will do, and

@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Displays a time as `2026-08-22T09:05:03.000123Z`. Times before 1970 show as its beginning.
-pub(crate) struct Utc(pub(crate) SystemTime);
+#[derive(Clone, Copy, Debug)]
+pub struct Utc(pub SystemTime);
 
 impl fmt::Display for Utc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

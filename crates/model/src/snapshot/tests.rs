@@ -43,8 +43,12 @@ fn workload(name: &str, ip: u8, services: &[&str], healthy: bool) -> Arc<Workloa
 #[test]
 fn longest_range_and_exact_address_win() {
     let snapshot = Snapshot::default().with(
-        [service("wide", "10.0.0.0", 8), service("narrow", "10.1.0.0", 16), service("one", "10.1.2.3", 32)]
-            .map(Change::SetService),
+        [
+            service("wide", "10.0.0.0", 8),
+            service("narrow", "10.1.0.0", 16),
+            service("one", "10.1.2.3", 32),
+        ]
+        .map(Change::SetService),
     );
     let check = |ip: &str, want: Option<&str>| {
         let got = snapshot.service_at(&"".into(), ip.parse().unwrap()).map(|s| s.name.to_string());

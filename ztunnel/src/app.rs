@@ -1,0 +1,295 @@
+//! Puts the proxy together: threads, control plane, node agent, drain.
+
+use std::io::Read as _;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
+
+use agent::access_log::{self, AccessLog, Utc};
+use agent::admin::{self, AdminState, Certificate, CertificateInfo, Page};
+use agent::certs::CertStore;
+use agent::channel::ControlPlane;
+use agent::logging;
+use agent::metrics::Metrics;
+use agent::readiness::Readiness;
+use agent::store::ConfigStore;
+use agent::xds_client::{XdsPhase, XdsStatus, XdsView, run_xds};
+use anyhow::{Context, bail, ensure};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::config::Config;
+use crate::pods::Pods;
+use crate::record::Recorder;
+use crate::worker::{Command, Shared, Worker};
+use crate::zds;
+
+/// Orders that may wait for a worker: pods come at tens per second at most.
+const COMMANDS: usize = 256;
+/// A node token is 64 hex digits and a line break; what is longer is not one.
+const MAX_TOKEN: u64 = 4096;
+/// How long the last access-log lines may take at the end.
+const LAST_LINES: Duration = Duration::from_secs(1);
+/// How often the drain looks whether the last connection has ended.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+
+/// Runs `ztunnel proxy` until SIGTERM or SIGINT and the drain that follows.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let log_format = match config.log_format.as_str() {
+        "text" => access_log::Format::Text,
+        "json" => access_log::Format::Json,
+        other => bail!("--log-format is text or json, not {other:?}"),
+    };
+    let log = logging::start(log_format, &config.log_level)?;
+    let files = net::socket::raise_open_files().context("reading the limit of open files")?;
+    let token = config.token_fd.map(read_token).transpose()?;
+    tracing::info!(
+        node = %config.node,
+        version = env!("CARGO_PKG_VERSION"),
+        workers = config.worker_threads(),
+        open_files = files,
+        "ztunnel starts"
+    );
+    // Control plane, certificates and the admin pages: away from the threads that move bytes.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(serve(config, token, log))
+}
+
+async fn serve(
+    config: Config,
+    token: Option<String>,
+    log: logging::LogControl,
+) -> anyhow::Result<()> {
+    let readiness = Readiness::new();
+    let pods_named = readiness.wait_for("pods from the node agent");
+    let configured = readiness.wait_for("configuration");
+    let control_plane = Arc::new(control_plane(&config, token));
+    let store = Arc::new(ConfigStore::default());
+    let metrics = Metrics::new("ztunnel", env!("CARGO_PKG_VERSION"));
+    let certs = CertStore::new(control_plane.clone());
+    certs.report_to(metrics.clone());
+    let lines = access_log(&config, &metrics)?;
+    let shared = Arc::new(Shared {
+        config: config.clone(),
+        store: store.clone(),
+        certs: certs.clone(),
+        open: AtomicUsize::new(0),
+    });
+    let (workers, commands) = start_workers(&shared, &metrics, &lines)?;
+    let pods = Pods::new(
+        config.trust_domain.as_str().into(),
+        commands.clone(),
+        certs.clone(),
+        metrics.clone(),
+        pods_named,
+    );
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(certs.clone().run(stopped.clone()));
+    let status = Arc::new(XdsStatus::new(metrics.clone()));
+    tokio::spawn(run_xds(control_plane, store.clone(), certs.clone(), status.clone(), stopped));
+    tokio::spawn(async move {
+        // The sender lives in the status, which the stream's task holds.
+        let ready = |view: &XdsView| view.was_synced || view.phase == XdsPhase::FromDisk;
+        let _ = status.subscribe().wait_for(ready).await;
+        drop(configured);
+    });
+    let socket = config.zds_socket.clone();
+    std::thread::Builder::new()
+        .name("node-agent".into())
+        .spawn(move || zds::run(&socket, |event| pods.handle(event)))?;
+    let quit = Arc::new(Notify::new());
+    let pages = pages(&config, &workers, store, certs, readiness, metrics, log, quit.clone());
+    serve_pages(&config, pages).await?;
+
+    wait_for_end(&quit).await?;
+    drain(&config, &commands, &shared).await;
+    stop.send_replace(true);
+    lines.flush(LAST_LINES);
+    Ok(())
+}
+
+/// Reads the token and closes the descriptor, so that nothing we start can inherit it.
+fn read_token(fd: i32) -> anyhow::Result<String> {
+    ensure!(fd > 2, "--token-fd is {fd}; it must be a descriptor above 2 that holds the token");
+    // SAFETY: the launcher handed this descriptor to us by number, and nothing else in this process
+    // knows it. A wrong number gives an error at the read.
+    #[expect(unsafe_code, reason = "an inherited descriptor arrives as a number")]
+    let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let mut token = String::new();
+    file.take(MAX_TOKEN)
+        .read_to_string(&mut token)
+        .with_context(|| format!("reading the node token from descriptor {fd}"))?;
+    let token = token.trim();
+    ensure!(!token.is_empty(), "descriptor {fd} (--token-fd) holds no node token");
+    Ok(token.to_owned())
+}
+
+fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPlane {
+    ControlPlane {
+        address: config.xds_address.clone(),
+        server_name: config.xds_server_name.clone(),
+        root_cert: config.root_cert.clone(),
+        node: config.node.clone(),
+        cluster: config.cluster.as_str().into(),
+        network: config.network.as_str().into(),
+        trust_domain: config.trust_domain.as_str().into(),
+        state_dir: config.state_dir.clone(),
+        secret_dir: config.secret_dir.clone(),
+        bootstrap_token,
+    }
+}
+
+fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
+    let format = match config.access_log.as_str() {
+        "off" => return Ok(AccessLog::off()),
+        "text" => access_log::Format::Text,
+        "json" => access_log::Format::Json,
+        other => bail!("--access-log is text, json or off, not {other:?}"),
+    };
+    let output = std::io::stdout();
+    AccessLog::start(format, output, metrics.access_log_dropped())
+        .context("starting the access log")
+}
+
+type Workers = (Vec<Arc<Worker>>, Vec<mpsc::Sender<Command>>);
+
+fn start_workers(
+    shared: &Arc<Shared>,
+    metrics: &Metrics,
+    lines: &AccessLog,
+) -> anyhow::Result<Workers> {
+    let (mut workers, mut commands) = (Vec::new(), Vec::new());
+    for index in 0..shared.config.worker_threads() {
+        let recorder = Recorder::new(metrics.clone(), lines.clone());
+        let worker = Arc::new(Worker::new(shared.clone(), recorder));
+        let (send, receive) = mpsc::channel(COMMANDS);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let of_thread = worker.clone();
+        std::thread::Builder::new()
+            .name(format!("worker-{index}"))
+            .spawn(move || runtime.block_on(of_thread.run(receive)))?;
+        workers.push(worker);
+        commands.push(send);
+    }
+    Ok((workers, commands))
+}
+
+#[expect(clippy::too_many_arguments, reason = "everything the pages show, gathered in one place")]
+fn pages(
+    config: &Config,
+    workers: &[Arc<Worker>],
+    store: Arc<ConfigStore>,
+    certs: Arc<CertStore>,
+    readiness: Readiness,
+    metrics: Metrics,
+    log: logging::LogControl,
+    quit: Arc<Notify>,
+) -> AdminState {
+    let workers = workers.to_vec();
+    AdminState {
+        program: format!("ztunnel {}", env!("CARGO_PKG_VERSION")),
+        readiness,
+        metrics,
+        log,
+        snapshot: Box::new(move || store.load_full()),
+        certificates: Box::new(move || certificates(&certs)),
+        connections: Box::new(move || connections(&workers)),
+        settings: serde_json::json!({
+            "node": config.node,
+            "xdsAddress": config.xds_address,
+            "workers": config.worker_threads(),
+            "maxConnections": config.max_connections,
+            "drainSeconds": config.drain_seconds,
+            "accessLog": config.access_log,
+        }),
+        quit: Box::new(move || quit.notify_one()),
+    }
+}
+
+async fn serve_pages(config: &Config, state: AdminState) -> anyhow::Result<()> {
+    let state = Arc::new(state);
+    for (page, address) in [
+        (Page::Readiness, config.readiness_address),
+        (Page::Metrics, config.stats_address),
+        (Page::Admin, config.admin_address),
+    ] {
+        let listener = admin::bind(page, address).await?;
+        let state = state.clone();
+        tokio::spawn(async move { admin::serve(listener, page, state).await });
+    }
+    Ok(())
+}
+
+fn certificates(certs: &CertStore) -> Vec<CertificateInfo> {
+    let time = |seconds| Utc(UNIX_EPOCH + Duration::from_secs(seconds)).to_string();
+    let info = |state: agent::certs::CertificateState| {
+        let leaf = (!state.serial.is_empty()).then(|| Certificate {
+            serial_number: state.serial.clone(),
+            valid_from: time(state.not_before),
+            expiration_time: time(state.not_after),
+        });
+        let words = match (&leaf, state.error) {
+            (Some(_), None) => "Available".to_owned(),
+            (Some(_), Some(error)) => format!("Available, renewal fails: {error}"),
+            (None, None) => "Initializing".to_owned(),
+            (None, Some(error)) => error,
+        };
+        CertificateInfo {
+            identity: state.identity,
+            state: words,
+            cert_chain: leaf.into_iter().collect(),
+            root_certs: Vec::new(),
+        }
+    };
+    certs.states().into_iter().map(info).collect()
+}
+
+fn connections(workers: &[Arc<Worker>]) -> serde_json::Value {
+    let mut list = Vec::new();
+    for live in workers.iter().flat_map(|worker| worker.connections.list()) {
+        let (up, down) = live.moved.totals();
+        list.push(serde_json::json!({
+            "pod": format!("{}/{}", live.pod.namespace, live.pod.name),
+            "direction": format!("{:?}", live.direction).to_lowercase(),
+            "source": live.source.to_string(),
+            "destination": live.destination.to_string(),
+            "peer": live.peer.as_ref().map(ToString::to_string),
+            "protocol": if live.hbone { "HBONE" } else { "TCP" },
+            "seconds": live.started.elapsed().as_secs(),
+            "bytesUp": up,
+            "bytesDown": down,
+        }));
+    }
+    list.into()
+}
+
+async fn wait_for_end(quit: &Notify) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = quit.notified() => {}
+    }
+    Ok(())
+}
+
+/// Takes no more connections and waits for those that live, as long as the configuration says.
+async fn drain(config: &Config, commands: &[mpsc::Sender<Command>], shared: &Shared) {
+    for worker in commands {
+        // A worker that ended has nothing to drain.
+        let _ = worker.send(Command::Drain).await;
+    }
+    let open = || shared.open.load(Ordering::Relaxed);
+    tracing::info!(connections = open(), seconds = config.drain_seconds, "draining");
+    let quiet = async {
+        while open() > 0 {
+            tokio::time::sleep(DRAIN_LOOK).await;
+        }
+    };
+    let limit = Duration::from_secs(config.drain_seconds);
+    if tokio::time::timeout(limit, quiet).await.is_err() {
+        tracing::warn!(connections = open(), "drain time is over, closing what is left");
+    }
+}

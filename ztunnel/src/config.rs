@@ -1,0 +1,100 @@
+//! Everything that can be set, in one place. Flags come before environment; unknown flags are errors.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+/// Configuration of `ztunnel proxy`.
+#[derive(Args, Clone, Debug)]
+pub struct Config {
+    /// Name of the node this proxy serves.
+    #[arg(long, env = "NODE_NAME")]
+    pub node: String,
+    /// Control plane for configuration (delta xDS over TLS).
+    #[arg(long, env = "XDS_ADDRESS", default_value = "https://istiod.istio-system.svc:15012")]
+    pub xds_address: String,
+    /// Name the control plane's certificate must carry.
+    #[arg(long, env = "XDS_SERVER_NAME", default_value = "istiod.istio-system.svc")]
+    pub xds_server_name: String,
+    /// PEM file with the mesh's root certificates.
+    #[arg(long, env = "ROOT_CERT")]
+    pub root_cert: PathBuf,
+    /// Unix socket (SOCK_SEQPACKET) of the node agent that hands over pods.
+    #[arg(long, env = "INPOD_UDS", default_value = "/var/run/ztunnel/ztunnel.sock")]
+    pub zds_socket: PathBuf,
+    /// Folder for the last good configuration; survives a reboot.
+    #[arg(long, env = "STATE_DIR", default_value = "/var/lib/ambit/ztunnel")]
+    pub state_dir: PathBuf,
+    /// Folder for keys and certificates, on tmpfs; survives a restart, not a reboot.
+    #[arg(long, env = "SECRET_DIR", default_value = "/run/ambit/ztunnel")]
+    pub secret_dir: PathBuf,
+    /// Inherited file descriptor with a one-time node token, one line.
+    #[arg(long)]
+    pub token_fd: Option<i32>,
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    pub cluster: String,
+    #[arg(long, env = "NETWORK", default_value = "")]
+    pub network: String,
+    #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// Data threads. Default: one per core that this process may use, at most 8.
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
+    pub workers: Option<usize>,
+    /// Connections that this proxy carries at once, all pods together.
+    #[arg(long, env = "MAX_CONNECTIONS", default_value_t = 200_000)]
+    pub max_connections: usize,
+    /// Seconds that live connections get after SIGTERM.
+    #[arg(long, env = "DRAIN_SECONDS", default_value_t = 25)]
+    pub drain_seconds: u64,
+    /// Access log: `text`, `json` or `off`.
+    #[arg(long, env = "ACCESS_LOG", default_value = "text")]
+    pub access_log: String,
+    /// Log lines: `text` or `json`.
+    #[arg(long, env = "LOG_FORMAT", default_value = "text")]
+    pub log_format: String,
+    /// Log filter, for example `info,hbone=debug`.
+    #[arg(long, env = "RUST_LOG", default_value = "info")]
+    pub log_level: String,
+    /// Address of the admin page (localhost only).
+    #[arg(long, env = "ADMIN_ADDR", default_value = "127.0.0.1:15000")]
+    pub admin_address: std::net::SocketAddr,
+    /// Address where metrics (15020) are served.
+    #[arg(long, env = "STATS_ADDR", default_value = "[::]:15020")]
+    pub stats_address: std::net::SocketAddr,
+    /// Address where readiness (15021) is served.
+    #[arg(long, env = "READINESS_ADDR", default_value = "[::]:15021")]
+    pub readiness_address: std::net::SocketAddr,
+}
+
+impl Config {
+    /// Data threads to start. More than cores only adds wake-ups; more than 8 on one node gained nothing
+    /// in Istio's experience and every thread costs listeners in every pod.
+    pub fn worker_threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.workers.unwrap_or(cores.min(8)).clamp(1, 64)
+    }
+}
+
+/// How long a new connection waits for what is still on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits;
+
+impl Waits {
+    /// For a policy that a workload names (DESIGN invariant 3).
+    pub const POLICY: Duration = Duration::from_secs(1);
+    /// For the pod's own workload: a pod's first connection may be faster than its address (Istio: 5 s).
+    pub const WORKLOAD: Duration = Duration::from_secs(5);
+    /// For the pod's first certificate.
+    pub const CERTIFICATE: Duration = Duration::from_secs(5);
+    /// For TCP to the application or a plaintext destination. Shorter than a client's own patience.
+    pub const CONNECT: Duration = Duration::from_secs(10);
+    /// For TLS and HTTP/2 of a peer that dials us; a slow-loris does not get more.
+    pub const HANDSHAKE: Duration = Duration::from_secs(10);
+}
+
+/// True when the address is the pod's own, or loopback.
+pub fn is_local(addresses: &[IpAddr], ip: IpAddr) -> bool {
+    ip.is_loopback() || addresses.contains(&ip)
+}

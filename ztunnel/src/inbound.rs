@@ -1,0 +1,282 @@
+//! Connections that arrive at a pod: who is it, may they, connect to the application, relay.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use agent::access_log::Direction;
+use engine::{Allowed, InboundFacts, Verdict, authorize};
+use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
+use http::StatusCode;
+use model::{Identity, MESH_PORTS, Reason, Refusal, Workload};
+use net::capture::{MARK_PROXY, MARK_TO_APP};
+use net::socket::{ConnectOpts, SourcePorts};
+use tokio::net::TcpStream;
+
+use crate::config::{Waits, is_local};
+use crate::connections::Live;
+use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, own_workload, relay};
+use crate::pod::Pod;
+use crate::record::Record;
+use crate::worker::{Accepted, Worker};
+
+/// Serves a plaintext connection to the pod.
+pub(crate) async fn serve_plaintext(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
+    let mut record = Record::new(Direction::Inbound, &pod, &accepted);
+    if let Err(refusal) = plaintext(&worker, &pod, accepted, &mut record).await {
+        record.refuse(refusal);
+    }
+    worker.recorder.write(record);
+}
+
+async fn plaintext(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    accepted: Accepted,
+    record: &mut Record,
+) -> Result<(), Refusal> {
+    let Accepted { tcp, peer, destination, .. } = accepted;
+    let tcp = ResetOnDrop(Some(tcp));
+    let call = Call { source: peer, destination, peer: None };
+    let workload = admit(worker, pod, &call, record).await?;
+    let app = connect_to_app(pod, &workload, &call, SourcePorts::AboveEphemeral).await?;
+    let live = call.live(pod, record);
+    relay(worker, live, Ends::Sockets(tcp.take(), app), record).await
+}
+
+/// Serves a tunnel to the pod: handshake, then each CONNECT in a task of its own on this thread.
+pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
+    let mut record = Record::new(Direction::Inbound, &pod, &accepted);
+    let source = accepted.peer;
+    let mut tunnel = match accept_tunnel(&worker, &pod, accepted).await {
+        Ok(tunnel) => tunnel,
+        Err(refusal) => {
+            record.refuse(refusal);
+            return worker.recorder.write(record);
+        }
+    };
+    let peer = Arc::new(tunnel.peer().clone());
+    let mut draining = false;
+    loop {
+        let next = tokio::select! {
+            next = tunnel.next() => next,
+            () = pod.left(), if !draining => {
+                draining = true;
+                tunnel.drain();
+                continue;
+            }
+        };
+        match next {
+            Some(Ok(incoming)) => {
+                let (worker, pod, peer) = (worker.clone(), pod.clone(), peer.clone());
+                tokio::spawn(
+                    async move { serve_stream(&worker, &pod, source, &peer, incoming).await },
+                );
+            }
+            Some(Err(e)) => tracing::debug!(error = %e, %source, "tunnel broke"),
+            None => return,
+        }
+    }
+}
+
+async fn accept_tunnel(
+    worker: &Worker,
+    pod: &Pod,
+    accepted: Accepted,
+) -> Result<ServerTunnel, Refusal> {
+    let credentials = credentials(worker, pod).await?;
+    let handshake = ServerTunnel::accept(accepted.tcp, credentials.server_config());
+    match tokio::time::timeout(Waits::HANDSHAKE, handshake).await {
+        Ok(Ok(tunnel)) => Ok(tunnel),
+        Ok(Err(e)) => Err(Refusal::new(e.reason(), format!("tunnel from {}: {e}", accepted.peer))),
+        Err(_) => Err(Refusal::new(
+            Reason::ConnectTimeout,
+            format!("{} did not finish its handshake in time", accepted.peer),
+        )),
+    }
+}
+
+async fn serve_stream(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    source: SocketAddr,
+    peer: &Arc<Identity>,
+    incoming: Incoming,
+) {
+    let mut record = Record::tunnelled(pod, source, peer.clone());
+    if let Err(refusal) = stream(worker, pod, source, peer, incoming, &mut record).await {
+        record.refuse(refusal);
+    }
+    worker.recorder.write(record);
+}
+
+async fn stream(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    source: SocketAddr,
+    peer: &Arc<Identity>,
+    incoming: Incoming,
+    record: &mut Record,
+) -> Result<(), Refusal> {
+    let destination = match &incoming.target {
+        Ok(Authority::Address(address)) => *address,
+        Ok(Authority::Host(host, _)) => {
+            let words = format!("{host} is a host name; a pod's proxy takes addresses only");
+            incoming.refuse(StatusCode::BAD_REQUEST, Reason::BadRequest);
+            return Err(Refusal::new(Reason::BadRequest, words));
+        }
+        Err(words) => {
+            let refusal = Refusal::new(Reason::BadRequest, words.clone());
+            incoming.refuse(StatusCode::BAD_REQUEST, Reason::BadRequest);
+            return Err(refusal);
+        }
+    };
+    record.destination = destination;
+    record.target = destination;
+    let call = Call { source, destination, peer: Some(peer.clone()) };
+    let admitted = async {
+        let workload = admit(worker, pod, &call, record).await?;
+        let app = connect_to_app(pod, &workload, &call, SourcePorts::Ephemeral).await?;
+        Ok::<_, Refusal>((workload, app))
+    };
+    let (workload, app) = match admitted.await {
+        Ok(admitted) => admitted,
+        Err(refusal) => {
+            incoming.refuse(status(refusal.reason), refusal.reason);
+            return Err(refusal);
+        }
+    };
+    let accepted = incoming.accept(ConnectHeaders::baggage_of(&workload));
+    let (send, receive) = accepted.map_err(|e| {
+        Refusal::new(Reason::ConnectionBroken, format!("the peer went away before the answer: {e}"))
+    })?;
+    let live = call.live(pod, record);
+    relay(worker, live, Ends::Accepted(app, send, receive), record).await
+}
+
+/// The status that stock peers understand (Istio: 401 policy, 400 nonsense, 503 cannot connect).
+fn status(reason: Reason) -> StatusCode {
+    match reason {
+        Reason::PolicyDeny
+        | Reason::PolicyNoAllow
+        | Reason::PolicyMissing
+        | Reason::MtlsRequired => StatusCode::UNAUTHORIZED,
+        Reason::BadRequest | Reason::DestinationMismatch | Reason::MeshPort => {
+            StatusCode::BAD_REQUEST
+        }
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// One inbound connection, as it wants to be.
+struct Call {
+    source: SocketAddr,
+    destination: SocketAddr,
+    peer: Option<Arc<Identity>>,
+}
+
+impl Call {
+    fn live(&self, pod: &Arc<Pod>, record: &Record) -> Live {
+        Live {
+            pod: pod.clone(),
+            direction: Direction::Inbound,
+            source: self.source,
+            destination: self.destination,
+            peer: self.peer.clone(),
+            hbone: self.peer.is_some(),
+            started: record.started,
+            moved: record.moved.clone(),
+        }
+    }
+}
+
+/// Asks the engine; waits for a policy in flight, but not longer than a second.
+async fn admit(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    call: &Call,
+    record: &mut Record,
+) -> Result<Arc<Workload>, Refusal> {
+    let workload = own_workload(worker, pod).await?;
+    record.destination_workload = Some(workload);
+    let deadline = Instant::now() + Waits::POLICY;
+    let mut changed = worker.shared.store.subscribe();
+    loop {
+        let verdict = {
+            let snapshot = worker.shared.store.load();
+            record.version = snapshot.version();
+            let Some(workload) = pod.workload(&snapshot).cloned() else {
+                return Err(Refusal::new(
+                    Reason::UnknownWorkload,
+                    format!("the control plane took pod {}/{} back", pod.namespace, pod.name),
+                ));
+            };
+            if record.source.is_none() {
+                let by_address = snapshot.workload_at(&workload.network, call.source.ip());
+                record.source = by_address.cloned();
+            }
+            let facts = InboundFacts {
+                workload: &workload,
+                destination: call.destination,
+                source_ip: call.source.ip(),
+                peer: call.peer.as_deref(),
+            };
+            let verdict = authorize(&snapshot, &facts);
+            record.destination_workload = Some(workload.clone());
+            match verdict {
+                Verdict::Allow(why) => {
+                    if let Allowed::By { policy, provenance } = why {
+                        record.allowed_by = Some((policy, provenance));
+                    }
+                    return Ok(workload);
+                }
+                other => other,
+            }
+        };
+        match verdict {
+            Verdict::Pending(refusal) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if !matches!(tokio::time::timeout(left, changed.changed()).await, Ok(Ok(()))) {
+                    return Err(refusal);
+                }
+            }
+            Verdict::Deny(refusal) => return Err(refusal),
+            Verdict::Allow(_) => {}
+        }
+    }
+}
+
+/// The last hop, in the client's name: the application sees who called.
+async fn connect_to_app(
+    pod: &Pod,
+    workload: &Workload,
+    call: &Call,
+    source_ports: SourcePorts,
+) -> Result<TcpStream, Refusal> {
+    let to = call.destination;
+    // `authorize` has refused these already; the socket must not depend on that.
+    if MESH_PORTS.contains(&to.port()) || !is_local(&workload.addresses, to.ip()) {
+        return Err(Refusal::new(Reason::MeshPort, format!("{to} is not the pod's to serve")));
+    }
+    let from: IpAddr = call.source.ip();
+    // The pod calling itself through its service needs no disguise, and a client of the other address
+    // family cannot be impersonated.
+    let foreign = !is_local(&workload.addresses, from) && from.is_ipv4() == to.is_ipv4();
+    let opts = ConnectOpts {
+        mark: Some(if foreign { MARK_TO_APP } else { MARK_PROXY }),
+        transparent_source: foreign.then_some(from),
+        source_ports,
+        nodelay: true,
+        keepalive: None,
+    };
+    match tokio::time::timeout(Waits::CONNECT, connect_from(pod, to, &opts)).await {
+        Ok(Ok(tcp)) => Ok(tcp),
+        Ok(Err(e)) => {
+            Err(Refusal::new(Reason::ConnectFailed, format!("the application at {to}: {e}")))
+        }
+        Err(_) => Err(Refusal::new(
+            Reason::ConnectTimeout,
+            format!("the application at {to} did not answer in {} s", Waits::CONNECT.as_secs()),
+        )),
+    }
+}

@@ -1,0 +1,319 @@
+//! Connections that a pod opens: plan, connect, relay.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use agent::access_log::Direction;
+use engine::{Candidate, OutboundFacts, OutboundPlan, Transport, plan_outbound};
+use hbone::{ConnectHeaders, Credentials, EndedBy, PoolKey, TunnelError, relay_tcp, relay_tunnel};
+use model::{MESH_PORTS, Reason, Refusal, Workload};
+use net::capture::MARK_PROXY;
+use net::socket::{ConnectOpts, SourcePorts};
+use tokio::net::TcpStream;
+
+use crate::config::{Waits, is_local};
+use crate::connections::Live;
+use crate::pod::Pod;
+use crate::record::Record;
+use crate::worker::{Accepted, Worker};
+
+/// Serves one connection from the application to its end.
+pub(crate) async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
+    let mut record = Record::new(Direction::Outbound, &pod, &accepted);
+    if let Err(refusal) = forward(&worker, &pod, accepted, &mut record).await {
+        record.refuse(refusal);
+    }
+    worker.recorder.write(record);
+}
+
+async fn forward(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    accepted: Accepted,
+    record: &mut Record,
+) -> Result<(), Refusal> {
+    let Accepted { tcp, peer, destination, .. } = accepted;
+    // A refusal must look like one: the application gets a RST, not an empty answer.
+    let tcp = ResetOnDrop(Some(tcp));
+    let source = own_workload(worker, pod).await?;
+    record.source = Some(source.clone());
+    if is_local(&source.addresses, destination.ip()) && MESH_PORTS.contains(&destination.port()) {
+        return Err(Refusal::new(
+            Reason::MeshPort,
+            format!("{destination} is a port of the mesh itself, not of the pod"),
+        ));
+    }
+    let plan = {
+        let snapshot = worker.shared.store.load();
+        record.version = snapshot.version();
+        let facts = OutboundFacts { source: &source, destination };
+        plan_outbound(&snapshot, &facts, worker.random())
+    };
+    let (ends, hbone) = match plan {
+        OutboundPlan::Refuse(refusal) => return Err(refusal),
+        OutboundPlan::Passthrough => {
+            (Ends::Sockets(tcp.take(), connect_plain(pod, destination).await?), false)
+        }
+        OutboundPlan::Connect { service, candidates } => {
+            record.service = service;
+            match first_that_connects(worker, pod, &source, peer, candidates, record).await? {
+                Connected::Plain(target) => (Ends::Sockets(tcp.take(), target), false),
+                Connected::Tunnel(stream) => {
+                    record.peer = Some(Arc::new(stream.peer.clone()));
+                    (Ends::Tunnel(tcp.take(), stream), true)
+                }
+            }
+        }
+    };
+    let live = Live {
+        pod: pod.clone(),
+        direction: Direction::Outbound,
+        source: peer,
+        destination,
+        peer: None,
+        hbone,
+        started: record.started,
+        moved: record.moved.clone(),
+    };
+    relay(worker, live, ends, record).await
+}
+
+enum Connected {
+    Plain(TcpStream),
+    Tunnel(hbone::TunnelStream),
+}
+
+/// Tries the candidates in order. Going on is safe: until a candidate has said yes, no application byte
+/// has left (DESIGN invariant 8).
+async fn first_that_connects(
+    worker: &Worker,
+    pod: &Pod,
+    source: &Arc<Workload>,
+    peer: SocketAddr,
+    candidates: Vec<Candidate>,
+    record: &mut Record,
+) -> Result<Connected, Refusal> {
+    let mut last = None;
+    for candidate in candidates {
+        record.destination_workload = Some(candidate.workload.clone());
+        record.target = candidate.target;
+        let result = match &candidate.transport {
+            Transport::Plain => connect_plain(pod, candidate.target)
+                .await
+                .map(Connected::Plain)
+                .map_err(Failed::next),
+            Transport::Hbone { gateway, expected } => {
+                record.hbone_address = Some(*gateway);
+                let key = PoolKey {
+                    source: source.uid.clone(),
+                    source_identity: pod.identity.clone(),
+                    destination: candidate.workload.uid.clone(),
+                    gateway: *gateway,
+                    expected: expected.clone(),
+                };
+                let headers = connect_headers(source, peer, record, &candidate);
+                open_tunnel(worker, pod, &headers, &candidate, key).await.map(Connected::Tunnel)
+            }
+        };
+        match result {
+            Ok(connected) => return Ok(connected),
+            Err(failed) => {
+                last = Some(failed.refusal);
+                if failed.last {
+                    break;
+                }
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| Refusal::new(Reason::NoHealthyEndpoint, "no endpoint to try")))
+}
+
+/// A candidate that did not connect.
+struct Failed {
+    refusal: Refusal,
+    /// Policy said no. Trying around a denial would make the policy of one endpoint look like noise.
+    last: bool,
+}
+
+impl Failed {
+    fn next(refusal: Refusal) -> Self {
+        Self { refusal, last: false }
+    }
+}
+
+fn connect_headers(
+    source: &Workload,
+    peer: SocketAddr,
+    record: &Record,
+    candidate: &Candidate,
+) -> ConnectHeaders {
+    let host = match &record.service {
+        Some(service) => service.key.hostname.to_string(),
+        None => candidate.target.to_string(),
+    };
+    ConnectHeaders {
+        baggage: ConnectHeaders::baggage_of(source),
+        forwarded: format!("for={};host={host}", peer.ip()).parse().ok(),
+        traceparent: None,
+    }
+}
+
+async fn open_tunnel(
+    worker: &Worker,
+    pod: &Pod,
+    headers: &ConnectHeaders,
+    candidate: &Candidate,
+    key: PoolKey,
+) -> Result<hbone::TunnelStream, Failed> {
+    let credentials = credentials(worker, pod).await.map_err(Failed::next)?;
+    let gateway = key.gateway;
+    let opened = worker
+        .pool
+        .open(&key, &credentials, candidate.target, headers, || dial(pod, gateway))
+        .await;
+    opened.map_err(|e| Failed {
+        last: matches!(e, TunnelError::Refused { status: 401 | 403, .. }),
+        refusal: Refusal::new(
+            e.reason(),
+            format!("tunnel to {} ({gateway}): {e}", candidate.workload.name),
+        ),
+    })
+}
+
+/// The certificate of the pod, waiting a moment for a new pod's first one.
+pub(crate) async fn credentials(worker: &Worker, pod: &Pod) -> Result<Arc<Credentials>, Refusal> {
+    if let Some(credentials) = worker.shared.certs.get(&pod.identity) {
+        return Ok(credentials);
+    }
+    worker.shared.certs.wait(&pod.identity, Waits::CERTIFICATE).await
+}
+
+/// The pod's own workload, waiting a moment for a new pod's address to arrive.
+pub(crate) async fn own_workload(worker: &Worker, pod: &Pod) -> Result<Arc<Workload>, Refusal> {
+    if let Some(workload) = pod.workload(&worker.shared.store.load()) {
+        return Ok(workload.clone());
+    }
+    let found = worker.shared.store.wait_for(|s| pod.workload(s).cloned(), Waits::WORKLOAD).await;
+    found.ok_or_else(|| {
+        Refusal::new(
+            Reason::UnknownWorkload,
+            format!("the control plane has not sent pod {}/{}", pod.namespace, pod.name),
+        )
+    })
+}
+
+async fn connect_plain(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Refusal> {
+    match tokio::time::timeout(Waits::CONNECT, dial(pod, to)).await {
+        Ok(Ok(tcp)) => Ok(tcp),
+        Ok(Err(e)) => Err(Refusal::new(Reason::ConnectFailed, format!("connect to {to}: {e}"))),
+        Err(_) => Err(Refusal::new(
+            Reason::ConnectTimeout,
+            format!("{to} did not answer within {} s", Waits::CONNECT.as_secs()),
+        )),
+    }
+}
+
+/// A connection from the pod's own address that is not captured again.
+async fn dial(pod: &Pod, to: SocketAddr) -> io::Result<TcpStream> {
+    connect_from(
+        pod,
+        to,
+        &ConnectOpts {
+            mark: Some(MARK_PROXY),
+            transparent_source: None,
+            source_ports: SourcePorts::Ephemeral,
+            nodelay: true,
+            // Detects hosts that vanished under long idle connections (Istio: 180 s).
+            keepalive: Some(std::time::Duration::from_secs(180)),
+        },
+    )
+    .await
+}
+
+/// Connects from inside the pod and waits for the answer.
+pub(crate) async fn connect_from(
+    pod: &Pod,
+    to: SocketAddr,
+    opts: &ConnectOpts,
+) -> io::Result<TcpStream> {
+    // The thread stays there: the next connection is likely of the same pod.
+    pod.netns.enter()?;
+    let tcp = TcpStream::from_std(net::socket::connect(&pod.netns, to, opts)?)?;
+    tcp.writable().await?;
+    match tcp.take_error()? {
+        None => Ok(tcp),
+        Some(e) => Err(e),
+    }
+}
+
+/// The two ends of a connection that has been made.
+pub(crate) enum Ends {
+    Sockets(TcpStream, TcpStream),
+    Tunnel(TcpStream, hbone::TunnelStream),
+    /// The server end of a tunnel.
+    Accepted(TcpStream, h2::SendStream<bytes::Bytes>, h2::RecvStream),
+}
+
+/// Registers the connection, relays until it ends, and puts the end into the record.
+pub(crate) async fn relay(
+    worker: &Worker,
+    live: Live,
+    ends: Ends,
+    record: &mut Record,
+) -> Result<(), Refusal> {
+    let shared = &worker.shared;
+    let limit = shared.config.max_connections;
+    if shared.open.load(Ordering::Relaxed) >= limit {
+        let words = format!("{limit} connections are open (--max-connections)");
+        return Err(Refusal::new(Reason::Limit, words));
+    }
+    let moved = live.moved.clone();
+    let first_is_client = !matches!(ends, Ends::Accepted(..));
+    let counted = worker.recorder.opened(record, first_is_client);
+    let (_registered, stopped) = worker.connections.register(Arc::new(live), counted, &shared.open);
+    let mut refusal = None;
+    let stop = async {
+        match stopped.await {
+            Ok(why) => refusal = Some(why),
+            // The table entry went without a word: nothing to stop for.
+            Err(_) => std::future::pending().await,
+        }
+    };
+    let ended = match ends {
+        Ends::Sockets(a, b) => relay_tcp(a, b, &moved, stop).await,
+        Ends::Tunnel(tcp, stream) => {
+            let (send, receive, _counted) = stream.split();
+            relay_tunnel(tcp, send, receive, &moved, stop).await
+        }
+        Ends::Accepted(tcp, send, receive) => relay_tunnel(tcp, send, receive, &moved, stop).await,
+    };
+    if ended.by == EndedBy::Stopped {
+        return Err(
+            refusal.unwrap_or_else(|| Refusal::new(Reason::PolicyChanged, "no longer allowed"))
+        );
+    }
+    if ended.by != EndedBy::Both {
+        record.broke(ended);
+    }
+    Ok(())
+}
+
+/// Closes with a RST unless taken: the other end must learn that it was refused.
+pub(crate) struct ResetOnDrop(pub(crate) Option<TcpStream>);
+
+impl ResetOnDrop {
+    #[expect(clippy::expect_used, reason = "taken once, by value")]
+    pub(crate) fn take(mut self) -> TcpStream {
+        self.0.take().expect("the socket is taken once")
+    }
+}
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        if let Some(tcp) = &self.0 {
+            let _ = socket2::SockRef::from(tcp).set_linger(Some(std::time::Duration::ZERO));
+        }
+    }
+}

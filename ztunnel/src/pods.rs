@@ -1,0 +1,143 @@
+//! The pods of this node: who they are, and telling the workers.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use agent::certs::CertStore;
+use agent::metrics::Metrics;
+use agent::readiness::Awaited;
+use model::{Identity, Str};
+use net::NetNs;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::pod::Pod;
+use crate::worker::Command;
+use crate::zds::PodEvent;
+
+/// The agent waits for our answer before it lets a pod's containers start.
+const SERVE_POD: Duration = Duration::from_secs(10);
+
+/// The pods the node agent has handed over.
+#[derive(Debug)]
+pub struct Pods {
+    trust_domain: Str,
+    workers: Vec<mpsc::Sender<Command>>,
+    certs: Arc<CertStore>,
+    metrics: Metrics,
+    known: Mutex<HashMap<Str, Arc<Pod>>>,
+    /// Dropped when the agent has named every pod once: until then this proxy is not ready.
+    incomplete: Mutex<Option<Awaited>>,
+}
+
+impl Pods {
+    pub fn new(
+        trust_domain: Str,
+        workers: Vec<mpsc::Sender<Command>>,
+        certs: Arc<CertStore>,
+        metrics: Metrics,
+        incomplete: Awaited,
+    ) -> Self {
+        let incomplete = Mutex::new(Some(incomplete));
+        Self { trust_domain, workers, certs, metrics, known: Mutex::default(), incomplete }
+    }
+
+    /// Acts on a message of the node agent. Called from the agent's thread; the error goes back to it.
+    pub fn handle(&self, event: PodEvent) -> Result<(), String> {
+        match event {
+            PodEvent::Add { uid, info, netns } => {
+                let account = if info.service_account.is_empty() {
+                    "default"
+                } else {
+                    &*info.service_account
+                };
+                let pod = Pod {
+                    uid: uid.into(),
+                    name: info.name.into(),
+                    identity: Identity::new(self.trust_domain.clone(), &*info.namespace, account),
+                    namespace: info.namespace.into(),
+                    netns: NetNs::from_fd(netns).map_err(|e| e.to_string())?,
+                    leaving: watch::Sender::new(false),
+                };
+                self.add(Arc::new(pod))
+            }
+            PodEvent::Remove { uid } => {
+                self.remove(&uid.into());
+                Ok(())
+            }
+            PodEvent::Only { uids } => {
+                let gone: Vec<Str> =
+                    self.lock().keys().filter(|uid| !uids.contains(&***uid)).cloned().collect();
+                gone.iter().for_each(|uid| self.remove(uid));
+                self.incomplete.lock().unwrap_or_else(PoisonError::into_inner).take();
+                Ok(())
+            }
+        }
+    }
+
+    fn add(&self, pod: Arc<Pod>) -> Result<(), String> {
+        let old = self.lock().get(&pod.uid).cloned();
+        if let Some(old) = old {
+            if old.netns == pod.netns && old.identity == pod.identity {
+                // The agent says it again after a reconnect.
+                return Ok(());
+            }
+            self.remove(&pod.uid);
+        }
+        self.certs.prefetch(&pod.identity);
+        let mut answers = Vec::new();
+        for worker in &self.workers {
+            let (done, answer) = oneshot::channel();
+            worker
+                .blocking_send(Command::Add(pod.clone(), done))
+                .map_err(|_| "the proxy is going away".to_owned())?;
+            answers.push(answer);
+        }
+        self.lock().insert(pod.uid.clone(), pod.clone());
+        self.metrics.proxies().started();
+        for answer in answers {
+            if let Err(e) = wait(answer, SERVE_POD) {
+                self.remove(&pod.uid);
+                return Err(e);
+            }
+        }
+        tracing::info!(pod = %pod.name, namespace = %pod.namespace, identity = %pod.identity, "pod enrolled");
+        Ok(())
+    }
+
+    fn remove(&self, uid: &Str) {
+        let (gone, shared_identity) = {
+            let mut known = self.lock();
+            let Some(pod) = known.remove(uid) else { return };
+            let others = known.values().any(|other| other.identity == pod.identity);
+            (pod, others)
+        };
+        for worker in &self.workers {
+            // A worker that is gone has nothing to remove.
+            let _ = worker.blocking_send(Command::Remove(uid.clone()));
+        }
+        if !shared_identity {
+            self.certs.forget(&gone.identity);
+        }
+        self.metrics.proxies().stopped();
+        tracing::info!(pod = %gone.name, namespace = %gone.namespace, "pod left");
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Str, Arc<Pod>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wait(answer: oneshot::Receiver<Result<(), String>>, limit: Duration) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .map_err(|e| e.to_string())?;
+    runtime.block_on(async {
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err("the proxy is going away".into()),
+            Err(_) => Err(format!("no worker took the pod within {} s", limit.as_secs())),
+        }
+    })
+}

@@ -1,0 +1,207 @@
+//! Data threads. Each has its own listeners in every pod, its own pool and its own connections: a
+//! tunnel and its streams never leave the thread that made them.
+//!
+//! The kernel spreads new connections over the threads (SO_REUSEPORT).
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, Instant};
+
+use agent::certs::CertStore;
+use agent::metrics::Flushed;
+use agent::store::ConfigStore;
+use hbone::{Pool, PoolLimits};
+use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Str, WorkloadUid};
+use net::capture::MARK_PROXY;
+use net::socket::{ListenOpts, listen};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Config;
+use crate::connections::Connections;
+use crate::pod::{Pod, canonical};
+use crate::record::Recorder;
+use crate::{inbound, outbound};
+
+/// How often closed and idle tunnels are looked for.
+const SWEEP: Duration = Duration::from_secs(15);
+/// Pause after `accept` failed for want of descriptors or memory: trying at once would burn the core.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Shared {
+    pub config: Config,
+    pub store: Arc<ConfigStore>,
+    pub certs: Arc<CertStore>,
+    /// Connections of all workers, against `Config::max_connections`.
+    pub open: AtomicUsize,
+}
+
+/// What one thread owns. Shared with its own tasks, and read by the admin page.
+#[derive(Debug)]
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    pub pool: Pool,
+    pub connections: Connections,
+    pub recorder: Recorder,
+    random: std::sync::Mutex<fastrand::Rng>,
+}
+
+/// An order to a worker.
+#[derive(Debug)]
+pub enum Command {
+    Add(Arc<Pod>, oneshot::Sender<Result<(), String>>),
+    Remove(Str),
+    /// Stop taking connections: the process is going.
+    Drain,
+}
+
+impl Worker {
+    pub fn new(shared: Arc<Shared>, recorder: Recorder) -> Self {
+        Self {
+            shared,
+            pool: Pool::new(PoolLimits::default()),
+            connections: Connections::default(),
+            recorder,
+            random: std::sync::Mutex::new(fastrand::Rng::new()),
+        }
+    }
+
+    /// A number for load balancing; not for secrets.
+    pub fn random(&self) -> u64 {
+        self.random.lock().map_or(0, |mut rng| rng.u64(..))
+    }
+
+    /// The thread's main loop: obeys commands, judges again when the configuration changes, sweeps.
+    pub async fn run(self: Arc<Self>, mut commands: mpsc::Receiver<Command>) {
+        let mut changed = self.shared.store.subscribe();
+        let mut sweep = tokio::time::interval(SWEEP);
+        let mut count = tokio::time::interval(Flushed::EVERY);
+        let mut pods: HashMap<Str, Arc<Pod>> = HashMap::new();
+        loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Add(pod, done)) => {
+                        let result = self.clone().serve(&pod).map_err(|e| {
+                            format!("cannot listen in pod {}/{}: {e}", pod.namespace, pod.name)
+                        });
+                        if result.is_ok() {
+                            pods.insert(pod.uid.clone(), pod);
+                        }
+                        // Nobody waits any more: the agent went away.
+                        let _ = done.send(result);
+                    }
+                    Some(Command::Remove(uid)) => {
+                        if let Some(pod) = pods.remove(&uid) {
+                            pod.leaving.send_replace(true);
+                            self.forget(&pod);
+                        }
+                    }
+                    Some(Command::Drain) => {
+                        for (_, pod) in pods.drain() {
+                            pod.leaving.send_replace(true);
+                        }
+                    }
+                    None => return,
+                },
+                Ok(()) = changed.changed() => {
+                    let ended = self.connections.judge_again(&self.shared.store.load());
+                    if ended > 0 {
+                        tracing::info!(ended, "policy change ended live connections");
+                    }
+                }
+                _ = count.tick() => self.connections.flush_metrics(),
+                _ = sweep.tick() => self.pool.sweep(Instant::now()),
+            }
+        }
+    }
+
+    fn forget(&self, pod: &Pod) {
+        let snapshot = self.shared.store.load();
+        if let Some(workload) = pod.workload(&snapshot) {
+            self.pool.forget_source(&WorkloadUid(workload.uid.0.clone()));
+        }
+    }
+
+    /// Opens this worker's listeners in the pod and serves them.
+    fn serve(self: Arc<Self>, pod: &Arc<Pod>) -> io::Result<()> {
+        let outbound = listen_in(pod, OUTBOUND_PORT, true)?;
+        let plaintext = listen_in(pod, INBOUND_PLAINTEXT_PORT, true)?;
+        let tunnels = listen_in(pod, HBONE_PORT, false)?;
+        tokio::spawn(accept(self.clone(), pod.clone(), outbound, outbound::serve));
+        tokio::spawn(accept(self.clone(), pod.clone(), plaintext, inbound::serve_plaintext));
+        tokio::spawn(accept(self, pod.clone(), tunnels, inbound::serve_tunnel));
+        Ok(())
+    }
+}
+
+/// One dual-stack listener; IPv4 alone where the pod has no IPv6.
+fn listen_in(pod: &Pod, port: u16, transparent: bool) -> io::Result<TcpListener> {
+    let opts = ListenOpts {
+        transparent,
+        // Accepted sockets inherit it, so that answers are not captured again.
+        mark: Some(MARK_PROXY),
+        reuse_port: true,
+        v6only: false,
+        ..ListenOpts::default()
+    };
+    let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let listener = match listen(&pod.netns, both, opts) {
+        Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            listen(&pod.netns, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), opts)
+        }
+        result => result,
+    }?;
+    TcpListener::from_std(listener)
+}
+
+/// A connection as it was accepted.
+#[derive(Debug)]
+pub struct Accepted {
+    pub tcp: TcpStream,
+    pub peer: SocketAddr,
+    /// The local address: with TPROXY, where the client wanted to go.
+    pub destination: SocketAddr,
+    pub at: Instant,
+}
+
+async fn accept<F, R>(worker: Arc<Worker>, pod: Arc<Pod>, listener: TcpListener, serve: F)
+where
+    F: Fn(Arc<Worker>, Arc<Pod>, Accepted) -> R,
+    R: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = pod.left() => return,
+        };
+        match accepted {
+            Ok((tcp, peer)) => {
+                let Ok(destination) = tcp.local_addr() else { continue };
+                // Small writes of the relay are whole messages already.
+                let _ = tcp.set_nodelay(true);
+                let accepted = Accepted {
+                    tcp,
+                    peer: canonical(peer),
+                    destination: canonical(destination),
+                    at: Instant::now(),
+                };
+                tokio::spawn(serve(worker.clone(), pod.clone(), accepted));
+            }
+            Err(e) if is_of_peer(&e) => {}
+            Err(e) => {
+                tracing::warn!(pod = %pod.name, error = %e, "accept failed; raise the open files limit?");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The connection was gone before we took it.
+fn is_of_peer(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+}

@@ -1,0 +1,147 @@
+//! The node agent's line: which pods this proxy serves, with their network namespaces.
+//!
+//! Istio's ZDS: a SOCK_SEQPACKET socket, one protobuf message per packet, the namespace's file
+//! descriptor beside it. We connect, say hello, and answer every message. The agent sends all pods,
+//! then `SnapshotSent`; what it did not name by then is gone. When the line breaks the pods stay and
+//! we connect again: a restarting agent must not cut a pod off.
+
+use std::collections::HashSet;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
+    send, socket,
+};
+use prost::Message as _;
+use xds::zds::workload_request::Payload;
+use xds::zds::workload_response;
+use xds::zds::{Ack, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse, ZdsHello};
+
+/// A packet carries one message; the largest has three names of at most 253 bytes.
+const MAX_PACKET: usize = 4096;
+/// Pause before the next attempt to reach the agent.
+const RECONNECT: Duration = Duration::from_millis(200);
+
+/// What the agent wants.
+#[derive(Debug)]
+pub enum PodEvent {
+    Add {
+        uid: String,
+        info: WorkloadInfo,
+        netns: OwnedFd,
+    },
+    Remove {
+        uid: String,
+    },
+    /// Keep only these; everything has been named.
+    Only {
+        uids: HashSet<String>,
+    },
+}
+
+/// Runs until the process ends, on a thread of its own. `handle` acts on an event and returns the
+/// error to tell the agent.
+pub fn run(path: &Path, mut handle: impl FnMut(PodEvent) -> Result<(), String>) {
+    let mut complained = false;
+    loop {
+        match serve(path, &mut handle) {
+            Ok(()) => tracing::info!("the node agent closed the line, connecting again"),
+            Err(e) if complained => tracing::debug!(error = %e, "node agent"),
+            Err(e) => {
+                tracing::warn!(socket = %path.display(), error = %e, "no line to the node agent, trying on");
+                complained = true;
+            }
+        }
+        #[expect(clippy::disallowed_methods, reason = "own thread, nothing to wait for")]
+        std::thread::sleep(RECONNECT);
+    }
+}
+
+fn serve(path: &Path, handle: &mut impl FnMut(PodEvent) -> Result<(), String>) -> io::Result<()> {
+    let line = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(line.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let hello = ZdsHello { version: Version::V1.into() };
+    send(line.as_raw_fd(), &hello.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+    tracing::info!(socket = %path.display(), "connected to the node agent");
+
+    // Uids named before `SnapshotSent`; `None` after it.
+    let mut named = Some(HashSet::new());
+    while let Some((packet, fd)) = receive(&line)? {
+        let result = match WorkloadRequest::decode(&*packet) {
+            Ok(request) => match event(request, fd, &mut named) {
+                Ok(Some(event)) => handle(event),
+                Ok(None) => Ok(()),
+                Err(e) => Err(e),
+            },
+            Err(e) => Err(format!("message not understood: {e}")),
+        };
+        let error = result.err().unwrap_or_default();
+        if !error.is_empty() {
+            tracing::warn!(%error, "refused the node agent's message");
+        }
+        let answer =
+            WorkloadResponse { payload: Some(workload_response::Payload::Ack(Ack { error })) };
+        send(line.as_raw_fd(), &answer.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+    }
+    Ok(())
+}
+
+fn event(
+    request: WorkloadRequest,
+    fd: Option<OwnedFd>,
+    named: &mut Option<HashSet<String>>,
+) -> Result<Option<PodEvent>, String> {
+    let mut name = |uid: &str| {
+        if let Some(named) = named.as_mut() {
+            named.insert(uid.to_owned());
+        }
+    };
+    match request.payload {
+        Some(Payload::Add(add)) => {
+            name(&add.uid);
+            let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
+            let netns = fd.ok_or("AddWorkload without a network namespace")?;
+            Ok(Some(PodEvent::Add { uid: add.uid, info, netns }))
+        }
+        Some(Payload::Keep(keep)) => {
+            name(&keep.uid);
+            Ok(None)
+        }
+        Some(Payload::Del(del)) => Ok(Some(PodEvent::Remove { uid: del.uid })),
+        Some(Payload::SnapshotSent(_)) => Ok(named.take().map(|uids| PodEvent::Only { uids })),
+        None => Err("empty message".into()),
+    }
+}
+
+/// One packet and the descriptor beside it. `None` when the agent closed.
+fn receive(line: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+    let mut buffer = vec![0; MAX_PACKET];
+    let mut control = nix::cmsg_space!([i32; 4]);
+    let mut parts = [IoSliceMut::new(&mut buffer)];
+    let message = recvmsg::<()>(
+        line.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
+            #[expect(unsafe_code, reason = "descriptors arrive as numbers")]
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    let (length, flags) = (message.bytes, message.flags);
+    if flags.contains(MsgFlags::MSG_TRUNC) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the agent's packet is too large"));
+    }
+    if length == 0 {
+        return Ok(None);
+    }
+    buffer.truncate(length);
+    Ok(Some((buffer, fds.into_iter().next())))
+}
