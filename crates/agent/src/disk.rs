@@ -310,7 +310,7 @@ mod tests {
         check(b"", "does not begin");
         check(&good[..MAGIC.len() + 3], "cut short");
         check(&good[..good.len() - 1], "checksum");
-        let mut flipped = good.clone();
+        let mut flipped = good;
         *flipped.last_mut().unwrap() ^= 1;
         check(&flipped, "checksum");
         // And the next configuration replaces it.

@@ -10,4 +10,6 @@ pub mod logging;
 pub mod metrics;
 pub mod readiness;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod xds_client;

@@ -103,7 +103,9 @@ impl Session {
         loop {
             let own = self.own_certificate().await;
             let Ended { why, termination, unauthenticated } = self.stream(&own).await;
-            if unauthenticated {
+            // A stream also ends because its certificate did; then a newer one is here already.
+            let newest = self.certs.client_certificate();
+            if unauthenticated && newest.is_none_or(|newest| newest.serial == own.serial) {
                 self.certs.own_refused();
             }
             let rand = getrandom::u64().unwrap_or_default();
@@ -135,11 +137,11 @@ impl Session {
             Ok(incoming) => incoming,
             Err(ended) => return ended,
         };
+        self.status.connected(&self.control_plane.address);
         for request in self.client.connect() {
             // Fails only when the stream has ended, and that is said below.
             let _ = requests.send(request).await;
         }
-        self.status.connected(&self.control_plane.address);
         loop {
             match incoming.message().await {
                 Ok(Some(response)) => {
@@ -196,17 +198,22 @@ impl Session {
         for mismatch in &batch.mismatches {
             tracing::error!(resync = mismatch.resync, "{mismatch}");
         }
-        if !batch.changes.is_empty() {
+        let changed = !batch.changes.is_empty();
+        if changed {
             let snapshot = self.store.load().with(batch.changes);
             self.store.publish(snapshot);
             self.saver.submit(self.client.held(), self.store.load_full());
         }
         let (refused, mismatches) = (batch.refused.len(), batch.mismatches.len());
-        self.report(&type_url, size, refused, mismatches);
+        self.status.received(&type_url, size, refused);
+        if changed {
+            self.status.applied(self.store.load().version(), now());
+        }
+        self.report(mismatches);
         batch.receipt.answers()
     }
 
-    fn report(&self, type_url: &str, size: usize, refused: usize, mismatches: usize) {
+    fn report(&self, mismatches: usize) {
         let version = self.store.load().version();
         let all_refused = self.client.refused();
         let all_refused: Vec<_> = all_refused
@@ -217,7 +224,6 @@ impl Session {
             })
             .take(status::MAX_REFUSED)
             .collect();
-        self.status.received(type_url, size, refused, version, now());
         self.status.update(|view| {
             if self.client.is_synced() {
                 view.phase = XdsPhase::Synced;

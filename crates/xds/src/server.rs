@@ -214,11 +214,13 @@ impl Connection {
 
     /// Whether everything has been sent and answered.
     pub fn is_settled(&self) -> bool {
-        let done = |s: &Subscription| {
-            !s.active || (s.added && s.removed && s.in_flight.is_none() && !s.answer_due)
+        let done = |kind: &Kind| {
+            let s = &self.types[kind.index()];
+            let removed = s.removed || self.must_keep(*kind, Part::Removed);
+            !s.active || (s.added && removed && s.in_flight.is_none() && !s.answer_due)
         };
         let marker = &self.types[Kind::Marker.index()];
-        self.types[..Kind::Marker.index()].iter().all(done)
+        [Kind::Origin, Kind::Authorization, Kind::Address].iter().all(done)
             && (!marker.active || (!self.marker_due && marker.in_flight.is_none()))
     }
 

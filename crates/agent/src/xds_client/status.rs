@@ -114,17 +114,17 @@ impl XdsStatus {
         });
     }
 
-    pub(super) fn received(
-        &self,
-        type_url: &str,
-        size: usize,
-        refused: usize,
-        version: ConfigVersion,
-        now: u64,
-    ) {
+    /// Counts a response of this size, and what of it was refused.
+    pub(super) fn received(&self, type_url: &str, size: usize, refused: usize) {
         let Some(metrics) = &self.metrics else { return };
         metrics.xds().message(type_url, size);
         (0..refused).for_each(|_| metrics.xds().nack(type_url));
-        metrics.xds().applied(version, now);
+    }
+
+    /// A configuration is in force.
+    pub(super) fn applied(&self, version: ConfigVersion, now: u64) {
+        if let Some(metrics) = &self.metrics {
+            metrics.xds().applied(version, now);
+        }
     }
 }

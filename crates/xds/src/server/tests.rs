@@ -124,6 +124,7 @@ fn a_returning_proxy_keeps_policies_until_its_addresses_are_known() {
     assert_eq!(lines, ["Authorization + -"]);
     c.request(ack(&responses[0])).unwrap();
     assert_eq!(sent(&mut c).0, Vec::<String>::new());
+    assert!(c.is_settled(), "nothing more to wait for");
     c.request(holding(Kind::Address, "w")).unwrap();
     assert_eq!(sent(&mut c).0, ["Address + -w", "Authorization + -ns/p"]);
 }
