@@ -73,7 +73,7 @@ impl Config {
     /// in Istio's experience and every thread costs listeners in every pod.
     pub fn worker_threads(&self) -> usize {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        self.workers.unwrap_or(cores.min(8)).clamp(1, 64)
+        self.workers.unwrap_or_else(|| cores.min(8)).clamp(1, 64)
     }
 }
 

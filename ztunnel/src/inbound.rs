@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use agent::access_log::Direction;
 use engine::{Allowed, InboundFacts, Verdict, authorize};
@@ -11,6 +11,7 @@ use http::StatusCode;
 use model::{Identity, MESH_PORTS, Reason, Refusal, Workload};
 use net::capture::{MARK_PROXY, MARK_TO_APP};
 use net::socket::{ConnectOpts, SourcePorts};
+use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 
 use crate::config::{Waits, is_local};
@@ -84,6 +85,10 @@ async fn accept_tunnel(
     pod: &Pod,
     accepted: Accepted,
 ) -> Result<ServerTunnel, Refusal> {
+    let Ok(_place) = worker.handshakes.try_acquire() else {
+        return Err(Refusal::new(Reason::Limit, "too many TLS handshakes at once"));
+    };
+    notice_death(&accepted.tcp);
     let credentials = credentials(worker, pod).await?;
     let handshake = ServerTunnel::accept(accepted.tcp, credentials.server_config());
     match tokio::time::timeout(Waits::HANDSHAKE, handshake).await {
@@ -94,6 +99,17 @@ async fn accept_tunnel(
             format!("{} did not finish its handshake in time", accepted.peer),
         )),
     }
+}
+
+/// A peer that vanished without a word must not hold a tunnel for ever: probed every 10 s, given up
+/// after 30 s without an answer.
+fn notice_death(tcp: &TcpStream) {
+    let (probe, patience) = (Duration::from_secs(10), Duration::from_secs(30));
+    let socket = socket2::SockRef::from(tcp);
+    let keepalive = TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(2);
+    // Best effort: without it the tunnel lives longer than it should, and nothing else changes.
+    let _ = socket.set_tcp_keepalive(&keepalive);
+    let _ = socket.set_tcp_user_timeout(Some(patience));
 }
 
 async fn serve_stream(

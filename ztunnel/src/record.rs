@@ -206,7 +206,9 @@ impl Recorder {
         let own = record.peer.as_ref().map(|_| &record.pod.identity);
         let peer = record.peer.as_deref();
         let refusal = record.refusal.as_ref();
-        let allowed = record.allowed_by.as_ref();
+        let refused = refusal.map(|r| (r.policy.as_ref(), r.provenance.as_ref()));
+        let allowed = record.allowed_by.as_ref().map(|(policy, rule)| (Some(policy), Some(rule)));
+        let (policy, rule) = refused.or(allowed).unwrap_or_default();
         let outcome = match refusal {
             Some(refusal) => Outcome::Failed { reason: refusal.reason, message: &refusal.message },
             None => Outcome::Complete,
@@ -230,8 +232,8 @@ impl Recorder {
             from_client,
             from_server,
             outcome,
-            policy: refusal.and_then(|r| r.policy.as_ref()).or(allowed.map(|(key, _)| key)),
-            rule: refusal.and_then(|r| r.provenance.as_ref()).or(allowed.map(|(_, rule)| rule)),
+            policy,
+            rule,
             config: record.version,
         });
     }

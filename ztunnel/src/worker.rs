@@ -18,7 +18,7 @@ use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Str, WorkloadUid}
 use net::capture::MARK_PROXY;
 use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::config::Config;
 use crate::connections::Connections;
@@ -30,6 +30,10 @@ use crate::{inbound, outbound};
 const SWEEP: Duration = Duration::from_secs(15);
 /// Pause after `accept` failed for want of descriptors or memory: trying at once would burn the core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+
+/// Handshakes that one worker runs at once. Each may hold a second of CPU and some 50 KiB; whoever comes
+/// on top is refused, which a client notices at once, while a queue would only fill.
+const MAX_HANDSHAKES: usize = 1024;
 
 /// What all workers share.
 #[derive(Debug)]
@@ -48,6 +52,8 @@ pub struct Worker {
     pub pool: Pool,
     pub connections: Connections,
     pub recorder: Recorder,
+    /// Places for TLS handshakes of peers that dial us.
+    pub handshakes: Semaphore,
     random: std::sync::Mutex<fastrand::Rng>,
 }
 
@@ -67,6 +73,7 @@ impl Worker {
             pool: Pool::new(PoolLimits::default()),
             connections: Connections::default(),
             recorder,
+            handshakes: Semaphore::new(MAX_HANDSHAKES),
             random: std::sync::Mutex::new(fastrand::Rng::new()),
         }
     }

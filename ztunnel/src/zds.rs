@@ -55,7 +55,6 @@ pub fn run(path: &Path, mut handle: impl FnMut(PodEvent) -> Result<(), String>) 
                 complained = true;
             }
         }
-        #[expect(clippy::disallowed_methods, reason = "own thread, nothing to wait for")]
         std::thread::sleep(RECONNECT);
     }
 }
