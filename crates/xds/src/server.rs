@@ -6,9 +6,14 @@
 //!   reference to a policy that was not sent, nor loses a policy that something still refers to.
 //! - One response per type is in flight. What changes meanwhile is sent as one difference afterwards.
 //! - The marker comes last, once per push, and only to who asked for it.
+//! - A push costs a settled connection what changed: differences between two meshes are worked out once
+//!   for all connections.
 //! - A connection always ends up with the newest [`Resources`], wherever it started from.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod changes;
+mod sent;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,6 +24,9 @@ use crate::any::Any;
 use crate::digest::{self, Sum};
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit, codec};
+pub use changes::Changes;
+use changes::{Memo, TypeChanges};
+use sent::{Difference, Sent};
 
 /// Names kept of a refusal: enough to start looking.
 const MAX_REFUSED_NAMES: usize = 100;
@@ -48,6 +56,7 @@ pub struct Resources {
     origins: Table,
     authorizations: Table,
     addresses: Table,
+    memo: Memo,
 }
 
 /// The resources of one type by name, and their sum.
@@ -105,6 +114,14 @@ impl Resources {
     /// Count and sum of a type.
     pub fn sum(&self, kind: Kind) -> Sum {
         self.table(kind).sum
+    }
+
+    /// What turns `old` into this. Worked out once, however many connections ask.
+    pub fn changes_since(&self, old: &Arc<Self>) -> Arc<Changes> {
+        self.memo.get(old, || Changes {
+            types: [Kind::Origin, Kind::Authorization, Kind::Address]
+                .map(|kind| TypeChanges::new(&old.table(kind).by_name, &self.table(kind).by_name)),
+        })
     }
 
     fn table(&self, kind: Kind) -> &Table {
@@ -173,14 +190,13 @@ pub struct Connection {
 #[derive(Debug, Default)]
 struct Subscription {
     active: bool,
-    /// Versions of what the proxy holds or has been sent. An empty version matches nothing.
-    sent: BTreeMap<Str, Str>,
+    sent: Sent,
     in_flight: Option<InFlight>,
     /// Began with what an earlier stream left behind.
     resumed: bool,
     /// A subscription is answered even when there is nothing to send: the proxy waits for it.
     answer_due: bool,
-    /// `sent` is known to have every desired resource, and none but these.
+    /// `sent` has every desired resource, and none but these.
     added: bool,
     removed: bool,
 }
@@ -313,11 +329,11 @@ impl Connection {
 
     fn subscribe(&mut self, kind: Kind, versions: BTreeMap<String, String>) {
         let subscription = &mut self.types[kind.index()];
-        let mut sent: BTreeMap<Str, Str> =
-            versions.into_iter().map(|(name, version)| (name.into(), version.into())).collect();
+        let versions = versions.into_iter();
+        let mut sent = Sent::stated(versions.map(|(name, version)| (name.into(), version.into())));
         // What is still on its way will be held too, and it is not known in which version.
         for name in subscription.in_flight.iter().flat_map(|sent| &sent.names) {
-            sent.insert(name.clone(), "".into());
+            sent.set(name.clone(), "".into());
         }
         *subscription = Subscription {
             active: true,
@@ -331,28 +347,24 @@ impl Connection {
         self.marker_due = true;
     }
 
-    /// What the proxy lacks, and what it should no longer have.
+    /// What the proxy lacks, and what it should no longer have, ready to be sent.
     fn difference(&mut self, kind: Kind, part: Part) -> (Vec<Resource>, Vec<String>) {
-        let desired = &self.desired.table(kind).by_name;
         let subscription = &mut self.types[kind.index()];
-        let (mut resources, mut removed) = (Vec::new(), Vec::new());
-        if !subscription.active {
-            return (resources, removed);
+        let known = match part {
+            Part::Added => subscription.added,
+            Part::Removed => subscription.removed,
+            Part::Both => subscription.added && subscription.removed,
+        };
+        if !subscription.active || known {
+            return (Vec::new(), Vec::new());
         }
-        if part != Part::Removed && !subscription.added {
-            for (name, encoded) in desired {
-                if subscription.sent.get(name) != Some(&encoded.version) {
-                    resources.push(on_wire(kind, name, encoded));
-                }
-            }
-            subscription.added = resources.is_empty();
+        let Difference { set, removed } = subscription.sent.difference(kind, part, &self.desired);
+        let set: Vec<_> = set.into_iter().map(|(name, e)| on_wire(kind, name, e)).collect();
+        let removed: Vec<_> = removed.into_iter().map(ToString::to_string).collect();
+        if set.is_empty() && removed.is_empty() {
+            subscription.done(part, &self.desired);
         }
-        if part != Part::Added && !subscription.removed {
-            let gone = subscription.sent.keys().filter(|name| !desired.contains_key(*name));
-            removed.extend(gone.map(ToString::to_string));
-            subscription.removed = removed.is_empty();
-        }
-        (resources, removed)
+        (set, removed)
     }
 
     fn send(
@@ -367,13 +379,12 @@ impl Connection {
         for resource in &resources {
             let name: Str = resource.name.as_str().into();
             names.push(name.clone());
-            subscription.sent.insert(name, resource.version.as_str().into());
+            subscription.sent.set(name, resource.version.as_str().into());
         }
         for name in &removed_resources {
-            subscription.sent.remove(name.as_str());
+            subscription.sent.remove(name.as_str().into());
         }
-        subscription.added |= part != Part::Removed;
-        subscription.removed |= part != Part::Added;
+        subscription.done(part, &self.desired);
         subscription.answer_due = false;
         self.respond(kind, resources, removed_resources, names)
     }
@@ -432,12 +443,15 @@ enum Part {
     Both,
 }
 
-/// What turns `old` into `new`: names of resources to set and to remove.
-pub fn diff(old: &Resources, new: &Resources, kind: Kind) -> (BTreeSet<Str>, BTreeSet<Str>) {
-    let (old, new) = (&old.table(kind).by_name, &new.table(kind).by_name);
-    let set = new.iter().filter(|(name, encoded)| old.get(*name) != Some(encoded));
-    let removed = old.keys().filter(|name| !new.contains_key(*name));
-    (set.map(|(name, _)| name.clone()).collect(), removed.cloned().collect())
+impl Subscription {
+    /// This part of the newest mesh has been sent.
+    fn done(&mut self, part: Part, desired: &Arc<Resources>) {
+        self.added |= part != Part::Removed;
+        self.removed |= part != Part::Added;
+        if self.added && self.removed {
+            self.sent.settle(desired);
+        }
+    }
 }
 
 fn on_wire(kind: Kind, name: &str, encoded: &Encoded) -> Resource {

@@ -14,7 +14,7 @@ use xds::Kind;
 use xds::client::{Client, Mismatch, Saved};
 use xds::codec::Defaults;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use xds::server::{Connection, Event, Resources, diff};
+use xds::server::{Connection, Event, Resources};
 
 /// A small mesh: index to variant. Workload `i` of variant `v` is selected by policy `v`, which exists.
 #[derive(Clone, Debug, Default)]
@@ -288,20 +288,25 @@ proptest! {
         after.assert_held(&world.snapshot);
         prop_assert_eq!(world.snapshot.version(), ConfigVersion { epoch: 7, number: 3 });
         let lossless = [Kind::Origin, Kind::Authorization, Kind::Address].into_iter().all(|kind| {
-            let (set, removed) = diff(&before.resources(1), &lost.resources(2), kind);
-            set.is_empty() && removed.is_empty()
+            let changes = lost.resources(2).changes_since(&before.resources(1));
+            changes.of(kind).set.is_empty() && changes.of(kind).removed.is_empty()
         });
         prop_assert_eq!(world.mismatches.is_empty(), lossless);
     }
 
     #[test]
-    fn diff_turns_old_into_new(old in mesh(), new in mesh()) {
+    fn changes_turn_old_into_new(old in mesh(), new in mesh()) {
         let (old, new) = (old.resources(1), new.resources(2));
         for kind in Kind::ALL {
-            let (set, removed) = diff(&old, &new, kind);
+            let changes = new.changes_since(&old);
+            let changes = changes.of(kind);
             let mut applied: BTreeMap<_, _> = old.iter(kind).collect();
-            applied.retain(|name, _| !removed.contains(*name));
-            applied.extend(new.iter(kind).filter(|(name, _)| set.contains(*name)));
+            let before = applied.len();
+            applied.retain(|name, _| !changes.removed.contains(*name));
+            prop_assert_eq!(applied.len() + changes.removed.len(), before, "removed what was not there");
+            for (name, encoded) in new.iter(kind).filter(|(name, _)| changes.set.contains(*name)) {
+                prop_assert!(applied.insert(name, encoded) != Some(encoded), "set what was there");
+            }
             prop_assert_eq!(applied, new.iter(kind).collect());
         }
     }
