@@ -29,13 +29,14 @@ mod files;
 mod metrics;
 mod registry;
 mod report;
-mod scan;
+pub mod scan;
 mod serve;
 pub mod signer;
 mod status;
 mod tls;
 pub mod tokens;
-mod watch;
+/// Also for the local world, which follows the same folder.
+pub mod watch;
 mod world;
 
 pub use app::{Inputs, Running, StartError, start};

@@ -15,27 +15,27 @@ use std::time::{Duration, SystemTime};
 use compile::{Code, Diagnostic, Severity};
 
 /// A Kubernetes object has at most 1.5 MiB in etcd, and one file rarely holds more than a few dozen.
-pub(crate) const MAX_FILE: u64 = 1 << 20;
+pub const MAX_FILE: u64 = 1 << 20;
 /// One object a file and 100,000 pods, doubled.
-pub(crate) const MAX_FILES: usize = 200_000;
+pub const MAX_FILES: usize = 200_000;
 /// All files together: 100,000 pods of 2 KiB, doubled. What is parsed takes several times the memory.
-pub(crate) const MAX_TOTAL: u64 = 512 << 20;
+pub const MAX_TOTAL: u64 = 512 << 20;
 /// Diagnostics about one folder's subfolders; the rest of them says nothing new.
 const MAX_SUBFOLDERS_NAMED: usize = 10;
 
 /// A file: the index of its folder and its name.
-pub(crate) type Key = (usize, String);
+pub type Key = (usize, String);
 
 /// What changed for the parser.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum News {
+pub enum News {
     Set { key: Key, text: String },
     Removed { key: Key },
 }
 
 /// The folders as last seen.
 #[derive(Debug)]
-pub(crate) struct Tree {
+pub struct Tree {
     folders: Vec<Folder>,
     files: BTreeMap<Key, Seen>,
     /// What is wrong with a file, or (empty name) with a folder.
@@ -71,7 +71,7 @@ struct Seen {
 }
 
 impl Tree {
-    pub(crate) fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
+    pub fn new(folders: impl IntoIterator<Item = PathBuf>) -> Self {
         let folders = folders
             .into_iter()
             .map(|path| Folder { path, was_read: false, present: false })
@@ -80,32 +80,32 @@ impl Tree {
     }
 
     /// Every folder has been read at least once: what we know is a mesh and not a part of one.
-    pub(crate) fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.folders.iter().all(|f| f.was_read)
     }
 
     /// Events alone would miss something: a folder is missing, or a link's target lies elsewhere.
-    pub(crate) fn needs_polling(&self) -> bool {
+    pub fn needs_polling(&self) -> bool {
         self.folders.iter().any(|f| !f.present) || self.files.values().any(|s| s.symlink)
     }
 
     /// The newest content of this file could not be read.
-    pub(crate) fn has_problem(&self, key: &Key) -> bool {
+    pub fn has_problem(&self, key: &Key) -> bool {
         self.problems.contains_key(key)
     }
 
     /// The folders that have never been read.
-    pub(crate) fn missing(&self) -> Vec<PathBuf> {
+    pub fn missing(&self) -> Vec<PathBuf> {
         self.folders.iter().filter(|f| !f.was_read).map(|f| f.path.clone()).collect()
     }
 
-    pub(crate) fn diagnostics(&self) -> Vec<Diagnostic> {
+    pub fn diagnostics(&self) -> Vec<Diagnostic> {
         self.problems.values().cloned().collect()
     }
 
     /// Looks at every file; reads those that changed. A changed file younger than `settle` may still be
     /// written to: it is not read but returned, to be asked for again with [`Self::refresh`].
-    pub(crate) fn rescan(&mut self, settle: Duration) -> (Vec<News>, Vec<Key>) {
+    pub fn rescan(&mut self, settle: Duration) -> (Vec<News>, Vec<Key>) {
         let (mut news, mut unsettled) = (Vec::new(), Vec::new());
         for index in 0..self.folders.len() {
             let path = self.folders[index].path.clone();
@@ -124,7 +124,7 @@ impl Tree {
     }
 
     /// Reads these files again, whatever their age.
-    pub(crate) fn refresh(&mut self, keys: &[Key]) -> Vec<News> {
+    pub fn refresh(&mut self, keys: &[Key]) -> Vec<News> {
         let mut news = Vec::new();
         for key in keys {
             // A folder on its way out takes its files along one by one; see the invariant.
@@ -268,7 +268,7 @@ impl Tree {
 }
 
 /// Whether a file name is configuration: `.yaml`, `.yml` or `.json`, and not an editor's own file.
-pub(crate) fn is_config(name: &OsStr) -> bool {
+pub fn is_config(name: &OsStr) -> bool {
     let Some(name) = name.to_str() else { return false };
     // `.a.yaml.swp` fails by its end, `.#a.yaml` (emacs) and `.goutputstream` by its dot.
     !name.starts_with('.')

@@ -30,7 +30,7 @@ const POLL: Duration = Duration::from_secs(1);
 
 /// What happened in the folders.
 #[derive(Debug)]
-pub(crate) struct Update {
+pub struct Update {
     pub news: Vec<News>,
     /// What is wrong with files and folders as such.
     pub diagnostics: Vec<Diagnostic>,
@@ -42,7 +42,7 @@ pub(crate) struct Update {
 
 /// Ends the thread when dropped.
 #[derive(Debug)]
-pub(crate) struct Stop {
+pub struct Stop {
     messages: SyncSender<Message>,
     stopped: Arc<AtomicBool>,
 }
@@ -74,7 +74,7 @@ enum Hint {
 }
 
 /// Starts the thread. `sink` gets the first state, and then every change; it may take its time.
-pub(crate) fn start(
+pub fn start(
     folders: Vec<PathBuf>,
     sink: impl FnMut(Update) + Send + 'static,
 ) -> std::io::Result<Stop> {
