@@ -1,3 +1,85 @@
 //! The command line: operate and explain the mesh.
+//!
+//! One module per group of commands; each turns arguments into a call of a library and prints the answer. Exit status: 0
+//! done, 1 failed (why is on stderr), 2 wrong usage; commands that run or decide something say so in their help.
 
-fn main() {}
+mod can;
+mod local;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Run a mesh on this machine, and ask what it does and why.
+#[derive(Debug, Parser)]
+#[command(name = "meshctl", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// A cluster on this machine: nodes and pods from a folder of Kubernetes YAML, without Kubernetes and without root
+    #[command(subcommand, after_help = local::EXAMPLES)]
+    Local(local::Command),
+    Can(can::Args),
+}
+
+fn main() -> ExitCode {
+    // The lab starts this program again for its inner processes, which must come first and alone.
+    if let Some(code) = lab::hidden() {
+        return code;
+    }
+    let result = match Cli::parse().command {
+        Command::Local(command) => local::run(command),
+        Command::Can(args) => return can::run(&args, folders_of),
+    };
+    result.unwrap_or_else(|e| {
+        print::error(&format!("{e:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// What a running lab is made of: the user's folder, and the objects that the lab wrote.
+fn folders_of(lab: Option<&str>) -> anyhow::Result<[std::path::PathBuf; 2]> {
+    let lab = lab::place::find(lab)?;
+    Ok([lab.dir, lab::place::Place::of(&lab.name)?.objects()])
+}
+
+mod print {
+    //! To the terminal and nowhere else: the one place that writes to stdout and stderr.
+
+    use std::io::{IsTerminal, Write};
+
+    /// A line on stdout. A closed pipe is the reader's choice and no error.
+    pub(crate) fn line(text: &str) {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+
+    /// `error:` and a text on stderr.
+    pub(crate) fn error(text: &str) {
+        let _ = writeln!(
+            std::io::stderr(),
+            "{} {text}",
+            paint("error:", Color::Red, std::io::stderr().is_terminal())
+        );
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Color {
+        Red = 31,
+        Green = 32,
+        Yellow = 33,
+        Dim = 2,
+    }
+
+    /// Colours only for a person at a terminal who has not asked for none.
+    pub(crate) fn on_stdout() -> bool {
+        std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+    }
+
+    pub(crate) fn paint(text: &str, color: Color, colored: bool) -> String {
+        if colored { format!("\x1b[{}m{text}\x1b[0m", color as u8) } else { text.to_owned() }
+    }
+}

@@ -1,0 +1,12 @@
+//! Pods as processes: what to run ([`resolve`]), when ([`lifecycle`]), how ([`helper`], [`rootfs`], [`exec`]), and the
+//! task that brings it together ([`worker`]).
+
+pub(crate) mod exec;
+pub(crate) mod helper;
+pub(crate) mod lifecycle;
+mod probe;
+pub(crate) mod resolve;
+pub(crate) mod rootfs;
+pub(crate) mod run;
+pub(crate) mod spaces;
+pub(crate) mod worker;

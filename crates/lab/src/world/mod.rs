@@ -1,0 +1,400 @@
+//! Process 1 of the lab: one task owns the state of the whole world, others report to it.
+//!
+//! What a cluster spreads over API server, controllers, scheduler, kubelets and kube-proxy is here one loop: something
+//! happened (a file changed, a pod reported, a client asked), the plan is made anew where needed, and the difference to what
+//! runs is carried out.
+//!
+//! Invariants: every decision is a pure function elsewhere (`compile::local::plan`, [`reconcile`](crate::reconcile),
+//! [`endpoints`](crate::endpoints)); nothing here waits for a pod or a proxy; a pod of the mesh starts only when its ztunnel
+//! has it and its traffic is captured.
+
+mod clients;
+mod pods;
+mod publish;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use compile::local::{Assignments, LocalConfig, LocalPlan};
+use compile::{Diagnostic, Folder};
+use istiod_lite::scan::News;
+use istiod_lite::watch::{self, Update};
+use nix::mount::{MsFlags, mount};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::control::{Answer, Request};
+use crate::dns::server::{Current, Upstream};
+use crate::launch::{Event, WorldConfig, WorldFds};
+use crate::mesh::{self, Mesh};
+use crate::network::Network;
+use crate::objects::ObjectFiles;
+use crate::place::Place;
+use crate::pod::worker::{Report, Shared};
+use crate::procs::Processes;
+use crate::reconcile::Key;
+use crate::{dns, ids};
+
+/// Things that happened and wait for the owner. Senders wait when it is full.
+const QUEUE: usize = 1024;
+/// How long pods may take to end when the lab ends: a person waits for it. Then they are killed.
+const END_WITHIN: Duration = Duration::from_millis(2_000);
+
+/// Something happened.
+#[derive(Debug)]
+enum Input {
+    Folder(Update),
+    Pod(Report),
+    /// A pod was enrolled and captured, or not.
+    Captured {
+        key: Key,
+        instance: u64,
+        result: Result<(), String>,
+    },
+    /// A pod was taken out of the mesh.
+    Released {
+        key: Key,
+        instance: u64,
+    },
+    Client(Request, oneshot::Sender<Reply>),
+    End,
+}
+
+/// What a client gets from the owner.
+#[derive(Debug)]
+enum Reply {
+    Answer(Answer),
+    /// Ask this pod's worker how to run the command, or run it in this network namespace.
+    Enter(clients::Target),
+}
+
+/// The state of everything.
+struct World {
+    config: WorldConfig,
+    local: LocalConfig,
+    network: Network,
+    shared: Arc<Shared>,
+    folder: Folder,
+    /// What the watcher says about files and folders as such.
+    folder_problems: Vec<Diagnostic>,
+    assignments: Assignments,
+    plan: LocalPlan,
+    pods: BTreeMap<Key, pods::Pod>,
+    images: BTreeMap<String, (PathBuf, bool)>,
+    objects: ObjectFiles,
+    names: Current,
+    mesh: Option<Mesh>,
+    events: mpsc::Sender<Event>,
+    reports: mpsc::Sender<Report>,
+    inputs: mpsc::Sender<Input>,
+    next_instance: u64,
+    /// Complaints that were shown.
+    shown: BTreeSet<String>,
+    /// What nodes translate now.
+    translated: Option<Vec<net::service_nat::ServicePort>>,
+    /// The first plan was carried out.
+    settled: bool,
+    /// The folder was read.
+    read: bool,
+}
+
+/// Runs the lab in this process until it is told to end. `info` is the file with its configuration.
+pub(crate) fn run(info: &Path, fds: WorldFds) -> Result<ExitCode> {
+    let config: WorldConfig =
+        serde_json::from_slice(&fs::read(info).with_context(|| info.display().to_string())?)?;
+    let place = Place::of(&config.info.name)?;
+    make_folders(&place)?;
+    start_log(&place)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(async {
+        let events = UnixStream::from(fds.events);
+        let mut say = events.try_clone()?;
+        let ended = live(config, place, UnixListener::from(fds.control), events, fds.dns).await;
+        if let Err(e) = &ended {
+            tracing::error!("{e:#}");
+            let line = serde_json::to_string(&Event::Failed(format!("{e:#}")))?;
+            let _ = writeln!(say, "{line}");
+        }
+        Ok(if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
+}
+
+async fn live(
+    config: WorldConfig,
+    place: Place,
+    control: UnixListener,
+    front: UnixStream,
+    dns: std::os::fd::OwnedFd,
+) -> Result<()> {
+    let (inputs, mut queue) = mpsc::channel(QUEUE);
+    let events = talk_to_front(front, inputs.clone())?;
+    let processes = Processes::default();
+    tokio::spawn(processes.clone().collect());
+    let mut world = World::build(config, place, processes, events, inputs.clone(), dns).await?;
+    clients::listen(control, inputs.clone(), world.shared.processes.clone())?;
+    let sink = inputs.clone();
+    let watching = watch::start(vec![world.config.info.dir.clone()], move |update| {
+        // Fails only when the lab is ending.
+        let _ = sink.blocking_send(Input::Folder(update));
+    });
+    let _watching = watching.context("watch the folder")?;
+    while let Some(input) = queue.recv().await {
+        if matches!(input, Input::End) {
+            break;
+        }
+        let mut changed = world.handle(input);
+        // Whatever else is waiting is taken in before the world is made to fit.
+        while let Ok(input) = queue.try_recv() {
+            if matches!(input, Input::End) {
+                return world.end(queue).await;
+            }
+            changed |= world.handle(input);
+        }
+        if changed {
+            world.reconcile();
+        }
+    }
+    world.end(queue).await
+}
+
+impl World {
+    async fn build(
+        config: WorldConfig,
+        place: Place,
+        processes: Processes,
+        events: mpsc::Sender<Event>,
+        inputs: mpsc::Sender<Input>,
+        dns_link: std::os::fd::OwnedFd,
+    ) -> Result<Self> {
+        let local = LocalConfig::with_nodes(
+            u8::try_from(config.info.nodes).unwrap_or(LocalConfig::MAX_NODES),
+        );
+        let network = Network::create(&local).context("build the network")?;
+        let _ = events
+            .send(Event::Progress(format!("{} nodes on a bridge", network.nodes.len())))
+            .await;
+        let (names, upstream) = (Current::default(), Upstream::new(dns_link)?);
+        for node in &network.nodes {
+            net::service_nat::prepare(&node.ns)?;
+            dns::server::serve(&node.ns, &names, &upstream)
+                .with_context(|| format!("DNS on {}", node.name))?;
+        }
+        let mesh = match &config.bin_dir {
+            Some(bin) => {
+                Some(mesh::start(&place, bin, &config.info.dir, &network, &processes, &events)?)
+            }
+            None => None,
+        };
+        let own_map =
+            |file: &str| Ok::<_, anyhow::Error>(ids::parse_map(&fs::read_to_string(file)?));
+        let shared = Arc::new(Shared {
+            place: place.clone(),
+            processes,
+            lab_uids: own_map("/proc/self/uid_map")?,
+            lab_gids: own_map("/proc/self/gid_map")?,
+            hidden: hidden(&place),
+        });
+        let (reports, mut reported) = mpsc::channel::<Report>(QUEUE);
+        let forward = inputs.clone();
+        tokio::spawn(async move {
+            while let Some(report) = reported.recv().await {
+                if forward.send(Input::Pod(report)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self {
+            objects: ObjectFiles::new(place.objects()).context("folder for objects")?,
+            images: config
+                .images
+                .iter()
+                .map(|(n, p)| (n.clone(), (p.clone(), p.is_dir())))
+                .collect(),
+            config,
+            local,
+            network,
+            shared,
+            folder: Folder::new(),
+            folder_problems: vec![],
+            assignments: Assignments::default(),
+            plan: LocalPlan::default(),
+            pods: BTreeMap::new(),
+            names,
+            mesh,
+            events,
+            reports,
+            inputs,
+            next_instance: 1,
+            shown: BTreeSet::new(),
+            translated: None,
+            settled: false,
+            read: false,
+        })
+    }
+
+    /// Takes in what happened. True: plan and world have to be compared.
+    fn handle(&mut self, input: Input) -> bool {
+        match input {
+            Input::Folder(update) => {
+                for news in update.news {
+                    match news {
+                        News::Set { key, text } => self.folder.set_file(key.0, &key.1, &text),
+                        News::Removed { key } => self.folder.remove_file(key.0, &key.1),
+                    }
+                }
+                self.folder_problems = update.diagnostics;
+                self.read |= update.complete;
+                true
+            }
+            Input::Pod(report) => self.pod_reported(report),
+            Input::Captured { key, instance, result } => self.pod_captured(&key, instance, result),
+            Input::Released { key, instance } => self.pod_released(&key, instance),
+            Input::Client(request, reply) => {
+                let _ = reply.send(self.reply(request));
+                false
+            }
+            Input::End => false,
+        }
+    }
+
+    /// Makes the plan and brings the world closer to it.
+    fn reconcile(&mut self) {
+        if !self.read {
+            return;
+        }
+        let objects = self.folder.objects();
+        self.plan = compile::local::plan(&objects, &self.local, &mut self.assignments);
+        self.adopt_plan();
+        self.start_and_end_pods();
+        self.publish();
+        self.complain(&objects);
+        if !self.settled
+            && self.pods.values().all(pods::Pod::has_begun)
+            && self.pods.len() >= self.plan.pods.len()
+        {
+            self.settled = true;
+            self.say(Event::Ready {
+                pods: self.pods.len(),
+                services: self.plan.services.len(),
+                nodes: self.config.info.nodes,
+            });
+        }
+    }
+
+    fn say(&self, event: Event) {
+        // The front reads all the time; when it is stuck, news are dropped rather than the lab stopped.
+        let _ = self.events.try_send(event);
+    }
+
+    /// Ends all pods, within a limit.
+    async fn end(mut self, mut queue: mpsc::Receiver<Input>) -> Result<()> {
+        self.read = false;
+        let within = u64::try_from(END_WITHIN.as_millis()).unwrap_or(u64::MAX);
+        for pod in self.pods.values_mut() {
+            pod.stop(within);
+        }
+        let all_gone = async {
+            while !self.pods.is_empty() {
+                match queue.recv().await {
+                    Some(Input::Client(_, reply)) => {
+                        let _ = reply.send(Reply::Answer(Answer::Ending));
+                    }
+                    Some(input) => drop(self.handle(input)),
+                    None => return,
+                }
+            }
+        };
+        // What is left is killed with this process.
+        let _ = tokio::time::timeout(END_WITHIN * 2, all_gone).await;
+        Ok(())
+    }
+}
+
+/// Sends events to the front; its end, or a line from it, ends the lab.
+fn talk_to_front(front: UnixStream, inputs: mpsc::Sender<Input>) -> Result<mpsc::Sender<Event>> {
+    front.set_nonblocking(true)?;
+    let (read, mut write) = tokio::net::UnixStream::from_std(front)?.into_split();
+    let (sender, mut events) = mpsc::channel::<Event>(QUEUE);
+    tokio::spawn(async move {
+        while let Some(event) = events.recv().await {
+            let Ok(mut line) = serde_json::to_vec(&event) else { continue };
+            line.push(b'\n');
+            if tokio::io::AsyncWriteExt::write_all(&mut write, &line).await.is_err() {
+                return;
+            }
+        }
+    });
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(read).lines();
+        // One line, or the end: both mean the same.
+        let _ = lines.next_line().await;
+        let _ = inputs.send(Input::End).await;
+    });
+    Ok(sender)
+}
+
+fn make_folders(place: &Place) -> Result<()> {
+    for dir in [place.logs(), place.objects(), place.root(), place.layers(), place.private()] {
+        fs::create_dir_all(&dir)
+            .with_context(|| format!("cannot create {} (is the disk full?)", dir.display()))?;
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    // Seen by the lab's processes only: this mount namespace is theirs.
+    mount(Some("tmpfs"), &place.private(), Some("tmpfs"), flags, Some("mode=0700,size=2g"))
+        .context("mount the lab's private memory")?;
+    fs::create_dir_all(place.private().join("volumes"))?;
+    Ok(())
+}
+
+fn start_log(place: &Place) -> Result<()> {
+    let path = place.logs().join("lab.log");
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| path.display().to_string())?;
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_env("AMBIT_LOG").unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(std::sync::Mutex::new(file));
+    log.try_init().map_err(|e| anyhow::anyhow!("start the log: {e}"))
+}
+
+/// What pods must not see of the machine: the lab itself, and what people keep in their home to prove who they are. (Where
+/// pods have ids of their own the machine's file modes keep them out as well; with one id they would not.)
+fn hidden(place: &Place) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = place.state.parent().map(Path::to_owned).into_iter().collect();
+    if let Some(home) = std::env::var_os("HOME").map(PathBuf::from).filter(|h| h.is_absolute()) {
+        let secret = [
+            ".ssh",
+            ".gnupg",
+            ".aws",
+            ".azure",
+            ".kube",
+            ".docker",
+            ".netrc",
+            ".git-credentials",
+            ".pgpass",
+            ".password-store",
+            ".config/gcloud",
+            ".config/gh",
+            ".cargo/credentials.toml",
+            ".cargo/credentials",
+            ".local/share/keyrings",
+        ];
+        paths.extend(secret.iter().map(|s| home.join(s)));
+    }
+    paths
+}

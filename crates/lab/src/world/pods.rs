@@ -1,0 +1,359 @@
+//! The pods of the lab: made, enrolled, watched, taken away.
+
+use compile::local::PodPlan;
+use net::{NetNs, capture};
+use tokio::sync::mpsc;
+
+use super::{Input, World};
+use crate::launch::Event;
+use crate::network::PodNet;
+use crate::pod::lifecycle::{Millis, Phase};
+use crate::pod::resolve::{self, Surroundings};
+use crate::pod::worker::{Ask, Report, Worker};
+use crate::reconcile::{self, Key, Present, Wanted};
+use crate::zds::Captured;
+
+/// Asks that wait for a worker, which takes them at once.
+const QUEUE: usize = 16;
+/// Clients of `exec` may keep a worker waiting; the lab itself never waits this way.
+const NO_LIMIT: Millis = Millis::MAX;
+
+/// A pod that is there.
+pub(super) struct Pod {
+    pub(super) plan: PodPlan,
+    pub(super) instance: u64,
+    pub(super) ns: NetNs,
+    /// None: in the node's network.
+    net: Option<PodNet>,
+    pub(super) asks: mpsc::Sender<Ask>,
+    pub(super) last: Option<Report>,
+    pub(super) ending: bool,
+    pub(super) capture: Capture,
+    /// When it was told to end, for the object's deletionTimestamp.
+    pub(super) ended_at: Option<std::time::SystemTime>,
+}
+
+/// Where a pod is on its way into the mesh and out of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Capture {
+    Out,
+    Entering,
+    In,
+    Leaving,
+    /// Why it could not be captured. Its containers do not start.
+    Failed(String),
+}
+
+impl Pod {
+    pub(super) fn stop(&mut self, within: Millis) {
+        if !self.ending {
+            self.ending = true;
+            self.ended_at = Some(std::time::SystemTime::now());
+        }
+        // Full or closed: it is ending already.
+        let _ = self.asks.try_send(Ask::Stop(within));
+    }
+
+    pub(super) fn ready(&self) -> bool {
+        !self.ending && self.last.as_ref().is_some_and(|r| r.ready)
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.last.as_ref().map_or(Phase::Pending, |r| r.phase)
+    }
+
+    pub(super) fn captured(&self) -> bool {
+        self.capture == Capture::In
+    }
+
+    /// Whether its first containers were started, or it is clear that they cannot be.
+    pub(super) fn has_begun(&self) -> bool {
+        let stuck = |r: &Report| {
+            r.containers
+                .iter()
+                .any(|c| c.state == "ImageUnknown" || c.state.ends_with("Error") || c.restarts > 0)
+        };
+        self.ready() || self.phase() != Phase::Pending || self.last.as_ref().is_some_and(stuck)
+    }
+
+    fn wanted(&self) -> Wanted {
+        wanted(&self.plan)
+    }
+}
+
+fn key(plan: &PodPlan) -> Key {
+    (plan.namespace.to_string(), plan.name.to_string())
+}
+
+fn host_network(plan: &PodPlan) -> bool {
+    plan.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true))
+}
+
+fn wanted(plan: &PodPlan) -> Wanted {
+    Wanted {
+        key: key(plan),
+        hash: plan.template_hash.to_string(),
+        owner: plan.owner.as_ref().map(ToString::to_string),
+        // A node's address is shared by design.
+        ips: if host_network(plan) { vec![] } else { plan.ips.to_vec() },
+    }
+}
+
+impl World {
+    /// Takes over what may change in a running pod: labels, and whether it belongs to the mesh.
+    pub(super) fn adopt_plan(&mut self) {
+        let mut moves = vec![];
+        for plan in &self.plan.pods {
+            let Some(pod) = self.pods.get_mut(&key(plan)) else { continue };
+            if pod.ending || pod.plan.template_hash != plan.template_hash {
+                continue;
+            }
+            pod.plan = plan.clone();
+            let wants = plan.captured() && self.mesh.is_some();
+            match (&pod.capture, wants) {
+                (Capture::Out, true) | (Capture::In, false) => moves.push((key(plan), wants)),
+                // The others come back here when they have arrived.
+                _ => {}
+            }
+        }
+        for (key, wants) in moves {
+            let way = if wants { "enters" } else { "leaves" };
+            self.say(Event::Note(format!("pod {}/{} {way} the mesh", key.0, key.1)));
+            if wants { self.enter_mesh(&key) } else { self.leave_mesh(&key) }
+        }
+    }
+
+    /// Starts and ends pods until what runs is what should.
+    pub(super) fn start_and_end_pods(&mut self) {
+        let wanted: Vec<Wanted> = self.plan.pods.iter().map(wanted).collect();
+        let present: Vec<Present> = self
+            .pods
+            .values()
+            .map(|p| Present { wanted: p.wanted(), ready: p.ready(), ending: p.ending })
+            .collect();
+        let decision = reconcile::decide(&wanted, &present);
+        for key in &decision.end {
+            if let Some(pod) = self.pods.get_mut(key) {
+                pod.stop(NO_LIMIT);
+                self.say(Event::Note(format!("pod {}/{} ends", key.0, key.1)));
+            }
+        }
+        for start in &decision.start {
+            let Some(plan) = self.plan.pods.iter().find(|p| key(p) == *start).cloned() else {
+                continue;
+            };
+            if let Err(e) = self.start_pod(plan) {
+                self.say(Event::Warning(format!(
+                    "pod {}/{} cannot be made: {e:#}",
+                    start.0, start.1
+                )));
+            }
+        }
+    }
+
+    fn start_pod(&mut self, plan: PodPlan) -> anyhow::Result<()> {
+        let key = key(&plan);
+        let node = plan.node_index;
+        let node_ns = self
+            .network
+            .nodes
+            .get(node)
+            .ok_or_else(|| anyhow::anyhow!("no node {}", plan.node))?
+            .ns
+            .clone();
+        let (ns, net) = if host_network(&plan) {
+            (node_ns.clone(), None)
+        } else {
+            let net = self.network.add_pod(node, &plan.ips)?;
+            (net.ns.clone(), Some(net))
+        };
+        let around = Surroundings { node: &plan.node, ips: &plan.ips, images: &self.images };
+        let instance = self.next_instance;
+        self.next_instance += 1;
+        let worker = Worker {
+            namespace: key.0.clone(),
+            name: key.1.clone(),
+            instance,
+            plan: resolve::resolve(&plan.pod, &around),
+            net: ns.clone(),
+            node_net: node_ns,
+            ips: plan.ips.to_vec(),
+            shared: self.shared.clone(),
+            reports: self.reports.clone(),
+        };
+        let (asks, inbox) = mpsc::channel(QUEUE);
+        tokio::spawn(worker.run(inbox));
+        let enrol = plan.captured() && self.mesh.is_some();
+        let pod = Pod {
+            plan,
+            instance,
+            ns,
+            net,
+            asks,
+            last: None,
+            ending: false,
+            capture: Capture::Out,
+            ended_at: None,
+        };
+        if !enrol {
+            // The queue is new: there is room.
+            let _ = pod.asks.try_send(Ask::Start);
+        }
+        self.pods.insert(key.clone(), pod);
+        if enrol {
+            // The control plane must know the pod before ztunnel asks for its certificate.
+            self.write_pod(&key);
+            self.enter_mesh(&key);
+        }
+        Ok(())
+    }
+
+    fn enter_mesh(&mut self, key: &Key) {
+        let (Some(mesh), Some(pod)) = (&self.mesh, self.pods.get_mut(key)) else { return };
+        let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned() else { return };
+        pod.capture = Capture::Entering;
+        let captured = Captured {
+            uid: uid(key, pod.instance),
+            namespace: key.0.clone(),
+            name: key.1.clone(),
+            service_account: service_account(&pod.plan),
+            ns: pod.ns.clone(),
+        };
+        let (inputs, key, instance, ns) =
+            (self.inputs.clone(), key.clone(), pod.instance, pod.ns.clone());
+        tokio::spawn(async move {
+            let mut result = agent.add(captured).await;
+            if result.is_ok() {
+                // Listeners stand: from here on every connection goes to them.
+                result = capture::install(&ns).map_err(|e| e.to_string());
+            }
+            let _ = inputs.send(Input::Captured { key, instance, result }).await;
+        });
+    }
+
+    fn leave_mesh(&mut self, key: &Key) {
+        let (Some(mesh), Some(pod)) = (&self.mesh, self.pods.get_mut(key)) else { return };
+        let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned() else { return };
+        pod.capture = Capture::Leaving;
+        let (inputs, key, instance, ns) =
+            (self.inputs.clone(), key.clone(), pod.instance, pod.ns.clone());
+        let uid = uid(&key, instance);
+        // Peers are told before the listeners go.
+        self.write_pod(&key);
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            if let Err(e) = capture::remove(&ns) {
+                let _ = events.send(Event::Warning(format!("pod {}/{}: {e}", key.0, key.1))).await;
+            }
+            agent.remove(&uid).await;
+            let _ = inputs.send(Input::Released { key, instance }).await;
+        });
+    }
+
+    pub(super) fn pod_captured(
+        &mut self,
+        key: &Key,
+        instance: u64,
+        result: Result<(), String>,
+    ) -> bool {
+        let Some(pod) = self.pods.get_mut(key).filter(|p| p.instance == instance) else {
+            return false;
+        };
+        match result {
+            Ok(()) => {
+                pod.capture = Capture::In;
+                let _ = pod.asks.try_send(Ask::Start);
+            }
+            Err(why) => {
+                pod.capture = Capture::Failed(why.clone());
+                self.say(Event::Warning(format!(
+                    "pod {}/{} is not started, ztunnel refused it: {why}",
+                    key.0, key.1
+                )));
+            }
+        }
+        true
+    }
+
+    pub(super) fn pod_released(&mut self, key: &Key, instance: u64) -> bool {
+        let Some(pod) = self.pods.get_mut(key).filter(|p| p.instance == instance) else {
+            return false;
+        };
+        pod.capture = Capture::Out;
+        true
+    }
+
+    pub(super) fn pod_reported(&mut self, report: Report) -> bool {
+        let key = (report.namespace.clone(), report.name.clone());
+        let Some(pod) = self.pods.get_mut(&key).filter(|p| p.instance == report.instance) else {
+            return false;
+        };
+        if report.gone {
+            self.forget_pod(&key);
+            return true;
+        }
+        let before = pod.last.replace(report.clone());
+        let matters =
+            before.as_ref().is_none_or(|b| (b.phase, b.ready) != (report.phase, report.ready));
+        let mut notes = vec![];
+        for (i, c) in report.containers.iter().enumerate() {
+            let was = before.as_ref().and_then(|b| b.containers.get(i));
+            if was.is_some_and(|w| w.state != c.state || w.restarts != c.restarts) || was.is_none()
+            {
+                let why =
+                    if c.message.is_empty() { String::new() } else { format!(": {}", c.message) };
+                let text =
+                    format!("pod {}/{} container {}: {}{why}", key.0, key.1, c.name, c.state);
+                match c.state.as_str() {
+                    "CrashLoopBackOff" | "ImageUnknown" | "CommandMissing" | "Error" => {
+                        notes.push(Event::Warning(text))
+                    }
+                    state if state.ends_with("Error") => notes.push(Event::Warning(text)),
+                    _ => {}
+                }
+            }
+        }
+        if before.is_some_and(|b| !b.ready) && report.ready {
+            notes.push(Event::Note(format!("pod {}/{} is ready", key.0, key.1)));
+        }
+        // What a pod says while it is ended is no news.
+        if !pod.ending {
+            notes.into_iter().for_each(|n| self.say(n));
+        }
+        matters
+    }
+
+    fn forget_pod(&mut self, key: &Key) {
+        let Some(pod) = self.pods.remove(key) else { return };
+        if let (Some(mesh), true) = (&self.mesh, pod.capture != Capture::Out)
+            && let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned()
+        {
+            let uid = uid(key, pod.instance);
+            tokio::spawn(async move { agent.remove(&uid).await });
+        }
+        if let Some(net) = &pod.net
+            && let Err(e) = self.network.remove_pod(net)
+        {
+            tracing::warn!("pod {}/{}: {e:#}", key.0, key.1);
+        }
+        if let Err(e) = self.objects.remove("pod", &key.0, &key.1) {
+            tracing::warn!("object of pod {}/{}: {e}", key.0, key.1);
+        }
+        self.assignments.release(&key.0, &key.1);
+    }
+}
+
+/// Tells a pod from its predecessors of the same name.
+fn uid(key: &Key, instance: u64) -> String {
+    format!("{}_{}_{instance}", key.0, key.1)
+}
+
+pub(super) fn service_account(plan: &PodPlan) -> String {
+    let named = plan
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.service_account_name.clone())
+        .filter(|n| !n.is_empty());
+    named.unwrap_or_else(|| "default".to_owned())
+}

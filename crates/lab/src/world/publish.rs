@@ -1,0 +1,223 @@
+//! Tells the rest of the world how things are: objects for the control plane, translations for the nodes, names for DNS,
+//! complaints for the user, the status for who asks.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::UNIX_EPOCH;
+
+use compile::{MeshConfig, Objects, Severity};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+use super::World;
+use super::pods::{Capture, Pod, service_account};
+use crate::dns::table::Table;
+use crate::endpoints::{self, Backend, Resolved};
+use crate::launch::Event;
+use crate::network::{DNS_V4, DNS_V6};
+use crate::pod::lifecycle::Phase;
+use crate::reconcile::Key;
+use crate::status::{NodeStatus, PodStatus, ServiceStatus, Status};
+
+impl World {
+    /// Brings objects, translations and names up to date.
+    pub(super) fn publish(&mut self) {
+        for key in self.pods.keys().cloned().collect::<Vec<_>>() {
+            self.write_pod(&key);
+        }
+        self.write_services();
+        let resolved = self.resolved();
+        let translations = endpoints::translations(&resolved);
+        if self.translated.as_ref() != Some(&translations) {
+            let mut all = Ok(());
+            for node in &self.network.nodes {
+                all = all.and(net::service_nat::program(&node.ns, &translations));
+            }
+            match all {
+                Ok(()) => self.translated = Some(translations),
+                Err(e) => self.warn_once(format!("service addresses: {e}")),
+            }
+        }
+        self.names.set(Table::new(&resolved, &self.aliases(), [DNS_V4.into(), DNS_V6.into()]));
+    }
+
+    /// Writes a pod's object as it is now.
+    pub(super) fn write_pod(&mut self, key: &Key) {
+        let Some(pod) = self.pods.get(key) else { return };
+        let phase = match pod.phase() {
+            Phase::Pending => "Pending",
+            Phase::Running => "Running",
+            Phase::Succeeded => "Succeeded",
+            Phase::Failed => "Failed",
+        };
+        let mut object = pod.plan.with_status(phase, pod.ready(), pod.captured());
+        if let Some(at) = pod.ended_at {
+            let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            let time = Timestamp::from_second(i64::try_from(seconds).unwrap_or(i64::MAX)).ok();
+            object.metadata.deletion_timestamp = time.map(Time);
+        }
+        if let Err(e) = self.objects.put("pod", &key.0, &key.1, &object) {
+            self.warn_once(format!(
+                "pod {}/{} could not be told to the control plane: {e}",
+                key.0, key.1
+            ));
+        }
+    }
+
+    fn write_services(&mut self) {
+        let mut keep = BTreeSet::new();
+        for service in self.plan.services.clone() {
+            let namespace =
+                service.metadata.namespace.clone().unwrap_or_else(|| "default".to_owned());
+            let name = service.metadata.name.clone().unwrap_or_default();
+            if let Err(e) = self.objects.put("service", &namespace, &name, &*service) {
+                self.warn_once(format!(
+                    "Service {namespace}/{name} could not be told to the control plane: {e}"
+                ));
+            }
+            keep.insert((namespace, name));
+        }
+        for (namespace, name) in self.objects.names("service") {
+            if !keep.contains(&(namespace.clone(), name.clone()))
+                && let Err(e) = self.objects.remove("service", &namespace, &name)
+            {
+                tracing::warn!("object of Service {namespace}/{name}: {e}");
+            }
+        }
+    }
+
+    fn resolved(&self) -> Vec<Resolved> {
+        let backend = |p: &'_ Pod| p.phase() != Phase::Succeeded && p.phase() != Phase::Failed;
+        let backends: Vec<Backend<'_>> = self
+            .pods
+            .values()
+            .filter(|p| backend(p))
+            .map(|p| Backend { pod: &p.plan.pod, ips: &p.plan.ips, ready: p.ready() })
+            .collect();
+        endpoints::resolve(&self.plan.services, &backends)
+    }
+
+    /// `ExternalName` Services.
+    fn aliases(&self) -> Vec<(String, String, String)> {
+        let objects = self.folder.objects();
+        let alias = |((namespace, name), s): (&(model::Str, model::Str), &compile::Sourced<_>)| {
+            let s: &k8s_openapi::api::core::v1::Service = &s.value;
+            let spec = s.spec.as_ref().filter(|s| s.type_.as_deref() == Some("ExternalName"))?;
+            Some((namespace.to_string(), name.to_string(), spec.external_name.clone()?))
+        };
+        objects.services.iter().filter_map(alias).collect()
+    }
+
+    /// Everything there is to say about the folder as it will be once all pods run: what is only not ready yet is no fault.
+    fn findings(&self, objects: &Objects) -> Vec<compile::Diagnostic> {
+        let settled = self.plan.settled(objects);
+        let mut all = compile::compile(&settled, &MeshConfig::default()).diagnostics;
+        all.extend(self.plan.diagnostics.iter().cloned());
+        all.extend(self.folder.diagnostics());
+        all.extend(self.folder_problems.iter().cloned());
+        compile::sort_diagnostics(&mut all);
+        all
+    }
+
+    /// Shows new complaints about the folder, and which are settled.
+    pub(super) fn complain(&mut self, objects: &Objects) {
+        let findings = self.findings(objects);
+        let now: BTreeSet<String> = findings
+            .iter()
+            .filter(|d| d.severity != Severity::Info)
+            .map(ToString::to_string)
+            .collect();
+        for new in now.difference(&self.shown) {
+            self.say(Event::Warning(new.clone()));
+        }
+        for old in self.shown.difference(&now) {
+            self.say(Event::Resolved(old.clone()));
+        }
+        self.shown = now;
+    }
+
+    fn warn_once(&self, text: String) {
+        tracing::warn!("{text}");
+        self.say(Event::Warning(text));
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let pods: Vec<PodStatus> =
+            self.pods.iter().map(|(key, pod)| pod_status(key, pod, self.mesh.is_some())).collect();
+        let nodes = self.network.nodes.iter().map(|n| NodeStatus {
+            name: n.name.clone(),
+            addresses: n.underlay.iter().map(ToString::to_string).collect(),
+            pods: pods.iter().filter(|p| p.node == n.name).count(),
+        });
+        Status {
+            name: self.config.info.name.clone(),
+            dir: self.config.info.dir.display().to_string(),
+            nodes: nodes.collect(),
+            services: self.resolved().iter().map(service_status).collect(),
+            processes: self.mesh.as_ref().map(crate::mesh::Mesh::statuses).unwrap_or_default(),
+            diagnostics: self
+                .findings(&self.folder.objects())
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            pods,
+        }
+    }
+}
+
+fn pod_status(key: &Key, pod: &Pod, mesh: bool) -> PodStatus {
+    let containers = pod.last.as_ref().map(|r| r.containers.clone()).unwrap_or_default();
+    // The first container that is not well says what the matter is.
+    let worst = containers.iter().find(|c| !matches!(c.state.as_str(), "Running" | "Completed"));
+    let unready = containers.iter().find(|c| !c.message.is_empty());
+    let (state, message) = match (&pod.capture, worst) {
+        _ if pod.ending => ("Terminating".to_owned(), String::new()),
+        (Capture::Failed(why), _) => ("NotInMesh".to_owned(), why.clone()),
+        (_, Some(c)) => (c.state.clone(), c.message.clone()),
+        _ => (format!("{:?}", pod.phase()), unready.map(|c| c.message.clone()).unwrap_or_default()),
+    };
+    let identity = pod.captured().then(|| {
+        let config = MeshConfig::default();
+        model::Identity::new(config.trust_domain, key.0.as_str(), service_account(&pod.plan))
+            .to_string()
+    });
+    PodStatus {
+        namespace: key.0.clone(),
+        name: key.1.clone(),
+        node: pod.plan.node.to_string(),
+        ips: pod.plan.ips.iter().map(IpAddr::to_string).collect(),
+        state,
+        message,
+        ready: pod.ready(),
+        restarts: containers.iter().map(|c| c.restarts).sum(),
+        containers,
+        captured: pod.captured(),
+        enrolment: if mesh {
+            pod.plan.enrolment.as_str().to_owned()
+        } else {
+            "this lab has no mesh".to_owned()
+        },
+        identity,
+        origin: pod.plan.origin.clone(),
+    }
+}
+
+fn service_status(service: &Resolved) -> ServiceStatus {
+    let port = |p: &endpoints::Port| {
+        let name = if p.name.is_empty() { String::new() } else { format!("{}:", p.name) };
+        let udp = if p.protocol == net::service_nat::Protocol::Udp { "/UDP" } else { "" };
+        format!("{name}{}{udp}", p.number)
+    };
+    ServiceStatus {
+        namespace: service.namespace.clone(),
+        name: service.name.clone(),
+        addresses: service.vips.iter().map(ToString::to_string).collect(),
+        ports: service.ports.iter().map(port).collect(),
+        endpoints: service
+            .endpoints
+            .iter()
+            .filter_map(|e| e.ips.first())
+            .map(ToString::to_string)
+            .collect(),
+    }
+}

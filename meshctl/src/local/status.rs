@@ -1,0 +1,116 @@
+//! `meshctl local status`: the state of a lab as tables or JSON.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use comfy_table::{ContentArrangement, Table, presets};
+use lab::status::{PodStatus, Status};
+use lab::{client, place};
+
+use super::Which;
+use crate::print::{self, Color};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// How to print it
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+    #[command(flatten)]
+    which: Which,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let status = client::status(&place::find(args.which.name.as_deref())?)?;
+    match args.output {
+        Output::Json => print::line(&serde_json::to_string_pretty(&status)?),
+        Output::Table => show(&status),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(status: &Status) {
+    let colored = print::on_stdout();
+    print::line(&format!("lab {:?} of {}\n", status.name, status.dir));
+    let nodes = status
+        .nodes
+        .iter()
+        .map(|n| vec![n.name.clone(), n.addresses.join(" "), n.pods.to_string()]);
+    section(&["NODE", "ADDRESSES", "PODS"], nodes.collect());
+    section(
+        &["NAMESPACE", "POD", "READY", "STATE", "RESTARTS", "NODE", "IP", "MESH", "IDENTITY"],
+        status.pods.iter().map(|p| pod(p, colored)).collect(),
+    );
+    let services = status.services.iter().map(|s| {
+        let or = |list: &[String], empty: &str| {
+            if list.is_empty() { empty.to_owned() } else { list.join(" ") }
+        };
+        vec![
+            s.namespace.clone(),
+            s.name.clone(),
+            or(&s.addresses, "headless"),
+            or(&s.ports, "-"),
+            or(&s.endpoints, "none"),
+        ]
+    });
+    section(&["NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS"], services.collect());
+    let processes = status.processes.iter().map(|p| {
+        let pid = p.pid.map_or_else(String::new, |pid| pid.to_string());
+        vec![
+            p.name.clone(),
+            p.node.clone().unwrap_or_default(),
+            p.state.clone(),
+            pid,
+            p.restarts.to_string(),
+            p.log.clone(),
+        ]
+    });
+    section(&["PROCESS", "NODE", "STATE", "PID", "RESTARTS", "LOG"], processes.collect());
+    for p in status.pods.iter().filter(|p| !p.message.is_empty()) {
+        print::line(&format!(
+            "{} pod {}/{} ({}): {}",
+            print::paint("!", Color::Yellow, colored),
+            p.namespace,
+            p.name,
+            p.origin,
+            p.message
+        ));
+    }
+    for d in &status.diagnostics {
+        print::line(&format!("{} {d}", print::paint("!", Color::Yellow, colored)));
+    }
+}
+
+fn pod(p: &PodStatus, colored: bool) -> Vec<String> {
+    let ready = p.containers.iter().filter(|c| c.ready).count();
+    let color = if p.ready || p.state == "Succeeded" { Color::Green } else { Color::Yellow };
+    vec![
+        p.namespace.clone(),
+        p.name.clone(),
+        format!("{ready}/{}", p.containers.len()),
+        print::paint(&p.state, color, colored),
+        p.restarts.to_string(),
+        p.node.clone(),
+        p.ips.first().cloned().unwrap_or_default(),
+        if p.captured { "HBONE" } else { "none" }.to_owned(),
+        p.identity.clone().unwrap_or_else(|| "-".to_owned()),
+    ]
+}
+
+fn section(header: &[&str], rows: Vec<Vec<String>>) {
+    if rows.is_empty() {
+        return;
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(header.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    print::line(&format!("{}\n", table.trim_fmt()));
+}
