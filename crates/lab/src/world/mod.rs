@@ -15,7 +15,7 @@ mod publish;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -107,41 +107,35 @@ struct World {
 
 /// Runs the lab in this process until it is told to end. `info` is the file with its configuration.
 pub(crate) fn run(info: &Path, fds: WorldFds) -> Result<ExitCode> {
-    let config: WorldConfig =
-        serde_json::from_slice(&fs::read(info).with_context(|| info.display().to_string())?)?;
-    let place = Place::of(&config.info.name)?;
-    make_folders(&place)?;
-    start_log(&place)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("start the runtime")?;
-    runtime.block_on(async {
-        let events = UnixStream::from(fds.events);
-        let mut say = events.try_clone()?;
-        let ended = live(config, place, UnixListener::from(fds.control), events, fds.dns).await;
-        if let Err(e) = &ended {
-            tracing::error!("{e:#}");
-            let line = serde_json::to_string(&Event::Failed(format!("{e:#}")))?;
-            let _ = writeln!(say, "{line}");
-        }
-        Ok(if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-    })
+    let mut front = UnixStream::from(fds.events.try_clone()?);
+    let ended = start(info, fds);
+    if let Err(e) = &ended {
+        tracing::error!("{e:#}");
+        let line = serde_json::to_string(&Event::Failed(format!("{e:#}")))?;
+        front.set_nonblocking(false)?;
+        let _ = writeln!(front, "{line}");
+    }
+    Ok(if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn live(
-    config: WorldConfig,
-    place: Place,
-    control: UnixListener,
-    front: UnixStream,
-    dns: std::os::fd::OwnedFd,
-) -> Result<()> {
+fn start(info: &Path, fds: WorldFds) -> Result<()> {
+    let text = fs::read(info).with_context(|| info.display().to_string())?;
+    let config: WorldConfig = serde_json::from_slice(&text)?;
+    // Not by name: in here the user has another number, and the folder's path is made of it.
+    let place = Place { name: config.info.name.clone(), state: config.info.state.clone() };
+    make_folders(&place)?;
+    start_log(&place)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("start the runtime")?.block_on(live(config, place, fds))
+}
+
+async fn live(config: WorldConfig, place: Place, fds: WorldFds) -> Result<()> {
     let (inputs, mut queue) = mpsc::channel(QUEUE);
-    let events = talk_to_front(front, inputs.clone())?;
+    let events = talk_to_front(fds.events.into(), inputs.clone())?;
     let processes = Processes::default();
     tokio::spawn(processes.clone().collect());
-    let mut world = World::build(config, place, processes, events, inputs.clone(), dns).await?;
-    clients::listen(control, inputs.clone(), world.shared.processes.clone())?;
+    let mut world = World::build(config, place, processes, events, inputs.clone(), fds.dns).await?;
+    clients::listen(fds.control.into(), inputs.clone(), world.shared.processes.clone())?;
     let sink = inputs.clone();
     let watching = watch::start(vec![world.config.info.dir.clone()], move |update| {
         // Fails only when the lab is ending.
