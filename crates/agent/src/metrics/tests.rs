@@ -277,3 +277,38 @@ fn control_plane_certificates_and_proxies() {
     assert!(page.contains("istio_xds_connection_terminations_total{reason=\"Error\"} 1\n"));
     assert!(page.contains("workload_manager_active_proxy_count 0\n"));
 }
+
+/// The page for people names every metric, and none that is not there.
+#[test]
+fn the_documents_list_every_metric() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/observability.md");
+    let doc = std::fs::read_to_string(path).unwrap();
+    let metrics = Metrics::new("ztunnel", "x");
+    metrics.set_certificate(&Identity::new("td", "ns", "sa"), 1);
+    metrics.xds().message("url", 1);
+    metrics.tcp(&TrafficKey::unknown(Reporter::Source)).opened();
+    metrics.refused_early(Reporter::Source, Reason::PolicyDeny);
+    let (page, _) = metrics.render();
+    let mut shown: Vec<String> = page
+        .lines()
+        .filter_map(|l| l.strip_prefix("# TYPE ")?.split_once(' '))
+        .map(
+            |(name, kind)| {
+                if kind == "counter" { format!("{name}_total") } else { name.to_owned() }
+            },
+        )
+        .collect();
+    let rows = doc
+        .lines()
+        .filter(|l| l.ends_with('|') && (l.contains("| counter |") || l.contains("| gauge |")));
+    let mut listed: Vec<String> = rows
+        .flat_map(|l| l.split('`').skip(1).step_by(2).filter(|w| w.contains('_')))
+        .map(str::to_owned)
+        .collect();
+    shown.sort();
+    listed.sort();
+    listed.dedup();
+    // Labels that a row names are not metrics.
+    listed.retain(|name| name != "response_flags");
+    assert_eq!(shown, listed);
+}
