@@ -108,7 +108,8 @@ pub(crate) struct Surroundings<'a> {
 }
 
 /// The search path of a container whose image says nothing.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The last place is where the program of an executable image lies, so that `exec` finds it by its name.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/image";
 
 /// Resolves a pod.
 pub(crate) fn resolve(pod: &Pod, around: &Surroundings<'_>) -> PodPlan {
