@@ -62,6 +62,11 @@ pub fn ours(name: &str) -> Result<PathBuf> {
     ))
 }
 
+/// The same as text.
+pub fn path_of_ours(name: &str) -> Result<String> {
+    Ok(ours(name)?.to_string_lossy().into_owned())
+}
+
 /// Where our own programs are.
 pub fn folder() -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os(OURS) {

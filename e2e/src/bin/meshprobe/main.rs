@@ -45,6 +45,9 @@ enum Mode {
         to: String,
         #[arg(long, default_value = "")]
         send: String,
+        /// Close as soon as this was heard
+        #[arg(long, default_value = "")]
+        until: String,
         /// Reset the connection after the first byte heard, instead of reading to the end
         #[arg(long)]
         reset: bool,
@@ -75,6 +78,8 @@ enum Mode {
     GrpcStream { to: String, count: u32 },
     /// CONNECT through an HBONE tunnel made by hand
     Tunnel(tunnel::Args),
+    /// Prints whose certificate is on standard input
+    Identity,
     /// Something a pod must not be able to do; the exit status says whether it could
     Attack {
         #[command(subcommand)]
@@ -104,8 +109,8 @@ fn run(mode: Mode) -> Result<()> {
         },
         Mode::Tap { interface, canary, most } => tap::run(&interface, &canary, seconds(most)),
         Mode::Hear { to } => tcp::hear(&to),
-        Mode::End { to, send, reset, from, timeout } => {
-            tcp::end(&tcp::End { to, send, reset, from, timeout: seconds(timeout) })
+        Mode::End { to, send, until, reset, from, timeout } => {
+            tcp::end(&tcp::End { to, send, until, reset, from, timeout: seconds(timeout) })
         }
         Mode::Hold { to } => tcp::hold(&to),
         Mode::Slow { to } => tcp::slow(&to),
@@ -114,6 +119,7 @@ fn run(mode: Mode) -> Result<()> {
         Mode::GrpcUnary { to, text } => grpc::unary(&to, text),
         Mode::GrpcStream { to, count } => grpc::stream(&to, count),
         Mode::Tunnel(args) => tunnel::run(&args),
+        Mode::Identity => tunnel::identity(),
         Mode::Attack { what } => attack::run(what),
         Mode::Garbage { to, bytes } => tcp::garbage(&to, bytes),
         Mode::Read { path } => Ok(std::io::stdout().write_all(&std::fs::read(path)?)?),

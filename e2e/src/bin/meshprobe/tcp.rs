@@ -127,6 +127,7 @@ pub(crate) fn hear(to: &str) -> Result<()> {
 pub(crate) struct End {
     pub(crate) to: String,
     pub(crate) send: String,
+    pub(crate) until: String,
     pub(crate) reset: bool,
     pub(crate) from: Option<IpAddr>,
     pub(crate) timeout: Duration,
@@ -161,6 +162,10 @@ fn talk(stream: &mut TcpStream, ask: &End, heard: &mut Vec<u8>) -> io::Result<&'
         match stream.read(&mut buffer)? {
             0 => return Ok("eof"),
             n => heard.extend_from_slice(&buffer[..n]),
+        }
+        let until = ask.until.as_bytes();
+        if !until.is_empty() && heard.windows(until.len()).any(|w| w == until) {
+            return Ok("closed by us");
         }
     }
 }

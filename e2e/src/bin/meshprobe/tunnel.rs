@@ -1,7 +1,7 @@
 //! An HBONE client made by hand, with credentials from standard input: what a proxy does, and what it must not get away
 //! with.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -46,7 +46,6 @@ pub(crate) struct Args {
 
 #[tokio::main(flavor = "current_thread")]
 pub(crate) async fn run(args: &Args) -> Result<()> {
-    // The TLS library has several providers to choose from; ours is named by the crate that uses it.
     let credentials = credentials(args.foreign.as_ref())?;
     let result = match tokio::time::timeout(PATIENCE, call(args, &credentials)).await {
         Ok(Ok(heard)) => json!({ "connected": true, "heard": heard }),
@@ -57,6 +56,16 @@ pub(crate) async fn run(args: &Args) -> Result<()> {
         Err(_) => json!({ "connected": false, "error": format!("no answer in {PATIENCE:?}") }),
     };
     say(&result)
+}
+
+/// Prints the SPIFFE name in the first certificate of standard input.
+pub(crate) fn identity() -> Result<()> {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text)?;
+    let leaf =
+        CertificateDer::from_pem_slice(text.as_bytes()).context("certificate on standard input")?;
+    let identity = hbone::peer_identity(&leaf).map_err(anyhow::Error::msg)?;
+    Ok(writeln!(std::io::stdout(), "{identity}")?)
 }
 
 async fn call(args: &Args, credentials: &Credentials) -> Result<String, TunnelError> {
