@@ -149,7 +149,7 @@ mod tests {
             answer(&mut stream, &Answer::Exited(7)).unwrap();
             request
         });
-        let (mut ours, theirs) = std::io::pipe().unwrap();
+        let (mut ours, theirs) = io::pipe().unwrap();
         let got = call(&path, &request, &[theirs.as_raw_fd()]).unwrap();
         drop(theirs);
         assert!(matches!(got, Answer::Exited(7)));

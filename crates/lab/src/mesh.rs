@@ -4,9 +4,10 @@
 //! each start of a ztunnel gets a new one. A process that dies is started again with a growing pause; the pods' capture
 //! stays in place meanwhile, so that nothing goes out in the clear.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -88,7 +89,7 @@ pub(crate) fn start(
     };
     let registry = Registry::default();
     let istiod_dir = place.private().join("istiod");
-    fs::create_dir_all(&istiod_dir)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(&istiod_dir)?;
     let (program, registry_for) = (bin_dir.join("istiod-lite"), registry.clone());
     let (yaml, objects, state) = (dir.to_owned(), place.objects(), istiod_dir.clone());
     let begin = move |_: u32| {
@@ -105,7 +106,7 @@ pub(crate) fn start(
     for node in &network.nodes {
         let home = place.private().join(&node.name);
         for sub in ["state", "secret"] {
-            fs::create_dir_all(home.join(sub))?;
+            DirBuilder::new().recursive(true).mode(0o700).create(home.join(sub))?;
         }
         let socket = home.join("zds.sock");
         agents.push(Agent::start(&socket, &node.name)?);

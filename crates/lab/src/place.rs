@@ -176,7 +176,7 @@ pub fn running() -> Result<Vec<LabInfo>> {
     Ok(labs)
 }
 
-/// The running lab a command means: the named one, or the only one.
+/// The running lab a command means: the named one, the one with the default name, or the only one.
 pub fn find(name: Option<&str>) -> Result<LabInfo> {
     let mut labs = running()?;
     if let Some(name) = name {
@@ -184,6 +184,10 @@ pub fn find(name: Option<&str>) -> Result<LabInfo> {
         return labs.pop().with_context(|| {
             format!("no lab named {name:?} is running for this user: start it with `meshctl local up DIR --name {name}`")
         });
+    }
+    // Who starts labs with names says names; the one without is meant when none is said.
+    if let Some(default) = labs.iter().position(|l| l.name == DEFAULT_NAME) {
+        return Ok(labs.swap_remove(default));
     }
     match labs.len() {
         0 => bail!("no lab is running for this user: start one with `meshctl local up DIR`"),

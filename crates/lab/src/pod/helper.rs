@@ -28,8 +28,8 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, setgroups, setresgid, setresuid, setsid};
 
-use super::rootfs;
 use super::run::{ContainerRun, HelperSays, ProcessRun, START_FAILED};
+use super::{one_id, rootfs, users};
 use crate::{fds, ids};
 
 /// What the lab sends to end the container without asking it.
@@ -159,7 +159,7 @@ fn isolate(container: &ContainerRun, sync: &mut UnixStream) -> Result<()> {
         uid: owner(&container.uid_map, container.process.uid),
         gid: owner(&container.gid_map, container.process.gid),
     };
-    rootfs::build(&container.root, owners)?;
+    rootfs::build(&container.root, &container.process, owners)?;
     // After this, what is mounted is locked: the container can neither unmount nor remount any of it.
     unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
         .context("make the pod's user namespace")?;
@@ -203,8 +203,10 @@ pub(crate) fn start_program(process: &ProcessRun, sync: &mut UnixStream) -> Resu
 }
 
 fn become_program(process: &ProcessRun) -> anyhow::Error {
-    match prepare_program(process) {
-        Ok((argv, env)) => exec(process, &argv, &env),
+    let mut process = process.clone();
+    users::add_home(&mut process);
+    match prepare_program(&process) {
+        Ok((argv, env)) => exec(&process, &argv, &env),
         Err(e) => e,
     }
 }
@@ -217,6 +219,9 @@ fn prepare_program(process: &ProcessRun) -> Result<(Vec<CString>, Vec<CString>)>
     let (uid, gid) = (Uid::from_raw(process.uid), Gid::from_raw(process.gid));
     setresgid(gid, gid, gid).with_context(|| format!("runAsGroup {gid}"))?;
     setresuid(uid, uid, uid).with_context(|| format!("runAsUser {uid}"))?;
+    if one_id::is_alone() {
+        one_id::pretend().context("system call filter for a single user id")?;
+    }
     // A command added by `exec` ends with its helper; a container's program ends with process 1 in any case.
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     let cwd = if process.cwd.is_empty() { "/" } else { &process.cwd };

@@ -4,9 +4,11 @@
 pub(crate) mod exec;
 pub(crate) mod helper;
 pub(crate) mod lifecycle;
+mod one_id;
 mod probe;
 pub(crate) mod resolve;
 pub(crate) mod rootfs;
 pub(crate) mod run;
 pub(crate) mod spaces;
+mod users;
 pub(crate) mod worker;

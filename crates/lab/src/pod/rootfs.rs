@@ -25,7 +25,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chown, pivot_root};
 
-use super::run::{PROGRAM_DIR, RootFs, RootSource, Volume};
+use super::run::{PROGRAM_DIR, ProcessRun, RootFs, RootSource, Volume};
+use super::users;
 
 /// Who owns what the container may write, as ids of the lab.
 #[derive(Clone, Copy, Debug)]
@@ -89,7 +90,7 @@ const SKELETON_MOST: usize = 4_000;
 const MOST_ENTRIES: usize = 2_000;
 
 /// Builds the root filesystem and makes it the root of this process's mount namespace.
-pub(crate) fn build(root: &RootFs, owners: Owners) -> Result<()> {
+pub(crate) fn build(root: &RootFs, process: &ProcessRun, owners: Owners) -> Result<()> {
     umask(Mode::empty());
     let builder = Builder {
         owners,
@@ -113,6 +114,9 @@ pub(crate) fn build(root: &RootFs, owners: Owners) -> Result<()> {
     builder.system()?;
     for (path, text) in &root.files {
         builder.file(path, text)?;
+    }
+    for (path, text) in users::missing(process) {
+        builder.file(Path::new(path), &text)?;
     }
     for volume in &root.mounts {
         builder.volume(volume)?;

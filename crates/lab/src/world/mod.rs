@@ -99,7 +99,7 @@ struct World {
     shown: BTreeSet<String>,
     /// What nodes translate now.
     translated: Option<Vec<net::service_nat::ServicePort>>,
-    /// The first plan was carried out.
+    /// The first plan was carried out, and every pod is ready or known not to be.
     settled: bool,
     /// The folder was read.
     read: bool,
@@ -273,7 +273,7 @@ impl World {
         self.publish();
         self.complain(&objects);
         if !self.settled
-            && self.pods.values().all(pods::Pod::has_begun)
+            && self.pods.values().all(pods::Pod::has_settled)
             && self.pods.len() >= self.plan.pods.len()
         {
             self.settled = true;

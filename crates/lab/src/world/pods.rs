@@ -66,14 +66,20 @@ impl Pod {
         self.capture == Capture::In
     }
 
-    /// Whether its first containers were started, or it is clear that they cannot be.
-    pub(super) fn has_begun(&self) -> bool {
+    /// Whether there is nothing more to wait for: it is ready, it is through, or it is clear that it will not be soon.
+    pub(super) fn has_settled(&self) -> bool {
         let stuck = |r: &Report| {
-            r.containers
-                .iter()
-                .any(|c| c.state == "ImageUnknown" || c.state.ends_with("Error") || c.restarts > 0)
+            r.containers.iter().any(|c| {
+                c.restarts > 0
+                    || c.state == "ImageUnknown"
+                    || c.state == "CommandMissing"
+                    || c.state.ends_with("Error")
+            })
         };
-        self.ready() || self.phase() != Phase::Pending || self.last.as_ref().is_some_and(stuck)
+        self.ready()
+            || matches!(self.phase(), Phase::Succeeded | Phase::Failed)
+            || matches!(self.capture, Capture::Failed(_))
+            || self.last.as_ref().is_some_and(stuck)
     }
 
     fn wanted(&self) -> Wanted {

@@ -29,11 +29,11 @@ impl World {
         let resolved = self.resolved();
         let translations = endpoints::translations(&resolved);
         if self.translated.as_ref() != Some(&translations) {
-            let mut all = Ok(());
-            for node in &self.network.nodes {
-                all = all.and(net::service_nat::program(&node.ns, &translations));
-            }
-            match all {
+            // All nodes, also after one that failed: what works must not wait for what does not.
+            let failed =
+                self.network.nodes.iter().map(|n| net::service_nat::program(&n.ns, &translations));
+            let failed: Vec<_> = failed.filter_map(Result::err).collect();
+            match failed.into_iter().next().map_or(Ok(()), Err) {
                 Ok(()) => self.translated = Some(translations),
                 Err(e) => self.warn_once(format!("service addresses: {e}")),
             }
