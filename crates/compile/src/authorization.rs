@@ -222,51 +222,77 @@ impl RuleCompiler<'_> {
     }
 
     fn source(&mut self, at: &str, source: &Source) -> Alternative {
-        let mut a = Alternative::default();
-        a.l4.principals = self.principals(at, "principals", &source.principals);
-        a.l4.not_principals = self.principals(at, "notPrincipals", &source.not_principals);
-        a.l4.namespaces = self.strings(at, "namespaces", &source.namespaces);
-        a.l4.not_namespaces = self.strings(at, "notNamespaces", &source.not_namespaces);
+        // Taken apart by name: a field that is added and not read here would be a hole.
+        let Source {
+            principals,
+            not_principals,
+            request_principals,
+            not_request_principals,
+            service_accounts,
+            not_service_accounts,
+            namespaces,
+            not_namespaces,
+            ip_blocks,
+            not_ip_blocks,
+            remote_ip_blocks,
+            not_remote_ip_blocks,
+        } = source;
+        let mut lost = Vec::new();
         let own = self.namespace;
-        let account = |v: &str| service_account(v, own);
-        a.l4.service_accounts =
-            read(&mut a.lost, at, "serviceAccounts", &source.service_accounts, account);
-        a.l4.not_service_accounts =
-            read(&mut a.lost, at, "notServiceAccounts", &source.not_service_accounts, account);
-        let prefix = addresses::prefix;
-        a.l4.source_ips = read(&mut a.lost, at, "ipBlocks", &source.ip_blocks, prefix);
-        a.l4.not_source_ips = read(&mut a.lost, at, "notIpBlocks", &source.not_ip_blocks, prefix);
-        l7_values(
-            &mut a.lost,
-            at,
-            &[
-                ("requestPrincipals", &source.request_principals),
-                ("notRequestPrincipals", &source.not_request_principals),
-                ("remoteIpBlocks", &source.remote_ip_blocks),
-                ("notRemoteIpBlocks", &source.not_remote_ip_blocks),
-            ],
-        );
-        never_nothing(a, at)
+        let mut accounts =
+            |field, values| read(&mut lost, at, field, values, |v| service_account(v, own));
+        let service_accounts = accounts("serviceAccounts", service_accounts);
+        let not_service_accounts = accounts("notServiceAccounts", not_service_accounts);
+        let mut ips = |field, values| read(&mut lost, at, field, values, addresses::prefix);
+        let l4 = Match {
+            principals: self.principals(at, "principals", principals),
+            not_principals: self.principals(at, "notPrincipals", not_principals),
+            namespaces: self.strings(at, "namespaces", namespaces),
+            not_namespaces: self.strings(at, "notNamespaces", not_namespaces),
+            service_accounts,
+            not_service_accounts,
+            source_ips: ips("ipBlocks", ip_blocks),
+            not_source_ips: ips("notIpBlocks", not_ip_blocks),
+            ..Match::default()
+        };
+        let l7 = [
+            ("requestPrincipals", request_principals),
+            ("notRequestPrincipals", not_request_principals),
+            ("remoteIpBlocks", remote_ip_blocks),
+            ("notRemoteIpBlocks", not_remote_ip_blocks),
+        ];
+        l7_values(&mut lost, at, &l7);
+        never_nothing(Alternative { l4, lost }, at)
     }
 
     fn operation(&mut self, at: &str, operation: &Operation) -> Alternative {
-        let mut a = Alternative::default();
-        let port = addresses::port;
-        a.l4.destination_ports = read(&mut a.lost, at, "ports", &operation.ports, port);
-        a.l4.not_destination_ports = read(&mut a.lost, at, "notPorts", &operation.not_ports, port);
-        l7_values(
-            &mut a.lost,
-            at,
-            &[
-                ("hosts", &operation.hosts),
-                ("notHosts", &operation.not_hosts),
-                ("methods", &operation.methods),
-                ("notMethods", &operation.not_methods),
-                ("paths", &operation.paths),
-                ("notPaths", &operation.not_paths),
-            ],
-        );
-        never_nothing(a, at)
+        let Operation {
+            hosts,
+            not_hosts,
+            ports,
+            not_ports,
+            methods,
+            not_methods,
+            paths,
+            not_paths,
+        } = operation;
+        let mut lost = Vec::new();
+        let mut numbers = |field, values| read(&mut lost, at, field, values, addresses::port);
+        let l4 = Match {
+            destination_ports: numbers("ports", ports),
+            not_destination_ports: numbers("notPorts", not_ports),
+            ..Match::default()
+        };
+        let l7 = [
+            ("hosts", hosts),
+            ("notHosts", not_hosts),
+            ("methods", methods),
+            ("notMethods", not_methods),
+            ("paths", paths),
+            ("notPaths", not_paths),
+        ];
+        l7_values(&mut lost, at, &l7);
+        never_nothing(Alternative { l4, lost }, at)
     }
 
     fn condition(&mut self, at: &str, when: &Condition) -> Alternative {

@@ -55,6 +55,9 @@ impl Mesh {
 
     pub(crate) fn of(objects: &Objects) -> Self {
         let compiled = compile(objects, &MeshConfig::default());
+        // Two policies with one key would replace each other at the proxy.
+        let keys = compiled.policies.iter().map(|p| &p.key);
+        assert_eq!(keys.collect::<std::collections::BTreeSet<_>>().len(), compiled.policies.len());
         let changes = (compiled.workloads.iter().cloned().map(Change::SetWorkload))
             .chain(compiled.services.iter().cloned().map(Change::SetService))
             .chain(compiled.policies.iter().cloned().map(Change::SetPolicy));

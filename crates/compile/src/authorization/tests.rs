@@ -86,6 +86,11 @@ fn scopes() {
     refused(&[("istio-system", "{}")], [true, true, true]);
     refused(&[("istio-system", "{selector: {matchLabels: {app: web}}}")], [true, false, true]);
     refused(&[("bank", "{}")], [false, false, true]);
+    let scope = |namespace: &str, spec: &str| mesh(&[(namespace, spec)]).compiled.policies[0].scope;
+    assert_eq!(scope("shop", "{selector: {}}"), Scope::Namespace);
+    assert_eq!(scope("istio-system", "{}"), Scope::Global);
+    let selector = "{selector: {matchLabels: {app: web}}}";
+    assert_eq!(scope("istio-system", selector), Scope::WorkloadSelector);
 }
 
 #[test]
@@ -277,6 +282,53 @@ fn layer_7_fails_closed() {
         error,
         &[("test/x", A, 80, true), ("bank/x", A, 80, false), ("test/x", A, 81, false)],
     );
+}
+
+/// Every attribute of layer 7, beside one of layer 4 that matches: an ALLOW must not shrink to the layer
+/// 4 part, a DENY must.
+#[test]
+fn no_layer_7_attribute_is_forgotten() {
+    let sources =
+        ["requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks"];
+    let operations = ["hosts", "notHosts", "methods", "notMethods", "paths", "notPaths"];
+    let mut rules = Vec::new();
+    for field in sources {
+        rules.push(format!("{{from: [{{source: {{namespaces: [bank], {field}: [10.0.0.1]}}}}]}}"));
+    }
+    for field in operations {
+        rules.push(format!("{{to: [{{operation: {{ports: ['80'], {field}: [x]}}}}]}}"));
+    }
+    for rule in rules {
+        let allow = format!("{{rules: [{rule}]}}");
+        check(&[("shop", &allow)], &[("bank/x", A, 80, false)]);
+        let deny = format!("{{action: DENY, rules: [{rule}]}}");
+        check(&[("shop", &deny)], &[("bank/x", A, 80, false), ("shop/x", A, 81, true)]);
+    }
+}
+
+/// `values` and `notValues` of every layer 4 attribute, each alone and both.
+#[test]
+fn every_condition_and_its_opposite() {
+    for (key, this, other) in [
+        ("source.ip", "10.1.0.1", "10.1.0.2"),
+        ("source.namespace", "bank", "test"),
+        ("source.principal", "cluster.local/ns/bank/sa/x", "cluster.local/ns/bank/sa/y"),
+        ("source.serviceAccount", "bank/x", "bank/y"),
+        ("destination.ip", "10.0.0.1", "10.0.0.2"),
+        ("destination.port", "80", "81"),
+    ] {
+        let one = |values: &str, want: bool| {
+            let spec = format!("{{rules: [{{when: [{{key: {key}, {values}}}]}}]}}");
+            check(&[("shop", &spec)], &[("bank/x", A, 80, want)]);
+        };
+        one(&format!("values: ['{this}']"), true);
+        one(&format!("values: ['{other}']"), false);
+        one(&format!("notValues: ['{this}']"), false);
+        one(&format!("notValues: ['{other}']"), true);
+        one(&format!("values: ['{this}'], notValues: ['{this}']"), false);
+        one(&format!("values: ['{this}'], notValues: ['{other}']"), true);
+        one(&format!("values: ['{this}', '{other}'], notValues: ['{this}']"), false);
+    }
 }
 
 #[test]

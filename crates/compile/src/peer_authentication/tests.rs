@@ -86,6 +86,14 @@ fn inheritance() {
         ALL,
         ALL,
     );
+    // A selector without labels is no selector.
+    check(&[("istio-system", "default", "{selector: {}, mtls: {mode: STRICT}}")], ALL, ALL, ALL);
+    check(
+        &[("shop", "default", "{selector: {matchLabels: {}}, mtls: {mode: STRICT}}")],
+        ALL,
+        ALL,
+        &[],
+    );
     // With a selector, the root namespace is a namespace like any other.
     check(&[("istio-system", "web", &web("STRICT"))], &[], &[], &[]);
 }
