@@ -53,9 +53,28 @@ struct Options {
     /// Only these lines, by id
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only these parts of a full run
+    #[arg(long, value_enum, value_delimiter = ',')]
+    parts: Vec<Part>,
     /// Where results are written
     #[arg(long, default_value = "benches")]
     out: PathBuf,
+}
+
+/// What a full run consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    Memory,
+    Lines,
+    Sizes,
+    /// The snapshot and handshake benchmarks
+    Programs,
+}
+
+impl Options {
+    fn has(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
+    }
 }
 
 fn main() -> ExitCode {
@@ -83,10 +102,25 @@ fn full(options: &Options) -> Result<()> {
         bench.results.rounds >= 5 || !options.only.is_empty(),
         "a full run has at least five rounds"
     );
-    bench.memory()?;
-    bench.lines(&wanted(options, |_| true))?;
-    bench.sizes()?;
-    bench.programs_of_their_own()?;
+    if options.has(Part::Memory) {
+        bench.memory()?;
+    }
+    if options.has(Part::Lines) {
+        bench.lines(&wanted(options, |_| true))?;
+    }
+    if options.has(Part::Sizes) {
+        bench.sizes()?;
+    }
+    if options.has(Part::Programs) {
+        bench.programs_of_their_own()?;
+    }
+    if !options.parts.is_empty() {
+        bench
+            .results
+            .missing
+            .push(format!("everything but {:?}: left out by --parts", options.parts));
+    }
+    bench.clean();
     let results = &bench.results;
     let folder = options.out.join("results");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -103,6 +137,7 @@ fn full(options: &Options) -> Result<()> {
 fn quick(options: &Options) -> Result<()> {
     let mut bench = Bench::new(options, 2, 1.0)?;
     bench.lines(&wanted(options, |task| suite::QUICK.contains(&task.id)))?;
+    bench.clean();
     print(&render::page(&bench.results))?;
     check_bytes(&bench.results)
 }
@@ -246,11 +281,9 @@ impl Bench {
         let lines: Result<Vec<Value>, _> = text.lines().map(serde_json::from_str).collect();
         lines.with_context(|| format!("{name} printed {text:?}"))
     }
-}
 
-impl Drop for Bench {
-    fn drop(&mut self) {
-        // What a failed run left is worth a look; an orderly one leaves nothing.
+    /// Removes the run's folder; after a failure it is worth a look, and stays.
+    fn clean(&self) {
         if self.results.missing.is_empty() {
             let _ = fs::remove_dir_all(&self.folder);
         }
