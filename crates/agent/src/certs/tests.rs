@@ -1,3 +1,5 @@
+//! The certificate store against a CA that counts, fails and lets wait.
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures_util::future::BoxFuture;

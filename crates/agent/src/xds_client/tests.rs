@@ -1,3 +1,5 @@
+//! The configuration stream against a stand-in control plane.
+
 use std::path::Path;
 
 use model::{ConfigVersion, Workload, WorkloadUid};

@@ -1,3 +1,5 @@
+//! The client's half of the delta protocol: what is in force, what is refused, what is reported.
+
 use super::*;
 use crate::security;
 use model::{Action, Scope, Snapshot, Workload};

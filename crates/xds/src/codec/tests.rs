@@ -1,3 +1,5 @@
+//! Encode and decode are inverse; messages that mean nothing are refused.
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use model::*;

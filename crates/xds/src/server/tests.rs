@@ -1,3 +1,5 @@
+//! The server's half of the delta protocol: order, one push at a time, stock proxies.
+
 use super::*;
 use crate::discovery::Status;
 
