@@ -28,9 +28,9 @@ e2e: programs ## real programs through the mesh, in network namespaces
 	$(CARGO) test -p e2e --locked
 
 demo: build ## two nodes and a small shop: see who talks to whom, and a policy stop it; no root needed
-	$(TARGET)/release/meshctl demo
+	$(TARGET)/release/ambit-demo
 
-bench: ## the paired benchmark; writes benches/RESULTS.md (about an hour; a quiet machine)
+bench: ## the paired benchmark; writes benches/RESULTS.md (about 20 minutes, on a quiet machine)
 	$(CARGO) build --profile dist --locked --bins
 	$(TARGET)/dist/meshbench full
 
