@@ -1,11 +1,12 @@
 //! What other programs ask of a running lab.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
 use crate::control::{self, Answer, ExecPlace, Request};
 use crate::logs;
@@ -42,7 +43,8 @@ pub fn down(lab: &LabInfo) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command in a pod or on a node with the caller's stdin, stdout and stderr; its exit status.
+/// Runs a command in a pod or on a node with the caller's stdin, stdout and stderr; its exit status. From a terminal, the
+/// command gets one too.
 pub fn exec(
     lab: &LabInfo,
     place: ExecPlace,
@@ -51,7 +53,14 @@ pub fn exec(
 ) -> Result<ExitCode> {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let files = [stdin.as_fd().as_raw_fd(), stdout.as_fd().as_raw_fd(), stderr.as_fd().as_raw_fd()];
-    match call(lab, &Request::Exec { place, argv, env }, &files)? {
+    let terminal = stdin.is_terminal() && stdout.is_terminal();
+    let mut env = env;
+    if let (true, Ok(kind)) = (terminal, std::env::var("TERM")) {
+        env.push(("TERM".to_owned(), kind));
+    }
+    // Every key goes to the command, also Ctrl-C.
+    let _raw = terminal.then(RawTerminal::enter).transpose()?;
+    match call(lab, &Request::Exec { place, argv, env, terminal }, &files)? {
         Answer::Exited(code) => Ok(ExitCode::from(code)),
         Answer::Ending => bail!("the lab ended"),
         other => bail!("the lab gave an odd answer: {other:?}"),
@@ -122,6 +131,25 @@ fn follow_file(
         // Whoever read us has seen enough.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         done => done.with_context(|| path.display().to_string()),
+    }
+}
+
+/// The caller's terminal without its line editing and signals, until dropped.
+struct RawTerminal(Termios);
+
+impl RawTerminal {
+    fn enter() -> Result<Self> {
+        let before = tcgetattr(std::io::stdin()).context("read the terminal's settings")?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        tcsetattr(std::io::stdin(), SetArg::TCSANOW, &raw).context("set the terminal up")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
     }
 }
 

@@ -32,6 +32,8 @@ pub(crate) enum Request {
         place: ExecPlace,
         argv: Vec<String>,
         env: Vec<(String, String)>,
+        /// stdin and stdout are a terminal.
+        terminal: bool,
     },
 }
 
@@ -140,6 +142,7 @@ mod tests {
             place: ExecPlace::Node { node: "node-1".into() },
             argv: vec!["x".repeat(100_000), "y".into()],
             env: vec![],
+            terminal: false,
         };
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();

@@ -65,8 +65,13 @@ fn resolve_one(service: &Service, backends: &[Backend<'_>]) -> Option<Resolved> 
         same && (b.ready || all)
             && selector.is_some_and(|s| matches(s, b.pod.metadata.labels.as_ref()))
     };
+    // A Service of one family has endpoints of that family only.
+    let families = spec.ip_families.clone().unwrap_or_default();
+    let wanted = |ip: &&IpAddr| {
+        families.is_empty() || families.iter().any(|f| (f == "IPv6") == ip.is_ipv6())
+    };
     let endpoints = backends.iter().filter(selected).map(|b| Endpoint {
-        ips: b.ips.to_vec(),
+        ips: b.ips.iter().filter(wanted).copied().collect(),
         hostname: b.pod.spec.as_ref().and_then(|s| {
             let named = s.subdomain.as_deref() == Some(name.as_str());
             named.then(|| s.hostname.clone().or_else(|| b.pod.metadata.name.clone())).flatten()
@@ -231,5 +236,10 @@ mod tests {
         let got = resolve(&[headless], &backends);
         assert_eq!(got[0].endpoints.len(), 3);
         assert_eq!(got[0].endpoints[1].hostname.as_deref(), Some("zero"));
+        assert_eq!(got[0].endpoints[0].ips, ip_a);
+        let spec = json!({"clusterIP": "None", "selector": web, "ipFamilies": ["IPv4"]});
+        let one_family =
+            service(json!({"metadata": {"name": "web", "namespace": "ns"}, "spec": spec}));
+        assert_eq!(resolve(&[one_family], &backends)[0].endpoints[0].ips, ip_a[..1]);
     }
 }

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use aws_lc_rs::digest::{SHA256, digest};
@@ -67,8 +67,26 @@ struct Registry(Arc<Mutex<RegistryState>>);
 #[derive(Debug, Default)]
 struct RegistryState {
     line: Option<UnixStream>,
-    /// Of tokens that nobody can have used yet.
-    unused: Vec<String>,
+    /// The newest of each node.
+    told: Vec<Told>,
+}
+
+#[derive(Debug)]
+struct Told {
+    node: String,
+    line: String,
+    at: SystemTime,
+    /// Where ztunnel keeps what it got for its token.
+    secrets: PathBuf,
+}
+
+impl Told {
+    /// Whether ztunnel may still have to use it. Once it keeps a certificate that is younger, it has.
+    fn is_unused(&self) -> bool {
+        let files = fs::read_dir(&self.secrets).into_iter().flatten().flatten();
+        let times = files.filter_map(|f| f.metadata().and_then(|m| m.modified()).ok());
+        !times.into_iter().any(|time| time >= self.at)
+    }
 }
 
 /// Starts everything.
@@ -162,7 +180,7 @@ impl Ztunnel {
         let token = token()?;
         let hash: String =
             digest(&SHA256, token.as_bytes()).as_ref().iter().map(|b| format!("{b:02x}")).collect();
-        self.registry.tell(&self.node, &hash);
+        self.registry.tell(&self.node, &hash, self.home.join("secret"));
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         // Fits the pipe: nobody has to read for this to return.
         fs::File::from(write).write_all(format!("{token}\n").as_bytes())?;
@@ -187,27 +205,27 @@ fn token() -> Result<String> {
 }
 
 impl Registry {
-    /// The end for a new istiod-lite. Tokens that the one before was told and nobody can have used are told again.
+    /// The end for a new istiod-lite. Tokens that the one before was told and nobody has used are told again.
     fn connect(&self) -> Result<OwnedFd> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let mut state = lock(&self.0);
-        for line in &state.unused {
-            let _ = (&ours).write_all(line.as_bytes());
+        for told in state.told.iter().filter(|t| t.is_unused()) {
+            let _ = (&ours).write_all(told.line.as_bytes());
         }
         state.line = Some(ours);
         Ok(theirs.into())
     }
 
-    fn tell(&self, node: &str, hash: &str) {
+    fn tell(&self, node: &str, hash: &str, secrets: PathBuf) {
         let line = format!("{{\"node\":\"{node}\",\"token_sha256\":\"{hash}\"}}\n");
         let mut state = lock(&self.0);
-        state.unused.retain(|l| !l.contains(&format!("\"{node}\"")));
+        state.told.retain(|t| t.node != node);
         if let Some(stream) = &mut state.line {
             // A broken line means istiod-lite is being started again; it is told then.
             let _ = stream.write_all(line.as_bytes());
         }
-        state.unused.push(line);
+        state.told.push(Told { node: node.to_owned(), line, at: SystemTime::now(), secrets });
     }
 }
 

@@ -85,6 +85,7 @@ impl Network {
         let made: Result<Vec<Node>> = local.nodes.iter().map(Node::create).collect();
         let network = Self { nodes: made?, next_interface: 1 };
         for node in &network.nodes {
+            node.route_services(local).with_context(|| format!("routes of {}", node.name))?;
             node.reach(&local.nodes).with_context(|| format!("routes of {}", node.name))?;
         }
         Ok(network)
@@ -138,6 +139,8 @@ impl Node {
             link::up(UPLINK)?;
             addr::add(UPLINK, v4, 24)?;
             addr::add(UPLINK, v6, 64)?;
+            // What it forwards for pods needs it: the kernel asks for neighbours with a link-local address.
+            addr::add(UPLINK, link_local(v6), 64)?;
             for own in [DNS_V4, GATEWAY_V4, capture::PROBE_V4] {
                 addr::add("lo", own.into(), 32)?;
             }
@@ -148,6 +151,16 @@ impl Node {
         })?
         .with_context(|| format!("configure {name}"))?;
         Ok(Self { name, ns, underlay: [v4, v6], pods: BTreeMap::new() })
+    }
+
+    /// A way for Service addresses: what the node itself sends there is translated only after it was routed.
+    fn route_services(&self, local: &LocalConfig) -> Result<()> {
+        self.ns.run(|| -> Result<()> {
+            for range in [local.services_v4, local.services_v6] {
+                route::add(&Route::to(range.ip, range.length).dev(UPLINK))?;
+            }
+            Ok(())
+        })?
     }
 
     /// Routes to the pods of the other nodes.

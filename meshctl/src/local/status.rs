@@ -87,12 +87,13 @@ fn show(status: &Status) {
 }
 
 fn pod(p: &PodStatus, colored: bool) -> Vec<String> {
-    let ready = p.containers.iter().filter(|c| c.ready).count();
+    let main = p.containers.iter().filter(|c| !c.init);
+    let ready = main.clone().filter(|c| c.ready).count();
     let color = if p.ready || p.state == "Succeeded" { Color::Green } else { Color::Yellow };
     vec![
         p.namespace.clone(),
         p.name.clone(),
-        format!("{ready}/{}", p.containers.len()),
+        format!("{ready}/{}", main.count()),
         print::paint(&p.state, color, colored),
         p.restarts.to_string(),
         p.node.clone(),

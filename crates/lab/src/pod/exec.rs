@@ -6,21 +6,22 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::helper;
 use super::run::ProcessRun;
+use super::terminal::Terminal;
+use super::{helper, program};
 use crate::fds;
 
 /// What to run where.
@@ -29,6 +30,8 @@ pub(crate) struct ExecRun {
     pub(crate) process: ProcessRun,
     /// The container's first process; `None`: the network namespace passed as file 4 (a node), as the lab's root.
     pub(crate) container: Option<i32>,
+    /// The caller's stdin is a terminal: the command gets one of its own.
+    pub(crate) terminal: bool,
 }
 
 /// The shell's word for "could not be run".
@@ -46,20 +49,30 @@ pub(crate) fn run() -> Result<ExitCode> {
     if let Err(e) = join(&exec, net) {
         return Ok(fail(&format!("{e:#}")));
     }
-    let (mut ours, mut theirs) = UnixStream::pair()?;
-    let mut signals = SigSet::empty();
-    for s in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGWINCH] {
-        signals.add(s);
+    match start(&exec) {
+        Ok((child, terminal)) => {
+            if let Some(terminal) = terminal {
+                terminal.join();
+            }
+            Ok(ExitCode::from(wait_for(child)))
+        }
+        Err(e) => Ok(fail(&format!("{e:#}"))),
     }
-    let child = helper::start_program(&exec.process, &mut theirs)?;
+}
+
+fn start(exec: &ExecRun) -> Result<(Pid, Option<Terminal>)> {
+    let terminal = exec.terminal.then(Terminal::create).transpose().context("make a terminal")?;
+    let (mut ours, mut theirs) = UnixStream::pair()?;
+    let slave = terminal.as_ref().map(|t| t.slave.as_fd());
+    let child = program::start(&exec.process, &mut theirs, slave)?;
     drop(theirs);
     let mut text = String::new();
     ours.read_to_string(&mut text)?;
     if !text.is_empty() {
         let _ = waitpid(child, None);
-        return Ok(fail(&text));
+        bail!(text);
     }
-    Ok(ExitCode::from(wait_for(child)))
+    Ok((child, terminal))
 }
 
 fn join(exec: &ExecRun, net: OwnedFd) -> Result<()> {

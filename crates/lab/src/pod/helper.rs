@@ -13,7 +13,6 @@
 //! - No file of the lab is open in the program. Process 1 is not dumpable: its `/proc/1/exe` and memory are closed to it.
 //! - The helper's end ends the container: by the kernel, whatever kills it.
 
-use std::ffi::CString;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -26,10 +25,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, setgroups, setresgid, setresuid, setsid};
+use nix::unistd::{ForkResult, Pid, fork};
 
-use super::run::{ContainerRun, HelperSays, ProcessRun, START_FAILED};
-use super::{one_id, rootfs, users};
+use super::run::{ContainerRun, HelperSays, START_FAILED};
+use super::{program, rootfs};
 use crate::{fds, ids};
 
 /// What the lab sends to end the container without asking it.
@@ -136,7 +135,7 @@ fn write_maps(first: Pid, container: &ContainerRun) -> Result<()> {
 /// Process 1 of the container. Whatever goes wrong before the program runs is said on `sync`.
 fn container_main(container: &ContainerRun, mut sync: UnixStream) -> ! {
     let code = match isolate(container, &mut sync)
-        .and_then(|()| start_program(&container.process, &mut sync))
+        .and_then(|()| program::start(&container.process, &mut sync, None))
     {
         Ok(program) => {
             drop(sync);
@@ -153,6 +152,7 @@ fn container_main(container: &ContainerRun, mut sync: UnixStream) -> ! {
 
 fn isolate(container: &ContainerRun, sync: &mut UnixStream) -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
+    leave_keyring();
     unshare(CloneFlags::CLONE_NEWNS).context("make a mount namespace")?;
     let owner = |map, id| ids::outside_of(map, id).unwrap_or(0);
     let owners = rootfs::Owners {
@@ -170,6 +170,17 @@ fn isolate(container: &ContainerRun, sync: &mut UnixStream) -> Result<()> {
     drop_privileges()
 }
 
+/// The kernel keeps keys for a login session; a container must not find those of the user who started the lab.
+fn leave_keyring() {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    #[expect(unsafe_code, reason = "keyctl has no wrapper")]
+    // SAFETY: takes a number and a null pointer: a new, nameless keyring.
+    unsafe {
+        // Fails where the kernel has no keyrings.
+        libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>());
+    }
+}
+
 /// For this process and all that follow from it.
 pub(crate) fn drop_privileges() -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -184,101 +195,6 @@ pub(crate) fn drop_privileges() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Starts the program as a child with the container's user, and returns once it runs... or why it does not.
-///
-/// The other end of `sync` sees it: it is closed by a successful exec.
-pub(crate) fn start_program(process: &ProcessRun, sync: &mut UnixStream) -> Result<Pid> {
-    #[expect(unsafe_code, reason = "the program is a child of process 1")]
-    // SAFETY: this process has one thread, so the child may go on as if it were a fresh program.
-    match unsafe { fork() }.context("fork")? {
-        ForkResult::Parent { child } => Ok(child),
-        ForkResult::Child => {
-            let e = become_program(process);
-            let _ = write!(sync, "{e:#}");
-            std::process::exit(127)
-        }
-    }
-}
-
-fn become_program(process: &ProcessRun) -> anyhow::Error {
-    let mut process = process.clone();
-    users::add_home(&mut process);
-    match prepare_program(&process) {
-        Ok((argv, env)) => exec(&process, &argv, &env),
-        Err(e) => e,
-    }
-}
-
-fn prepare_program(process: &ProcessRun) -> Result<(Vec<CString>, Vec<CString>)> {
-    setsid()?;
-    let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
-    // Refused where only one group is mapped.
-    let _ = setgroups(&groups);
-    let (uid, gid) = (Uid::from_raw(process.uid), Gid::from_raw(process.gid));
-    setresgid(gid, gid, gid).with_context(|| format!("runAsGroup {gid}"))?;
-    setresuid(uid, uid, uid).with_context(|| format!("runAsUser {uid}"))?;
-    if one_id::is_alone() {
-        one_id::pretend().context("system call filter for a single user id")?;
-    }
-    // A command added by `exec` ends with its helper; a container's program ends with process 1 in any case.
-    prctl::set_pdeathsig(Signal::SIGKILL)?;
-    let cwd = if process.cwd.is_empty() { "/" } else { &process.cwd };
-    if let Err(e) = nix::unistd::chdir(cwd) {
-        // Kubernetes makes a missing workingDir.
-        ensure!(e == Errno::ENOENT, "workingDir {cwd}: {e}");
-        fs::create_dir_all(cwd)
-            .and_then(|()| std::env::set_current_dir(cwd))
-            .with_context(|| format!("workingDir {cwd}"))?;
-    }
-    let text = |s: &str| CString::new(s).with_context(|| format!("a zero byte in {s:?}"));
-    let argv = process.argv.iter().map(|a| text(a)).collect::<Result<Vec<_>>>()?;
-    let env =
-        process.env.iter().map(|(k, v)| text(&format!("{k}={v}"))).collect::<Result<Vec<_>>>()?;
-    SigSet::empty().thread_set_mask()?;
-    reset_signals();
-    #[expect(unsafe_code, reason = "close_range has no safe wrapper")]
-    // SAFETY: only marks files for closing at exec.
-    unsafe {
-        libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
-    }
-    Ok((argv, env))
-}
-
-/// Rust ignores SIGPIPE; the program must find it as usual.
-fn reset_signals() {
-    #[expect(unsafe_code, reason = "setting a default disposition")]
-    // SAFETY: no handler is installed.
-    unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-    }
-}
-
-/// Looks the program up in the container's own PATH, as a container runtime does.
-fn exec(process: &ProcessRun, argv: &[CString], env: &[CString]) -> anyhow::Error {
-    let name = &process.argv[0];
-    let path = process.env.iter().find(|(k, _)| k == "PATH").map_or("", |(_, v)| v.as_str());
-    let candidates: Vec<String> = if name.contains('/') {
-        vec![name.clone()]
-    } else {
-        path.split(':').filter(|d| !d.is_empty()).map(|d| format!("{d}/{name}")).collect()
-    };
-    let mut worst = Errno::ENOENT;
-    for candidate in candidates {
-        let Ok(file) = CString::new(candidate) else { continue };
-        let Err(e) = nix::unistd::execve(&file, argv, env);
-        if e != Errno::ENOENT {
-            worst = e;
-        }
-    }
-    match worst {
-        Errno::ENOENT if name.contains('/') => {
-            anyhow!("cannot run {name:?}: no such file (or its interpreter is missing)")
-        }
-        Errno::ENOENT => anyhow!("cannot run {name:?}: not found in PATH ({path})"),
-        e => anyhow!("cannot run {name:?}: {e}"),
-    }
 }
 
 fn awaited() -> SigSet {

@@ -74,6 +74,8 @@ pub(crate) enum Phase {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerStatus {
     pub name: String,
+    /// It prepares the pod and is through before the others start.
+    pub init: bool,
     /// `Running`, `Waiting`, `CrashLoopBackOff`, `Completed`, `ImageUnknown` and so on.
     pub state: String,
     /// Why; may be empty.
@@ -399,6 +401,7 @@ impl Container {
         };
         ContainerStatus {
             name: self.plan.name.clone(),
+            init: self.plan.init && !self.plan.sidecar,
             state,
             message,
             ready: self.ready,

@@ -118,6 +118,7 @@ impl Worker {
             tracing::error!("pod {}/{}: {e:#}", say.namespace, say.name);
             let status = ContainerStatus {
                 name: say.plan.containers.first().map(|c| c.name.clone()).unwrap_or_default(),
+                init: false,
                 state: "CreatePodSandboxError".to_owned(),
                 message: format!("{e:#}"),
                 ready: false,
@@ -391,7 +392,11 @@ impl State {
 
     /// How to run something beside the container's program, once that runs.
     fn command_in(&self, running: &Running) -> Option<ExecRun> {
-        Some(ExecRun { process: running.process.clone(), container: Some(running.first?) })
+        Some(ExecRun {
+            process: running.process.clone(),
+            container: Some(running.first?),
+            terminal: false,
+        })
     }
 
     fn enter(&self, container: &str) -> Result<ExecRun, String> {
@@ -474,5 +479,6 @@ async fn watch(
 
 /// What a probe of kind "exec" runs with.
 pub(crate) fn with_argv(inside: &ExecRun, argv: Vec<String>) -> ExecRun {
-    ExecRun { process: ProcessRun { argv, ..inside.process.clone() }, container: inside.container }
+    let process = ProcessRun { argv, ..inside.process.clone() };
+    ExecRun { process, container: inside.container, terminal: false }
 }

@@ -63,6 +63,13 @@ pub(super) fn listen(
     Ok(())
 }
 
+/// What the client wants to run.
+struct Wish {
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    terminal: bool,
+}
+
 struct Client {
     inputs: mpsc::Sender<Input>,
     processes: Processes,
@@ -87,8 +94,10 @@ impl Client {
         let answer = match answer.blocking_recv().context("the lab is ending")? {
             Reply::Answer(answer) => answer,
             Reply::Enter(target) => {
-                let Request::Exec { argv, env, .. } = request else { bail!("not a command") };
-                let process = self.start(target, argv, env, files)?;
+                let Request::Exec { argv, env, terminal, .. } = request else {
+                    bail!("not a command")
+                };
+                let process = self.start(target, Wish { argv, env, terminal }, files)?;
                 self.wait(&process, stream)?
             }
         };
@@ -98,14 +107,8 @@ impl Client {
         Ok(answer)
     }
 
-    fn start(
-        &self,
-        target: Target,
-        argv: Vec<String>,
-        env: Vec<(String, String)>,
-        files: Vec<OwnedFd>,
-    ) -> Result<Process> {
-        if argv.is_empty() {
+    fn start(&self, target: Target, wish: Wish, files: Vec<OwnedFd>) -> Result<Process> {
+        if wish.argv.is_empty() {
             bail!("no command given: put it after `--`");
         }
         let (ns, mut run) = match target {
@@ -120,8 +123,9 @@ impl Client {
                 (ns, run)
             }
         };
-        run.process.argv = argv;
-        for (name, value) in env {
+        run.process.argv = wish.argv;
+        run.terminal = wish.terminal;
+        for (name, value) in wish.env {
             run.process.env.retain(|(n, _)| *n != name);
             run.process.env.push((name, value));
         }
@@ -162,7 +166,7 @@ fn on_node() -> ExecRun {
     env.retain(|(k, _)| k != "PWD");
     let process =
         ProcessRun { argv: vec![], env, cwd: "/".to_owned(), uid: 0, gid: 0, groups: vec![] };
-    ExecRun { process, container: None }
+    ExecRun { process, container: None, terminal: false }
 }
 
 impl World {
