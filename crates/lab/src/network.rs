@@ -225,6 +225,15 @@ impl PodNet {
     }
 }
 
+/// The link-local address beside an address of the underlay: the same last digits.
+fn link_local(ip: IpAddr) -> IpAddr {
+    let low = match ip {
+        IpAddr::V4(ip) => ip.octets()[3].into(),
+        IpAddr::V6(ip) => ip.segments()[7],
+    };
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 1, low).into()
+}
+
 fn width(ip: IpAddr) -> u8 {
     if ip.is_ipv6() { 128 } else { 32 }
 }
