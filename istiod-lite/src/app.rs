@@ -16,6 +16,7 @@ use crate::ca::{CaError, LocalCa, ROOT_CERT};
 use crate::config::Config;
 use crate::control::{Control, Proxy};
 use crate::files::{self, FileError};
+use crate::kept::Kept;
 use crate::report::Reporter;
 use crate::serve::{self, Limits};
 use crate::signer::{SignError, Signer};
@@ -176,7 +177,7 @@ fn watch_folders(
     publish: watch::Sender<Latest>,
     control: Arc<Control>,
 ) -> std::io::Result<folders::Stop> {
-    let mut builder = Builder::new(config.mesh.clone(), epoch);
+    let mut builder = Builder::new(config.mesh.clone(), epoch, Kept::new(&config.state_dir));
     let mut reporter = Reporter::default();
     let state_dir = config.state_dir.clone();
     let mut last: Option<Arc<World>> = None;

@@ -26,6 +26,7 @@ mod control;
 pub mod csr;
 mod debounce;
 mod files;
+mod kept;
 mod metrics;
 mod registry;
 mod report;

@@ -11,6 +11,7 @@ use compile::{Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, sort_diagno
 use model::ConfigVersion;
 use xds::server::Resources;
 
+use crate::kept::Kept;
 use crate::scan::News;
 use crate::watch::Update;
 
@@ -52,14 +53,15 @@ pub(crate) struct Builder {
     mesh: MeshConfig,
     epoch: u64,
     folder: Folder,
+    kept: Kept,
     /// What the files mean, and what is wrong with their content.
     last: Option<(Arc<World>, Vec<Diagnostic>)>,
 }
 
 impl Builder {
     /// `epoch` tells this run of the control plane from every other.
-    pub(crate) fn new(mesh: MeshConfig, epoch: u64) -> Self {
-        Self { mesh, epoch, folder: Folder::new(), last: None }
+    pub(crate) fn new(mesh: MeshConfig, epoch: u64, kept: Kept) -> Self {
+        Self { mesh, epoch, folder: Folder::new(), kept, last: None }
     }
 
     /// Takes a change in and says what holds at `now`.
@@ -67,10 +69,11 @@ impl Builder {
         let changed = !update.news.is_empty();
         for news in update.news {
             match news {
-                News::Set { key: (folder, path), text } => {
-                    self.folder.set_file(folder, &path, &text)
+                News::Set { key: (folder, path), text } => self.set_file(folder, &path, &text),
+                News::Removed { key: (folder, path) } => {
+                    self.folder.remove_file(folder, &path);
+                    self.kept.forget(folder, &path);
                 }
-                News::Removed { key: (folder, path) } => self.folder.remove_file(folder, &path),
             }
         }
         let (world, of_content) = match self.last.take() {
@@ -85,6 +88,18 @@ impl Builder {
             world: update.complete.then_some(world),
             diagnostics: diagnostics.into(),
             missing: update.missing,
+        }
+    }
+
+    fn set_file(&mut self, folder: usize, path: &str, text: &str) {
+        let known = self.folder.has_file(folder, path);
+        if !known && let Some(last_good) = self.kept.recall(folder, path) {
+            // The file may have been broken while we were away.
+            self.folder.set_file(folder, path, &last_good);
+        }
+        self.folder.set_file(folder, path, text);
+        if self.folder.is_in_force(folder, path) {
+            self.kept.keep(folder, path, text);
         }
     }
 
@@ -123,11 +138,20 @@ mod tests {
     struct Play {
         builder: Builder,
         complete: bool,
+        _state: Option<tempfile::TempDir>,
     }
 
     impl Play {
         fn new() -> Self {
-            Self { builder: Builder::new(MeshConfig::default(), 7), complete: true }
+            let state = tempfile::tempdir().unwrap();
+            let play = Self::started(state.path());
+            Self { _state: Some(state), ..play }
+        }
+
+        /// A control plane that finds what an earlier one left.
+        fn started(state: &std::path::Path) -> Self {
+            let builder = Builder::new(MeshConfig::default(), 7, Kept::new(state));
+            Self { builder, complete: true, _state: None }
         }
 
         fn set(&mut self, path: &str, text: &str) -> Latest {
@@ -151,6 +175,24 @@ kind: AuthorizationPolicy
 metadata: {name: nobody, namespace: shop}
 spec: {}
 ";
+
+    #[test]
+    fn a_policy_file_that_broke_while_we_were_away_keeps_denying() {
+        let state = tempfile::tempdir().unwrap();
+        let policies = |latest: &Latest| {
+            let world = latest.world.as_ref().expect("complete");
+            world.resources.iter(Kind::Authorization).count()
+        };
+        assert_eq!(policies(&Play::started(state.path()).set("p.yaml", POLICY)), 1);
+        let latest = Play::started(state.path()).set("p.yaml", "kind: [");
+        assert_eq!(policies(&latest), 1, "the last good state holds over a restart");
+        assert!(latest.diagnostics.iter().any(|d| d.severity == compile::Severity::Error));
+        // Removed on purpose: forgotten, also by the next start.
+        let mut play = Play::started(state.path());
+        play.set("p.yaml", POLICY);
+        assert_eq!(policies(&play.update(vec![News::Removed { key: (0, "p.yaml".into()) }])), 0);
+        assert_eq!(policies(&Play::started(state.path()).set("p.yaml", "kind: [")), 0);
+    }
 
     #[test]
     fn the_push_number_grows_with_what_proxies_hold() {

@@ -67,6 +67,18 @@ impl Folder {
         }
     }
 
+    /// Whether the file has been set and not removed.
+    pub fn has_file(&self, folder: usize, path: &str) -> bool {
+        self.files.contains_key(&(folder, path.into()))
+    }
+
+    /// Whether the newest text of the file is what is in force, whole.
+    pub fn is_in_force(&self, folder: usize, path: &str) -> bool {
+        let overruled = |d: &Diagnostic| matches!(d.code, Code::LastGoodInForce | Code::EmptyFile);
+        let file = self.files.get(&(folder, path.into()));
+        file.is_some_and(|file| file.good && !file.diagnostics.iter().any(overruled))
+    }
+
     /// The file is gone, and so are its objects.
     pub fn remove_file(&mut self, folder: usize, path: &str) {
         self.files.remove(&(folder, path.into()));
