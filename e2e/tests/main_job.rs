@@ -165,7 +165,8 @@ fn curl_on_the_same_node(lab: &Lab) -> Result<()> {
 
 fn call_to_itself(lab: &Lab) -> Result<()> {
     for family in ["-4", "-6"] {
-        let got = curl(lab, "app/web", family, "http://web/")?;
+        // Not by the short name: that is the pod's own host name, which stands in its /etc/hosts.
+        let got = curl(lab, "app/web", family, "http://web.app/")?;
         ensure!(got.starts_with("nginx 8080 "), "{got}");
         // By its own address and by localhost there is no mesh in between.
         let got = curl(lab, "app/web", family, "http://localhost:8081/")?;
