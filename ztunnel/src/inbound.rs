@@ -8,7 +8,7 @@ use agent::access_log::Direction;
 use engine::{Allowed, InboundFacts, Verdict, authorize};
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
 use http::StatusCode;
-use model::{Identity, MESH_PORTS, Reason, Refusal, Workload};
+use model::{Identity, MESH_PORTS, Reason, Refusal, Service, ServicePort, Snapshot, Workload};
 use net::capture::{MARK_PROXY, MARK_TO_APP};
 use net::socket::{ConnectOpts, SourcePorts};
 use socket2::TcpKeepalive;
@@ -38,7 +38,7 @@ async fn plaintext(
 ) -> Result<(), Refusal> {
     let Accepted { tcp, peer, destination, .. } = accepted;
     let tcp = ResetOnDrop(Some(tcp));
-    let call = Call { source: peer, destination, peer: None };
+    let call = Call { source: peer, destination, peer: None, host: None };
     let workload = admit(worker, pod, &call, record).await?;
     let app = connect_to_app(pod, &workload, &call, SourcePorts::AboveEphemeral).await?;
     let live = call.live(pod, record);
@@ -149,7 +149,8 @@ async fn stream(
     };
     record.destination = destination;
     record.target = destination;
-    let call = Call { source, destination, peer: Some(peer.clone()) };
+    let host = incoming.headers.forwarded_host();
+    let call = Call { source, destination, peer: Some(peer.clone()), host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
         let app = connect_to_app(pod, &workload, &call, SourcePorts::Ephemeral).await?;
@@ -189,6 +190,8 @@ struct Call {
     source: SocketAddr,
     destination: SocketAddr,
     peer: Option<Arc<Identity>>,
+    /// What the client's proxy says was called. For telemetry only.
+    host: Option<String>,
 }
 
 impl Call {
@@ -231,6 +234,7 @@ async fn admit(
                 let by_address = snapshot.workload_at(&workload.network, call.source.ip());
                 record.source = by_address.cloned();
             }
+            record.service = called_service(&snapshot, &workload, call);
             let facts = InboundFacts {
                 workload: &workload,
                 destination: call.destination,
@@ -260,6 +264,19 @@ async fn admit(
             Verdict::Allow(_) => {}
         }
     }
+}
+
+/// The Service that was called, as far as it can be told here: the one that the client's proxy names, if the workload is
+/// an endpoint of it; else the first that has this port.
+fn called_service(snapshot: &Snapshot, workload: &Workload, call: &Call) -> Option<Arc<Service>> {
+    let named = call
+        .host
+        .as_deref()
+        .and_then(|host| workload.services.iter().find(|(key, _)| *key.hostname == *host));
+    let port = call.destination.port();
+    let serves = |ports: &[ServicePort]| ports.iter().any(|p| p.target_port == port);
+    let (key, _) = named.or_else(|| workload.services.iter().find(|(_, ports)| serves(ports)))?;
+    snapshot.service(key).cloned()
 }
 
 /// The last hop, in the client's name: the application sees who called.
