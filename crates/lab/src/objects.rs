@@ -14,39 +14,49 @@ use serde::Serialize;
 pub(crate) struct ObjectFiles {
     dir: PathBuf,
     written: BTreeMap<String, Vec<u8>>,
+    /// What went wrong since it was last asked for.
+    failed: Option<io::Error>,
 }
 
 impl ObjectFiles {
     pub(crate) fn new(dir: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&dir)?;
-        Ok(Self { dir, written: BTreeMap::new() })
+        Ok(Self { dir, written: BTreeMap::new(), failed: None })
     }
 
     /// Writes an object if it is new or changed. `kind` in lower case.
-    pub(crate) fn put(
-        &mut self,
-        kind: &str,
-        namespace: &str,
-        name: &str,
-        object: &impl Serialize,
-    ) -> io::Result<()> {
+    pub(crate) fn put(&mut self, kind: &str, namespace: &str, name: &str, object: &impl Serialize) {
         let file = file_name(kind, namespace, name);
-        let mut text = serde_json::to_vec(object)?;
-        text.push(b'\n');
-        if self.written.get(&file) == Some(&text) {
-            return Ok(());
+        let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut text| {
+            text.push(b'\n');
+            if self.written.get(&file) != Some(&text) {
+                replace(&self.dir.join(&file), &text)?;
+            }
+            Ok(text)
+        });
+        match written {
+            Ok(text) => drop(self.written.insert(file, text)),
+            Err(e) => self.failed = Some(e),
         }
-        replace(&self.dir.join(&file), &text)?;
-        self.written.insert(file, text);
-        Ok(())
     }
 
-    pub(crate) fn remove(&mut self, kind: &str, namespace: &str, name: &str) -> io::Result<()> {
+    pub(crate) fn remove(&mut self, kind: &str, namespace: &str, name: &str) {
         let file = file_name(kind, namespace, name);
-        if self.written.remove(&file).is_some() {
-            fs::remove_file(self.dir.join(&file))?;
+        match fs::remove_file(self.dir.join(&file)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => self.failed = Some(e),
+            _ => drop(self.written.remove(&file)),
         }
-        Ok(())
+    }
+
+    /// Why the control plane may not know the latest, once.
+    pub(crate) fn trouble(&mut self) -> Option<String> {
+        let why = self.failed.take()?;
+        let full = why.kind() == io::ErrorKind::StorageFull;
+        let advice = if full { "make room on the disk" } else { "check the folder" };
+        Some(format!(
+            "objects cannot be written to {}: {why}; the control plane goes on with what it knows ({advice})",
+            self.dir.display()
+        ))
     }
 
     /// The names of the objects of a kind that are written.
@@ -95,15 +105,25 @@ mod tests {
             names.sort();
             names
         };
-        files.put("pod", "shop", "web-1", &json!({"a": 1})).unwrap();
-        files.put("service", "shop", "web", &json!({})).unwrap();
-        files.put("pod", "shop", "web-1", &json!({"a": 2})).unwrap();
+        files.put("pod", "shop", "web-1", &json!({"a": 1}));
+        files.put("service", "shop", "web", &json!({}));
+        files.put("pod", "shop", "web-1", &json!({"a": 2}));
         assert_eq!(list(), ["pod_shop_web-1.json", "service_shop_web.json"]);
         let text = fs::read_to_string(dir.path().join("objects/pod_shop_web-1.json")).unwrap();
         assert_eq!(text, "{\"a\":2}\n");
         assert_eq!(files.names("pod"), [("shop".to_owned(), "web-1".to_owned())]);
-        files.remove("pod", "shop", "web-1").unwrap();
-        files.remove("pod", "shop", "web-1").unwrap();
+        files.remove("pod", "shop", "web-1");
+        files.remove("pod", "shop", "web-1");
         assert_eq!(list(), ["service_shop_web.json"]);
+        assert_eq!(files.trouble(), None);
+        fs::remove_dir_all(dir.path()).unwrap();
+        files.put("pod", "shop", "a", &json!({}));
+        files.put("pod", "shop", "b", &json!({}));
+        assert!(files.trouble().unwrap().contains("No such file"));
+        assert_eq!(files.trouble(), None);
+        // What failed is written when it can be.
+        fs::create_dir_all(dir.path().join("objects")).unwrap();
+        files.put("pod", "shop", "a", &json!({}));
+        assert_eq!(list(), ["pod_shop_a.json"]);
     }
 }

@@ -44,6 +44,8 @@ use crate::{dns, ids};
 
 /// Things that happened and wait for the owner. Senders wait when it is full.
 const QUEUE: usize = 1024;
+/// When to try again what could not be done.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How long pods may take to end when the lab ends: a person waits for it. Then they are killed.
 const END_WITHIN: Duration = Duration::from_millis(2_000);
 
@@ -64,6 +66,8 @@ enum Input {
         instance: u64,
     },
     Client(Request, oneshot::Sender<Reply>),
+    /// Something could not be done a while ago.
+    TryAgain,
     End,
 }
 
@@ -95,6 +99,8 @@ struct World {
     reports: mpsc::Sender<Report>,
     inputs: mpsc::Sender<Input>,
     next_instance: u64,
+    /// What could not be done just now.
+    troubles: BTreeSet<String>,
     /// Complaints that were shown.
     shown: BTreeSet<String>,
     /// What nodes translate now.
@@ -103,6 +109,8 @@ struct World {
     settled: bool,
     /// The folder was read.
     read: bool,
+    /// A timer for another attempt is running.
+    waiting_to_try: bool,
 }
 
 /// Runs the lab in this process until it is told to end. `info` is the file with its configuration.
@@ -229,10 +237,12 @@ impl World {
             reports,
             inputs,
             next_instance: 1,
+            troubles: BTreeSet::new(),
             shown: BTreeSet::new(),
             translated: None,
             settled: false,
             read: false,
+            waiting_to_try: false,
         })
     }
 
@@ -257,6 +267,10 @@ impl World {
                 let _ = reply.send(self.reply(request));
                 false
             }
+            Input::TryAgain => {
+                self.waiting_to_try = false;
+                true
+            }
             Input::End => false,
         }
     }
@@ -266,12 +280,14 @@ impl World {
         if !self.read {
             return;
         }
+        self.troubles.clear();
         let objects = self.folder.objects();
         self.plan = compile::local::plan(&objects, &self.local, &mut self.assignments);
         self.adopt_plan();
         self.start_and_end_pods();
         self.publish();
         self.complain(&objects);
+        self.try_again_later();
         if !self.settled
             && self.pods.values().all(pods::Pod::has_settled)
             && self.pods.len() >= self.plan.pods.len()
@@ -283,6 +299,19 @@ impl World {
                 nodes: self.config.info.nodes,
             });
         }
+    }
+
+    /// Troubles may pass by themselves: a disk gets room again.
+    fn try_again_later(&mut self) {
+        if self.troubles.is_empty() || self.waiting_to_try {
+            return;
+        }
+        self.waiting_to_try = true;
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(TRY_AGAIN).await;
+            let _ = inputs.send(Input::TryAgain).await;
+        });
     }
 
     fn say(&self, event: Event) {
@@ -362,6 +391,8 @@ fn start_log(place: &Place) -> Result<()> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
+        // A full disk is said once, to the user, and not for every line.
+        .log_internal_errors(false)
         .with_writer(std::sync::Mutex::new(file));
     log.try_init().map_err(|e| anyhow::anyhow!("start the log: {e}"))
 }

@@ -149,10 +149,7 @@ impl World {
                 continue;
             };
             if let Err(e) = self.start_pod(plan) {
-                self.say(Event::Warning(format!(
-                    "pod {}/{} cannot be made: {e:#}",
-                    start.0, start.1
-                )));
+                self.trouble(format!("pod {}/{} cannot be made: {e:#}", start.0, start.1));
             }
         }
     }
@@ -319,7 +316,8 @@ impl World {
                 }
             }
         }
-        if before.is_some_and(|b| !b.ready) && report.ready {
+        let steady = report.containers.iter().all(|c| c.restarts == 0);
+        if before.is_some_and(|b| !b.ready) && report.ready && steady {
             notes.push(Event::Note(format!("pod {}/{} is ready", key.0, key.1)));
         }
         // What a pod says while it is ended is no news.
@@ -342,9 +340,7 @@ impl World {
         {
             tracing::warn!("pod {}/{}: {e:#}", key.0, key.1);
         }
-        if let Err(e) = self.objects.remove("pod", &key.0, &key.1) {
-            tracing::warn!("object of pod {}/{}: {e}", key.0, key.1);
-        }
+        self.objects.remove("pod", &key.0, &key.1);
         self.assignments.release(&key.0, &key.1);
     }
 }

@@ -35,10 +35,13 @@ impl World {
             let failed: Vec<_> = failed.filter_map(Result::err).collect();
             match failed.into_iter().next().map_or(Ok(()), Err) {
                 Ok(()) => self.translated = Some(translations),
-                Err(e) => self.warn_once(format!("service addresses: {e}")),
+                Err(e) => self.trouble(format!("service addresses: {e}")),
             }
         }
         self.names.set(Table::new(&resolved, &self.aliases(), [DNS_V4.into(), DNS_V6.into()]));
+        if let Some(why) = self.objects.trouble() {
+            self.trouble(why);
+        }
     }
 
     /// Writes a pod's object as it is now.
@@ -56,12 +59,7 @@ impl World {
             let time = Timestamp::from_second(i64::try_from(seconds).unwrap_or(i64::MAX)).ok();
             object.metadata.deletion_timestamp = time.map(Time);
         }
-        if let Err(e) = self.objects.put("pod", &key.0, &key.1, &object) {
-            self.warn_once(format!(
-                "pod {}/{} could not be told to the control plane: {e}",
-                key.0, key.1
-            ));
-        }
+        self.objects.put("pod", &key.0, &key.1, &object);
     }
 
     fn write_services(&mut self) {
@@ -70,18 +68,12 @@ impl World {
             let namespace =
                 service.metadata.namespace.clone().unwrap_or_else(|| "default".to_owned());
             let name = service.metadata.name.clone().unwrap_or_default();
-            if let Err(e) = self.objects.put("service", &namespace, &name, &*service) {
-                self.warn_once(format!(
-                    "Service {namespace}/{name} could not be told to the control plane: {e}"
-                ));
-            }
+            self.objects.put("service", &namespace, &name, &*service);
             keep.insert((namespace, name));
         }
         for (namespace, name) in self.objects.names("service") {
-            if !keep.contains(&(namespace.clone(), name.clone()))
-                && let Err(e) = self.objects.remove("service", &namespace, &name)
-            {
-                tracing::warn!("object of Service {namespace}/{name}: {e}");
+            if !keep.contains(&(namespace.clone(), name.clone())) {
+                self.objects.remove("service", &namespace, &name);
             }
         }
     }
@@ -119,14 +111,12 @@ impl World {
         all
     }
 
-    /// Shows new complaints about the folder, and which are settled.
+    /// Shows new complaints, about the folder and about the machine, and which are settled.
     pub(super) fn complain(&mut self, objects: &Objects) {
         let findings = self.findings(objects);
-        let now: BTreeSet<String> = findings
-            .iter()
-            .filter(|d| d.severity != Severity::Info)
-            .map(ToString::to_string)
-            .collect();
+        let texts = findings.iter().filter(|d| d.severity != Severity::Info);
+        let mut now: BTreeSet<String> = texts.map(ToString::to_string).collect();
+        now.extend(self.troubles.iter().cloned());
         for new in now.difference(&self.shown) {
             self.say(Event::Warning(new.clone()));
         }
@@ -136,9 +126,10 @@ impl World {
         self.shown = now;
     }
 
-    fn warn_once(&self, text: String) {
+    /// Something that could not be done and will be tried again.
+    pub(super) fn trouble(&mut self, text: String) {
         tracing::warn!("{text}");
-        self.say(Event::Warning(text));
+        self.troubles.insert(text);
     }
 
     pub(super) fn status(&self) -> Status {
