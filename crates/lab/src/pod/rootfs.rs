@@ -126,6 +126,8 @@ pub(crate) fn build(root: &RootFs, process: &ProcessRun, owners: Owners) -> Resu
     }
     umount2(OLD, MntFlags::MNT_DETACH).context("let go of the machine's files")?;
     fs::remove_dir(OLD).context("remove the mount point of the machine's files")?;
+    // As the program expects to find it.
+    umask(Mode::from_bits_truncate(0o022));
     Ok(())
 }
 
@@ -163,7 +165,7 @@ impl Builder {
         }
         for path in EMPTIED.map(Path::new).into_iter().filter(|p| p.is_dir()) {
             self.fresh(path, TMPFS)?;
-            self.skeleton(path, path, &mut SKELETON_MOST.clone(), SKELETON_DEPTH)?;
+            self.skeleton(&old(path), path, &mut SKELETON_MOST.clone(), SKELETON_DEPTH)?;
         }
         self.dir(Path::new("/root"), 0o700)
     }
@@ -222,8 +224,10 @@ impl Builder {
         make_dir(&work, 0o700)?;
         let inside =
             if lower.starts_with(OLD) { Path::new("/").join(relative(target)) } else { "/".into() };
-        if inside == Path::new("/var") || inside.starts_with("/var/lib") {
-            self.skeleton(&inside, &upper, &mut SKELETON_MOST.clone(), SKELETON_DEPTH)?;
+        // Where services keep their state; of an image, everything near the top.
+        if inside == Path::new("/") || inside == Path::new("/var") || inside.starts_with("/var/lib")
+        {
+            self.skeleton(lower, &upper, &mut SKELETON_MOST.clone(), SKELETON_DEPTH)?;
         }
         for wanted in self.wanted.iter().filter_map(|w| w.strip_prefix(&inside).ok()) {
             self.reserve(lower, &upper, wanted)?;
@@ -265,10 +269,10 @@ impl Builder {
         Ok(())
     }
 
-    /// Repeats the folders (not the files) of the machine's `path` below `target`, owned by the container's user: services
-    /// keep state there, and folders of ids that do not exist in the lab cannot be written.
-    fn skeleton(&self, path: &Path, target: &Path, left: &mut usize, depth: usize) -> Result<()> {
-        let Ok(entries) = fs::read_dir(old(path)) else { return Ok(()) };
+    /// Repeats the folders (not the files) of `source` below `target`, owned by the container's user: folders of ids that do
+    /// not exist in the lab cannot be written.
+    fn skeleton(&self, source: &Path, target: &Path, left: &mut usize, depth: usize) -> Result<()> {
+        let Ok(entries) = fs::read_dir(source) else { return Ok(()) };
         for entry in entries.flatten() {
             let Ok(meta) = entry.metadata() else { continue };
             if !meta.is_dir() || *left == 0 {
@@ -278,7 +282,7 @@ impl Builder {
             let target = target.join(entry.file_name());
             self.dir_like(&target, &meta)?;
             if depth > 1 {
-                self.skeleton(&path.join(entry.file_name()), &target, left, depth - 1)?;
+                self.skeleton(&entry.path(), &target, left, depth - 1)?;
             }
         }
         Ok(())
@@ -357,6 +361,7 @@ impl Builder {
         // A link (to systemd's resolver, say) gives way to the file.
         let _ = fs::remove_file(path);
         fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+        fs::set_permissions(path, Permissions::from_mode(0o644))?;
         self.own(path)
     }
 

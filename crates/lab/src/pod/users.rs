@@ -20,7 +20,9 @@ pub(crate) fn missing(process: &ProcessRun) -> Vec<(&'static str, String)> {
     }
     let group = fs::read_to_string(GROUP).unwrap_or_default();
     if find(&group, process.gid).is_none() {
-        files.push((GROUP, with_line(&group, &format!("group{}:x:{}:", process.gid, process.gid))));
+        let name =
+            if process.gid == 0 { "root".to_owned() } else { format!("group{}", process.gid) };
+        files.push((GROUP, with_line(&group, &format!("{name}:x:{}:", process.gid))));
     }
     files
 }
