@@ -78,6 +78,14 @@ impl ConnectHeaders {
         }
     }
 
+    /// The `host=` of `forwarded`: what the client's application called, in the words of its proxy.
+    pub fn forwarded_host(&self) -> Option<String> {
+        let text = self.forwarded.as_ref()?.to_str().ok()?;
+        let host = text.split(';').find_map(|pair| pair.trim().strip_prefix("host="))?;
+        let host = host.trim_matches('"').to_ascii_lowercase();
+        (!host.is_empty()).then_some(host)
+    }
+
     /// `baggage` of a workload, with Istio's keys. Made once per workload and shared.
     pub fn baggage_of(workload: &Workload) -> Option<HeaderValue> {
         let mut text = String::with_capacity(192);
@@ -101,6 +109,20 @@ impl ConnectHeaders {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn forwarded_hosts() {
+        let check = |text: &str, want: Option<&str>| {
+            let forwarded = HeaderValue::from_str(text).ok();
+            let headers = ConnectHeaders { forwarded, ..ConnectHeaders::default() };
+            assert_eq!(headers.forwarded_host().as_deref(), want, "{text}");
+        };
+        check("for=10.0.0.1;host=Web.shop.svc.cluster.local", Some("web.shop.svc.cluster.local"));
+        check("host=\"web.shop\"; for=x", Some("web.shop"));
+        check("for=10.0.0.1", None);
+        check("host=", None);
+        check("", None);
+    }
 
     #[test]
     fn authorities() {
