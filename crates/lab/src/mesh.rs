@@ -30,7 +30,7 @@ use crate::zds::Agent;
 /// Where the control plane serves xDS and the CA, as in Istio.
 const XDS_PORT: u16 = 15012;
 /// Metrics, readiness and debugging of the control plane.
-const STATUS_PORT: u16 = 15014;
+pub(crate) const STATUS_PORT: u16 = 15014;
 /// Pauses between starts of a process that dies.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -246,6 +246,8 @@ async fn supervise(
         name,
         node,
         state: "Starting".to_owned(),
+        ready: false,
+        config: None,
         pid: None,
         restarts: 0,
         log: log.display().to_string(),

@@ -69,6 +69,13 @@ pub struct ProcessStatus {
     pub node: Option<String>,
     /// `Running`, `Starting`, or why not.
     pub state: String,
+    /// It says so itself.
+    #[serde(default)]
+    pub ready: bool,
+    /// The newest push istiod-lite has made, or the one a ztunnel enforces.
+    #[serde(default)]
+    pub config: Option<String>,
+    /// Inside the lab.
     pub pid: Option<i32>,
     pub restarts: u32,
     pub log: String,

@@ -60,17 +60,19 @@ fn show(status: &Status) {
     });
     section(&["NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS"], services.collect());
     let processes = status.processes.iter().map(|p| {
-        let pid = p.pid.map_or_else(String::new, |pid| pid.to_string());
+        let ready = if p.ready { "yes" } else { "no" };
         vec![
             p.name.clone(),
             p.node.clone().unwrap_or_default(),
             p.state.clone(),
-            pid,
+            ready.to_owned(),
             p.restarts.to_string(),
+            p.config.clone().unwrap_or_else(|| "-".to_owned()),
             p.log.clone(),
         ]
     });
-    section(&["PROCESS", "NODE", "STATE", "PID", "RESTARTS", "LOG"], processes.collect());
+    let header = ["PROCESS", "NODE", "STATE", "READY", "RESTARTS", "CONFIG", "LOG"];
+    section(&header, processes.collect());
     for p in status.pods.iter().filter(|p| !p.message.is_empty()) {
         print::line(&format!(
             "{} pod {}/{} ({}): {}",

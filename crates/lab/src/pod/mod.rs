@@ -4,6 +4,7 @@
 pub(crate) mod exec;
 pub(crate) mod helper;
 pub(crate) mod lifecycle;
+mod mounts;
 mod one_id;
 mod probe;
 mod program;
@@ -12,5 +13,6 @@ pub(crate) mod rootfs;
 pub(crate) mod run;
 pub(crate) mod spaces;
 mod terminal;
+mod tmpfiles;
 mod users;
 pub(crate) mod worker;

@@ -14,19 +14,19 @@
 //! Why one overlay per folder: the kernel refuses to use a tree as a lower layer when it contains mounts that came from a
 //! more privileged namespace, and `/` always does.
 
-use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, Metadata, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chown, pivot_root};
 
+use super::mounts::{MountTable, bind, hide};
 use super::run::{PROGRAM_DIR, ProcessRun, RootFs, RootSource, Volume};
-use super::users;
+use super::{tmpfiles, users};
 
 /// Who owns what the container may write, as ids of the lab.
 #[derive(Clone, Copy, Debug)]
@@ -317,7 +317,7 @@ impl Builder {
         self.fresh(Path::new("/tmp"), "mode=1777,size=2g")?;
         fs::set_permissions("/tmp", Permissions::from_mode(0o1777))?;
         self.fresh(Path::new("/run"), TMPFS)?;
-        for (path, mode) in run_dirs() {
+        for (path, mode) in tmpfiles::run_dirs() {
             make_parents(self, &path)?;
             self.dir(&path, mode)?;
         }
@@ -422,175 +422,10 @@ fn make_dir(path: &Path, mode: u32) -> Result<()> {
     }
 }
 
-fn bind(source: &Path, target: &Path, read_only: bool) -> Result<()> {
-    let none: Option<&str> = None;
-    let say = || format!("bind {} to {}", source.display(), target.display());
-    mount(Some(source), target, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
-        .with_context(say)?;
-    if read_only {
-        // Flags of a mount from outside are locked and must be repeated.
-        let locked = nix::sys::statvfs::statvfs(target).map(|s| s.flags()).with_context(say)?;
-        let mut flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        for (has, flag) in [
-            (nix::sys::statvfs::FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-            (nix::sys::statvfs::FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-            (nix::sys::statvfs::FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-            (nix::sys::statvfs::FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-            (nix::sys::statvfs::FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
-            (nix::sys::statvfs::FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-        ] {
-            if locked.contains(has) {
-                flags |= flag;
-            }
-        }
-        mount(none, target, none, flags, none).with_context(say)?;
-    }
-    Ok(())
-}
-
-/// Covers a path with nothing, if it is there.
-fn hide(path: &Path) -> Result<()> {
-    let none: Option<&str> = None;
-    match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => {
-            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-            mount(Some("tmpfs"), path, Some("tmpfs"), flags, Some("mode=0555,size=4k"))
-                .with_context(|| format!("hide {}", path.display()))
-        }
-        Ok(meta) if meta.is_file() => mount(Some("/dev/null"), path, none, MsFlags::MS_BIND, none)
-            .with_context(|| format!("hide {}", path.display())),
-        _ => Ok(()),
-    }
-}
-
-/// The folders below `/run` that the machine's packages ask for at boot (`tmpfiles.d`): PostgreSQL, for one, does not
-/// start without its own.
-fn run_dirs() -> Vec<(PathBuf, u32)> {
-    let mut dirs = vec![];
-    for folder in ["/usr/lib/tmpfiles.d", "/etc/tmpfiles.d"] {
-        let Ok(entries) = fs::read_dir(folder) else { continue };
-        for entry in entries.flatten() {
-            let text = fs::read_to_string(entry.path()).unwrap_or_default();
-            dirs.extend(text.lines().filter_map(run_dir));
-        }
-    }
-    dirs
-}
-
-/// One line of `tmpfiles.d`: `d /run/postgresql 2775 postgres postgres - -`.
-fn run_dir(line: &str) -> Option<(PathBuf, u32)> {
-    let mut words = line.split_whitespace();
-    let kind = words.next()?;
-    let path = words.next()?;
-    let path =
-        Path::new(path.strip_prefix("/var").filter(|p| p.starts_with("/run/")).unwrap_or(path));
-    let below_run =
-        path.starts_with("/run/") && path.components().all(|c| !matches!(c, Component::ParentDir));
-    if !matches!(kind, "d" | "D") || !below_run || path.to_str().is_none_or(|p| p.contains('%')) {
-        return None;
-    }
-    let mode = words.next().and_then(|m| u32::from_str_radix(m, 8).ok()).unwrap_or(0o755);
-    Some((path.to_owned(), mode & 0o7777))
-}
-
 fn old(path: &Path) -> PathBuf {
     Path::new(OLD).join(relative(path))
 }
 
 fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
-}
-
-/// Where something is mounted, and what.
-struct MountTable {
-    points: BTreeSet<PathBuf>,
-    kinds: Vec<(PathBuf, String)>,
-}
-
-impl MountTable {
-    fn read() -> Result<Self> {
-        Ok(Self::parse(
-            &fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?,
-        ))
-    }
-
-    fn parse(text: &str) -> Self {
-        let line = |l: &str| {
-            let (left, right) = l.split_once(" - ")?;
-            let point = left.split(' ').nth(4)?;
-            Some((PathBuf::from(unescape(point)), right.split(' ').next()?.to_owned()))
-        };
-        let kinds: Vec<_> = text.lines().filter_map(line).collect();
-        Self { points: kinds.iter().map(|(p, _)| p.clone()).collect(), kinds }
-    }
-
-    /// Whether a mount lies strictly below.
-    fn any_below(&self, path: &Path) -> bool {
-        self.points.range(path.to_owned()..).take_while(|p| p.starts_with(path)).any(|p| p != path)
-    }
-
-    /// The file system mounted exactly here; the last mount covers those before.
-    fn kind(&self, path: &Path) -> Option<&str> {
-        self.kinds.iter().rev().find(|(p, _)| p == path).map(|(_, k)| k.as_str())
-    }
-}
-
-/// The kernel writes blanks and backslashes of paths as `\ooo`.
-fn unescape(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut out = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        match part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(code) => {
-                out.push(char::from(code));
-                out.push_str(&part[3..]);
-            }
-            None => {
-                out.push('\\');
-                out.push_str(part);
-            }
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_table() {
-        let text = "22 1 0:20 / / rw - ext4 /dev/vda rw\n\
-                    23 22 0:21 / /proc rw,nosuid shared:5 - proc proc rw\n\
-                    24 22 0:22 / /mnt/a\\040b rw - tmpfs none rw\n\
-                    25 22 0:23 / /var/lib/docker/x rw - overlay overlay rw\n\
-                    26 22 0:24 / /usr-local rw - ext4 x rw\n";
-        let table = MountTable::parse(text);
-        let check = |path: &str, kind, below| {
-            assert_eq!(table.kind(Path::new(path)), kind, "{path}");
-            assert_eq!(table.any_below(Path::new(path)), below, "{path}");
-        };
-        check("/", Some("ext4"), true);
-        check("/proc", Some("proc"), false);
-        check("/mnt/a b", Some("tmpfs"), false);
-        check("/var", None, true);
-        check("/var/lib", None, true);
-        check("/var/log", None, false);
-        check("/usr", None, false);
-    }
-
-    #[test]
-    fn folders_below_run() {
-        let check = |line: &str, want: Option<(&str, u32)>| {
-            assert_eq!(run_dir(line), want.map(|(p, m)| (PathBuf::from(p), m)), "{line:?}");
-        };
-        check("d /run/postgresql 2775 postgres postgres - -", Some(("/run/postgresql", 0o2775)));
-        check("D /var/run/foo - - -", Some(("/run/foo", 0o755)));
-        check("d /var/lib/foo 0755", None);
-        check("d /run/user/%u 0700", None);
-        check("d /run/../etc 0777", None);
-        check("f /run/utmp 0664", None);
-        check("# d /run/x", None);
-        check("", None);
-    }
 }

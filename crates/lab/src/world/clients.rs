@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Input, Reply, World};
+use super::{Input, Reply, World, health};
 use crate::control::{self, Answer, ExecPlace, Request};
 use crate::pod::exec::{self, ExecRun};
 use crate::pod::run::ProcessRun;
@@ -92,6 +92,10 @@ impl Client {
             .blocking_send(Input::Client(request.clone(), reply))
             .context("the lab is ending")?;
         let answer = match answer.blocking_recv().context("the lab is ending")? {
+            Reply::Answer(Answer::Status(mut status)) => {
+                health::ask(&mut status);
+                Answer::Status(status)
+            }
             Reply::Answer(answer) => answer,
             Reply::Enter(target) => {
                 let Request::Exec { argv, env, terminal, .. } = request else {

@@ -9,6 +9,7 @@
 //! has it and its traffic is captured.
 
 mod clients;
+mod health;
 mod pods;
 mod publish;
 
