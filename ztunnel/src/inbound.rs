@@ -74,7 +74,11 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: A
                     async move { serve_stream(&worker, &pod, source, &peer, incoming).await },
                 );
             }
-            Some(Err(e)) => tracing::debug!(error = %e, %source, "tunnel broke"),
+            // A broken connection says so again each time it is asked.
+            Some(Err(e)) => {
+                tracing::debug!(error = %e, %source, "tunnel broke");
+                return;
+            }
             None => return,
         }
     }
