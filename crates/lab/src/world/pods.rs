@@ -1,5 +1,7 @@
 //! The pods of the lab: made, enrolled, watched, taken away.
 
+use std::time::Duration;
+
 use compile::local::PodPlan;
 use net::{NetNs, capture};
 use tokio::sync::mpsc;
@@ -17,6 +19,11 @@ use crate::zds::Captured;
 const QUEUE: usize = 16;
 /// Clients of `exec` may keep a worker waiting; the lab itself never waits this way.
 const NO_LIMIT: Millis = Millis::MAX;
+/// How long a pod's network outlives its containers, so that its proxy can tell its peers (GOAWAY): otherwise they send
+/// into tunnels that nobody answers until the endpoint is gone from their configuration.
+const GOODBYE: Duration = Duration::from_millis(50);
+/// A proxy that does not answer keeps nobody waiting longer.
+const PROXY_ANSWERS: Duration = Duration::from_secs(1);
 
 /// A pod that is there.
 pub(super) struct Pod {
@@ -283,6 +290,9 @@ impl World {
             return false;
         };
         pod.capture = Capture::Out;
+        if pod.last.as_ref().is_some_and(|r| r.gone) {
+            self.forget_pod(key);
+        }
         true
     }
 
@@ -292,6 +302,7 @@ impl World {
             return false;
         };
         if report.gone {
+            pod.last = Some(report);
             self.forget_pod(&key);
             return true;
         }
@@ -327,20 +338,30 @@ impl World {
         matters
     }
 
+    /// Nothing runs in the pod any more: it leaves the mesh, then its network goes, then its name is free.
     fn forget_pod(&mut self, key: &Key) {
-        let Some(pod) = self.pods.remove(key) else { return };
-        if let (Some(mesh), true) = (&self.mesh, pod.capture != Capture::Out)
-            && let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned()
-        {
-            let uid = uid(key, pod.instance);
-            tokio::spawn(async move { agent.remove(&uid).await });
+        self.objects.remove("pod", &key.0, &key.1);
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        let agent = self.mesh.as_ref().and_then(|m| m.agents.get(pod.plan.node_index).cloned());
+        if let (Some(agent), true) = (agent, pod.capture != Capture::Out) {
+            pod.capture = Capture::Leaving;
+            let (inputs, key, instance) = (self.inputs.clone(), key.clone(), pod.instance);
+            let uid = uid(&key, instance);
+            tokio::spawn(async move {
+                let _ = tokio::time::timeout(PROXY_ANSWERS, agent.remove(&uid)).await;
+                tokio::time::sleep(GOODBYE).await;
+                let _ = inputs.send(Input::Released { key, instance }).await;
+            });
+            return;
         }
+        let Some(pod) = self.pods.remove(key) else { return };
+        // It may have been written again while it left.
+        self.objects.remove("pod", &key.0, &key.1);
         if let Some(net) = &pod.net
             && let Err(e) = self.network.remove_pod(net)
         {
             tracing::warn!("pod {}/{}: {e:#}", key.0, key.1);
         }
-        self.objects.remove("pod", &key.0, &key.1);
         self.assignments.release(&key.0, &key.1);
     }
 }
