@@ -198,24 +198,8 @@ impl World {
             }
             None => None,
         };
-        let own_map =
-            |file: &str| Ok::<_, anyhow::Error>(ids::parse_map(&fs::read_to_string(file)?));
-        let shared = Arc::new(Shared {
-            place: place.clone(),
-            processes,
-            lab_uids: own_map("/proc/self/uid_map")?,
-            lab_gids: own_map("/proc/self/gid_map")?,
-            hidden: hidden(&place),
-        });
-        let (reports, mut reported) = mpsc::channel::<Report>(QUEUE);
-        let forward = inputs.clone();
-        tokio::spawn(async move {
-            while let Some(report) = reported.recv().await {
-                if forward.send(Input::Pod(report)).await.is_err() {
-                    return;
-                }
-            }
-        });
+        let shared = shared(&place, processes)?;
+        let reports = forward_reports(inputs.clone());
         Ok(Self {
             objects: ObjectFiles::new(place.objects()).context("folder for objects")?,
             images: config
@@ -342,6 +326,34 @@ impl World {
         let _ = tokio::time::timeout(END_WITHIN * 2, all_gone).await;
         Ok(())
     }
+}
+
+/// What all pods have in common.
+fn shared(place: &Place, processes: Processes) -> Result<Arc<Shared>> {
+    let own_map = |file: &str| {
+        let text = fs::read_to_string(file).with_context(|| file.to_owned())?;
+        Ok::<_, anyhow::Error>(ids::parse_map(&text))
+    };
+    Ok(Arc::new(Shared {
+        place: place.clone(),
+        processes,
+        lab_uids: own_map("/proc/self/uid_map")?,
+        lab_gids: own_map("/proc/self/gid_map")?,
+        hidden: hidden(place),
+    }))
+}
+
+/// Pods know of reports only; the owner takes them among everything else.
+fn forward_reports(inputs: mpsc::Sender<Input>) -> mpsc::Sender<Report> {
+    let (reports, mut reported) = mpsc::channel(QUEUE);
+    tokio::spawn(async move {
+        while let Some(report) = reported.recv().await {
+            if inputs.send(Input::Pod(report)).await.is_err() {
+                return;
+            }
+        }
+    });
+    reports
 }
 
 /// Sends events to the front; its end, or a line from it, ends the lab.
