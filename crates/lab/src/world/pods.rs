@@ -355,8 +355,6 @@ impl World {
             return;
         }
         let Some(pod) = self.pods.remove(key) else { return };
-        // It may have been written again while it left.
-        self.objects.remove("pod", &key.0, &key.1);
         if let Some(net) = &pod.net
             && let Err(e) = self.network.remove_pod(net)
         {

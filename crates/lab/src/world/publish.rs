@@ -46,7 +46,9 @@ impl World {
 
     /// Writes a pod's object as it is now.
     pub(super) fn write_pod(&mut self, key: &Key) {
-        let Some(pod) = self.pods.get(key) else { return };
+        // One of which nothing is left is no object any more, though its network may stay a moment.
+        let gone = |p: &&Pod| p.last.as_ref().is_some_and(|r| r.gone);
+        let Some(pod) = self.pods.get(key).filter(|p| !gone(p)) else { return };
         let phase = match pod.phase() {
             Phase::Pending => "Pending",
             Phase::Running => "Running",
