@@ -110,6 +110,8 @@ struct World {
     settled: bool,
     /// The folder was read.
     read: bool,
+    /// The lab itself ends.
+    ending: bool,
     /// A timer for another attempt is running.
     waiting_to_try: bool,
 }
@@ -227,6 +229,7 @@ impl World {
             translated: None,
             settled: false,
             read: false,
+            ending: false,
             waiting_to_try: false,
         })
     }
@@ -307,6 +310,7 @@ impl World {
     /// Ends all pods, within a limit.
     async fn end(mut self, mut queue: mpsc::Receiver<Input>) -> Result<()> {
         self.read = false;
+        self.ending = true;
         let within = u64::try_from(END_WITHIN.as_millis()).unwrap_or(u64::MAX);
         for pod in self.pods.values_mut() {
             pod.stop(within);

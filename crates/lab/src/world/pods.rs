@@ -342,6 +342,11 @@ impl World {
     fn forget_pod(&mut self, key: &Key) {
         self.objects.remove("pod", &key.0, &key.1);
         let Some(pod) = self.pods.get_mut(key) else { return };
+        if self.ending {
+            // Everything else goes with the lab; its peers do too.
+            self.pods.remove(key);
+            return;
+        }
         let agent = self.mesh.as_ref().and_then(|m| m.agents.get(pod.plan.node_index).cloned());
         if let (Some(agent), true) = (agent, pod.capture != Capture::Out) {
             pod.capture = Capture::Leaving;
