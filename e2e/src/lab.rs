@@ -103,6 +103,8 @@ pub struct Lab {
     pub name: String,
     meshctl: PathBuf,
     folder: tempfile::TempDir,
+    /// The folder's files as they were at the start.
+    files: BTreeMap<String, String>,
     front: Option<Background>,
 }
 
@@ -120,7 +122,8 @@ impl Lab {
             fs::write(folder.path().join(file), text)?;
         }
         let meshctl = programs::ours("meshctl")?;
-        let mut lab = Self { name, meshctl, folder, front: None };
+        let files = read_folder(folder.path())?;
+        let mut lab = Self { name, meshctl, folder, files, front: None };
         lab.front = Some(Background::start(lab.up_command(&plan)?)?);
         lab.wait_until_up(&plan)?;
         Ok(lab)
@@ -168,11 +171,7 @@ impl Lab {
             return Ok(());
         }
         let said = format!("{}\n{}", front.out(), front.err());
-        let mut logs = String::new();
-        for process in &last.processes {
-            logs += &format!("\n--- {} {:?}: {}\n", process.name, process.node, process.state);
-            logs += &tail(&fs::read_to_string(&process.log).unwrap_or_default());
-        }
+        let logs = last_words(&last);
         bail!(
             "the lab did not come up; pods not ready: {:?}; complaints: {:?}\nit said: {said}{logs}",
             last.unready(),
@@ -270,6 +269,18 @@ impl Lab {
         fs::remove_file(self.folder().join(file)).with_context(|| format!("remove {file}"))
     }
 
+    /// Makes the folder what it was at the start, for the next test.
+    pub fn restore(&self) -> Result<()> {
+        let now = read_folder(self.folder())?;
+        for file in now.keys().filter(|f| !self.files.contains_key(*f)) {
+            self.remove(file)?;
+        }
+        for (file, text) in self.files.iter().filter(|(f, text)| now.get(*f) != Some(text)) {
+            self.write(file, text)?;
+        }
+        Ok(())
+    }
+
     /// What `meshctl local up` has printed.
     pub fn said(&self) -> String {
         self.front.as_ref().map(|f| format!("{}{}", f.out(), f.err())).unwrap_or_default()
@@ -324,6 +335,11 @@ impl Lab {
     /// Asks again and again until `decides` is satisfied: configuration reaches the proxies a moment later.
     pub fn until(&self, what: &str, decides: impl FnMut() -> Result<bool>) -> Result<Duration> {
         wait_until(what, CHANGE, decides)
+    }
+
+    /// The ends of the logs of the mesh's processes, for a test that failed.
+    pub fn last_words(&self) -> String {
+        self.status().map(|s| last_words(&s)).unwrap_or_default()
     }
 
     pub fn signal_front(&self, signal: Signal) -> Result<()> {
@@ -386,9 +402,29 @@ fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+fn read_folder(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.insert(name, fs::read_to_string(&path).with_context(|| path.display().to_string())?);
+    }
+    Ok(files)
+}
+
+fn last_words(status: &Status) -> String {
+    let mut text = String::new();
+    for process in &status.processes {
+        let node = process.node.as_deref().unwrap_or_default();
+        let log = fs::read_to_string(&process.log).unwrap_or_default();
+        text += &format!("\n--- {} {node} ({}):\n{}", process.name, process.state, tail(&log));
+    }
+    text
+}
+
 fn tail(text: &str) -> String {
     /// Enough for an error and what led to it.
-    const LINES: usize = 30;
+    const LINES: usize = 12;
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LINES)..].join("\n")
 }

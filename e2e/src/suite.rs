@@ -36,7 +36,12 @@ pub fn run(plan: impl FnOnce() -> Result<Plan>, tests: &[(&str, Test)]) -> ExitC
     match plan().and_then(Plan::up) {
         Ok(lab) => {
             for (name, test) in tests.iter().filter(|(name, _)| chosen.contains(name)) {
-                report.test(name, || test(&lab));
+                report.test(name, || {
+                    let result = test(&lab);
+                    let result = result.map_err(|e| anyhow!("{e:#}{}", lab.last_words()));
+                    lab.restore()?;
+                    result
+                });
             }
             report.test("nothing_is_left_of_the_lab", || lab.down());
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// What passed while the tap was open.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// TCP segments with payload, all ports.
+    /// TCP segments with payload from or to a pod, all ports.
     pub segments: u64,
     /// Of these, from or to port 15008.
     pub tunnel_segments: u64,
@@ -22,7 +22,7 @@ pub struct Seen {
     pub not_tls: Vec<String>,
     /// Flows whose beginning was not seen: they are older than the tap and could not be judged from the start.
     pub older: u64,
-    /// Ports of payload that is neither tunnel nor control plane, with the number of segments.
+    /// Ports of payload outside the tunnels, with the number of segments.
     pub plain: Vec<(u16, u64)>,
     /// Whether the canary was seen in any payload.
     pub canary: bool,

@@ -158,7 +158,7 @@ pub fn service(namespace: &str, name: &str, app: &str, ports: &[(&str, u16, &str
 }
 
 pub fn headless(namespace: &str, name: &str, app: &str, ports: &[(&str, u16, &str)]) -> String {
-    service_with("clusterIP: None", namespace, name, app, ports)
+    service_with("clusterIP: None\n  ipFamilyPolicy: RequireDualStack", namespace, name, app, ports)
 }
 
 fn service_with(

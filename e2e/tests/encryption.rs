@@ -16,6 +16,7 @@ const TESTS: &[(&str, Test)] = &[
     ("nothing_new_on_the_same_node", same_node),
     ("without_the_label_the_canary_is_seen", label_removed_and_restored),
     ("permissive_takes_plaintext_strict_refuses", strict_and_permissive),
+    ("strict_with_an_exception_for_a_port", port_exception),
     ("the_mesh_calls_out_in_plaintext", mesh_to_outside),
 ];
 
@@ -77,10 +78,15 @@ fn echo(lab: &Lab, from: &str, to: &str, canary: &str) -> Result<()> {
 
 fn mesh_is_encrypted(lab: &Lab) -> Result<()> {
     let canary = "canary-in-the-mesh-5190";
-    for to in ["server:7".to_owned(), format!("[{}]:8082", lab.pod_ip("app/server", true)?)] {
+    let (v4, v6) = (lab.pod_ip("app/server", false)?, lab.pod_ip("app/server", true)?);
+    // The first call to each address makes a tunnel, whose hellos the tap must see.
+    for to in [format!("{v4}:8082"), format!("[{v6}]:8082")] {
         let seen = watch(lab, "node-1", canary, || echo(lab, "app/client", &to, canary))?;
         seen.check_encrypted()?;
     }
+    // By name, over the tunnels that are there.
+    let seen = watch(lab, "node-1", canary, || echo(lab, "app/client", "server:7", canary))?;
+    ensure!(!seen.canary && seen.plain.is_empty() && seen.tunnel_segments > 0, "{seen:?}");
     Ok(())
 }
 
@@ -153,6 +159,26 @@ fn strict_and_permissive(lab: &Lab) -> Result<()> {
     lab.until("plaintext to be taken again", || {
         Ok(echo(lab, "plain/outsider", server, canary).is_ok())
     })?;
+    Ok(())
+}
+
+fn port_exception(lab: &Lab) -> Result<()> {
+    let canary = "canary-port-level-6502";
+    let web = |lab: &Lab| {
+        let argv = ["curl", "-sS", "--fail", "--max-time", "5", "http://server.app/"];
+        Ok::<_, anyhow::Error>(lab.exec("plain/outsider", &argv)?.is_ok())
+    };
+    ensure!(web(lab)?, "without a policy both ports take plaintext");
+    let strict = yaml::peer_authentication("app", "STRICT");
+    let open = strict.replace("name: default", "name: server")
+        + "  selector: {matchLabels: {app: server}}\n  \
+               portLevelMtls: {8082: {mode: PERMISSIVE}}\n";
+    lab.write("strict.yaml", &yaml::join(&[strict, open]))?;
+    lab.until("STRICT to be in force on the other port", || Ok(!web(lab)?))?;
+    echo(lab, "plain/outsider", "server.app:7", canary)?;
+    echo(lab, "app/client", "server:7", canary)?;
+    lab.can("pod:plain/outsider", "app/server:80")?.failed_with(&["mtls_required"])?;
+    lab.can("pod:plain/outsider", "app/server:7")?.ok()?;
     Ok(())
 }
 

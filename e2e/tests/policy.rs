@@ -140,10 +140,9 @@ fn deny_by_namespace(lab: &Lab) -> Result<()> {
 }
 
 fn allow_by_address(lab: &Lab) -> Result<()> {
-    let (client, outsider) =
-        (lab.pod_ip("app/client", false)?, lab.pod_ip("plain/outsider", false)?);
-    let policy =
-        allow(&format!("[{{from: [{{source: {{ipBlocks: [{client}/32, '{outsider}']}}}}]}}]"));
+    let (client, outsider) = (lab.pod("app/client")?.ips, lab.pod("plain/outsider")?.ips);
+    let blocks: Vec<String> = client.iter().chain(&outsider).map(|ip| format!("'{ip}'")).collect();
+    let policy = allow(&format!("[{{from: [{{source: {{ipBlocks: [{}]}}}}]}}]", blocks.join(", ")));
     check(lab, &[policy], &[CALLS[0], CALLS[1], CALLS[4]], "policy_no_allow")
 }
 
