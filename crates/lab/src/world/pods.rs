@@ -8,7 +8,9 @@ use tokio::sync::mpsc;
 
 use super::{Input, World};
 use crate::launch::Event;
+use crate::logs;
 use crate::network::PodNet;
+use crate::place::Place;
 use crate::pod::lifecycle::{Millis, Phase};
 use crate::pod::resolve::{self, Surroundings};
 use crate::pod::worker::{Ask, Report, Worker};
@@ -19,6 +21,8 @@ use crate::zds::Captured;
 const QUEUE: usize = 16;
 /// Clients of `exec` may keep a worker waiting; the lab itself never waits this way.
 const NO_LIMIT: Millis = Millis::MAX;
+/// How much of a failed container's output is shown: a line of a terminal.
+const LAST_WORDS: u64 = 200;
 /// How long a pod's network outlives its containers, so that its proxy can tell its peers (GOAWAY): otherwise they send
 /// into tunnels that nobody answers until the endpoint is gone from their configuration.
 const GOODBYE: Duration = Duration::from_millis(50);
@@ -309,28 +313,7 @@ impl World {
         let before = pod.last.replace(report.clone());
         let matters =
             before.as_ref().is_none_or(|b| (b.phase, b.ready) != (report.phase, report.ready));
-        let mut notes = vec![];
-        for (i, c) in report.containers.iter().enumerate() {
-            let was = before.as_ref().and_then(|b| b.containers.get(i));
-            if was.is_some_and(|w| w.state != c.state || w.restarts != c.restarts) || was.is_none()
-            {
-                let why =
-                    if c.message.is_empty() { String::new() } else { format!(": {}", c.message) };
-                let text =
-                    format!("pod {}/{} container {}: {}{why}", key.0, key.1, c.name, c.state);
-                match c.state.as_str() {
-                    "CrashLoopBackOff" | "ImageUnknown" | "CommandMissing" | "Error" => {
-                        notes.push(Event::Warning(text))
-                    }
-                    state if state.ends_with("Error") => notes.push(Event::Warning(text)),
-                    _ => {}
-                }
-            }
-        }
-        let steady = report.containers.iter().all(|c| c.restarts == 0);
-        if before.is_some_and(|b| !b.ready) && report.ready && steady {
-            notes.push(Event::Note(format!("pod {}/{} is ready", key.0, key.1)));
-        }
+        let notes = news(before.as_ref(), &report, &self.shared.place);
         // What a pod says while it is ended is no news.
         if !pod.ending {
             notes.into_iter().for_each(|n| self.say(n));
@@ -367,6 +350,37 @@ impl World {
         }
         self.assignments.release(&key.0, &key.1);
     }
+}
+
+/// What is worth a line on the screen between two reports of a pod.
+fn news(before: Option<&Report>, now: &Report, place: &Place) -> Vec<Event> {
+    let mut news = vec![];
+    for (i, c) in now.containers.iter().enumerate() {
+        let was = before.and_then(|b| b.containers.get(i));
+        if was.is_some_and(|w| w.state == c.state && w.restarts == c.restarts) {
+            continue;
+        }
+        let bad =
+            matches!(c.state.as_str(), "CrashLoopBackOff" | "ImageUnknown" | "CommandMissing");
+        if !bad && !c.state.ends_with("Error") {
+            continue;
+        }
+        let mut text =
+            format!("pod {}/{} container {}: {}", now.namespace, now.name, c.name, c.state);
+        if !c.message.is_empty() {
+            text.push_str(&format!(": {}", c.message));
+        }
+        let log = logs::tail(&place.container_log(&now.namespace, &now.name, &c.name), LAST_WORDS);
+        if let Some(words) = log.lines().last().filter(|w| !w.trim().is_empty()) {
+            text.push_str(&format!("; its last words: {words}"));
+        }
+        news.push(Event::Warning(text));
+    }
+    let steady = now.containers.iter().all(|c| c.restarts == 0);
+    if before.is_some_and(|b| !b.ready) && now.ready && steady {
+        news.push(Event::Note(format!("pod {}/{} is ready", now.namespace, now.name)));
+    }
+    news
 }
 
 /// Tells a pod from its predecessors of the same name.
