@@ -259,3 +259,6 @@ async fn receive(line: &AsyncFd<OwnedFd>) -> io::Result<Vec<u8>> {
     buffer.truncate(n);
     Ok(buffer)
 }
+
+#[cfg(test)]
+mod tests;

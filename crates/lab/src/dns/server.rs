@@ -288,3 +288,6 @@ impl Waiting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
