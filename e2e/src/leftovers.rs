@@ -119,6 +119,12 @@ mod tests {
     #[test]
     fn sees_what_is_there_and_what_is_gone() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        // `spawn` returns when the old program is gone; the new one's words may come a moment later.
+        let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while command_line(pid) != "sleep 60" && std::time::Instant::now() < limit {
+            std::thread::yield_now();
+        }
         let folder = tempfile::tempdir().unwrap();
         let found = Belongings::of(child.id(), folder.path().join("gone")).unwrap();
         assert_eq!(found.processes(), 1);
