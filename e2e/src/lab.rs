@@ -164,14 +164,19 @@ impl Lab {
                 return Ok(true);
             }
             last = self.status()?;
-            Ok(last.is_up() && (!wait_for_pods || last.is_settled()))
+            // The name may belong to another lab, and ours is about to be refused.
+            let ours = last.dir == fs::canonicalize(self.folder())?.to_string_lossy();
+            Ok(ours && last.is_up() && (!wait_for_pods || last.is_settled()))
         });
         let front = self.front.as_mut().context("the lab was not started")?;
         if up.is_ok() && front.is_running()? {
             return Ok(());
         }
-        let said = format!("{}\n{}", front.out(), front.err());
         let logs = last_words(&last);
+        let front = self.front.take().context("the lab was not started")?;
+        // Ended, so that everything it has said is read.
+        let ran = front.end()?;
+        let said = format!("{}\n{}", ran.out, ran.err);
         bail!(
             "the lab did not come up; pods not ready: {:?}; complaints: {:?}\nit said: {said}{logs}",
             last.unready(),

@@ -91,6 +91,8 @@ impl Waits {
     pub const CERTIFICATE: Duration = Duration::from_secs(5);
     /// For TCP to the application or a plaintext destination. Shorter than a client's own patience.
     pub const CONNECT: Duration = Duration::from_secs(10);
+    /// For an endpoint while there is another to try. Most clients wait five seconds and more.
+    pub const BEFORE_ANOTHER: Duration = Duration::from_secs(3);
     /// For TLS and HTTP/2 of a peer that dials us; a slow-loris does not get more.
     pub const HANDSHAKE: Duration = Duration::from_secs(10);
 }

@@ -95,27 +95,16 @@ async fn first_that_connects(
     candidates: Vec<Candidate>,
     record: &mut Record,
 ) -> Result<Connected, Refusal> {
-    let mut last = None;
-    for candidate in candidates {
+    let (mut last, count) = (None, candidates.len());
+    for (number, candidate) in (1..).zip(candidates) {
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
-        let result = match &candidate.transport {
-            Transport::Plain => connect_plain(pod, candidate.target)
-                .await
-                .map(Connected::Plain)
-                .map_err(Failed::next),
-            Transport::Hbone { gateway, expected } => {
-                record.hbone_address = Some(*gateway);
-                let key = PoolKey {
-                    source: source.uid.clone(),
-                    source_identity: pod.identity.clone(),
-                    destination: candidate.workload.uid.clone(),
-                    gateway: *gateway,
-                    expected: expected.clone(),
-                };
-                let headers = connect_headers(source, peer, record, &candidate);
-                open_tunnel(worker, pod, &headers, &candidate, key).await.map(Connected::Tunnel)
-            }
+        let attempt = try_one(worker, pod, source, peer, &candidate, record);
+        let result = if number < count {
+            let limited = tokio::time::timeout(Waits::BEFORE_ANOTHER, attempt).await;
+            limited.unwrap_or_else(|_| Err(Failed::next(too_slow(&candidate))))
+        } else {
+            attempt.await
         };
         match result {
             Ok(connected) => return Ok(connected),
@@ -128,6 +117,35 @@ async fn first_that_connects(
         }
     }
     Err(last.unwrap_or_else(|| Refusal::new(Reason::NoHealthyEndpoint, "no endpoint to try")))
+}
+
+async fn try_one(
+    worker: &Worker,
+    pod: &Pod,
+    source: &Arc<Workload>,
+    peer: SocketAddr,
+    candidate: &Candidate,
+    record: &mut Record,
+) -> Result<Connected, Failed> {
+    let Transport::Hbone { gateway, expected } = &candidate.transport else {
+        let connected = connect_plain(pod, candidate.target).await;
+        return connected.map(Connected::Plain).map_err(Failed::next);
+    };
+    record.hbone_address = Some(*gateway);
+    let key = PoolKey {
+        source: source.uid.clone(),
+        source_identity: pod.identity.clone(),
+        destination: candidate.workload.uid.clone(),
+        gateway: *gateway,
+        expected: expected.clone(),
+    };
+    let headers = connect_headers(source, peer, record, candidate);
+    open_tunnel(worker, pod, &headers, candidate, key).await.map(Connected::Tunnel)
+}
+
+fn too_slow(candidate: &Candidate) -> Refusal {
+    let (name, seconds) = (&candidate.workload.name, Waits::BEFORE_ANOTHER.as_secs());
+    Refusal::new(Reason::ConnectTimeout, format!("{name} did not answer within {seconds} s"))
 }
 
 /// A candidate that did not connect.

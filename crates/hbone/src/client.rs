@@ -11,6 +11,7 @@ use h2::{RecvStream, SendStream};
 use http::HeaderMap;
 use model::Identity;
 use tokio::net::TcpStream;
+use tokio::sync::{Notify, watch};
 
 use crate::error::TunnelError;
 use crate::headers::ConnectHeaders;
@@ -37,6 +38,10 @@ struct TunnelState {
     /// No new streams: GOAWAY, a broken connection, or a ping without answer.
     closed: AtomicBool,
     peer: Identity,
+    /// Asks for a ping now.
+    doubt: Notify,
+    /// Counts answered pings.
+    pongs: watch::Sender<u64>,
 }
 
 /// A new tunnel and the future that drives it; the tunnel works only while that is polled.
@@ -106,6 +111,8 @@ impl Tunnel {
             streams: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             peer,
+            doubt: Notify::new(),
+            pongs: watch::Sender::new(0),
         });
         let driver = drive(connection, flush, state.clone());
         Ok(Dialed { tunnel: Self { send, state }, driver })
@@ -148,6 +155,14 @@ impl Tunnel {
     /// True when no new stream may be opened.
     pub fn is_closed(&self) -> bool {
         self.state.closed.load(Ordering::Relaxed)
+    }
+
+    /// Pings the peer, and says whether it answers in time. A tunnel that is found dead this way is not torn down: streams
+    /// on it may only be slow, and [`PING_TIMEOUT`] is for them.
+    pub(crate) async fn answers(&self, within: Duration) -> bool {
+        let mut pongs = self.state.pongs.subscribe();
+        self.state.doubt.notify_one();
+        tokio::time::timeout(within, pongs.changed()).await.is_ok_and(|alive| alive.is_ok())
     }
 
     /// Lets no further stream use this tunnel.
@@ -197,12 +212,16 @@ where
 /// costs less than knowing.
 async fn keepalive(mut ping: h2::PingPong, state: Arc<TunnelState>) {
     loop {
-        tokio::time::sleep(PING_INTERVAL).await;
+        tokio::select! {
+            () = tokio::time::sleep(PING_INTERVAL) => {}
+            () = state.doubt.notified() => {}
+        }
         let answer = tokio::time::timeout(PING_TIMEOUT, ping.ping(h2::Ping::opaque())).await;
         if !matches!(answer, Ok(Ok(_))) {
             tracing::debug!(peer = %state.peer, "tunnel does not answer pings, giving it up");
             state.closed.store(true, Ordering::Relaxed);
             return;
         }
+        state.pongs.send_modify(|n| *n = n.wrapping_add(1));
     }
 }

@@ -85,6 +85,9 @@ struct Pooled {
 
 /// Attempts for one stream: a pooled tunnel may be on its way out (GOAWAY in flight), a fresh one is not.
 const ATTEMPTS: usize = 3;
+/// A CONNECT on a pooled tunnel that is not answered this long puts the tunnel in doubt: the peer's machine may be gone
+/// without a word. The peer's application may be slow as well, so that the tunnel is asked (a ping) before it is given up.
+const DOUBT: Duration = Duration::from_secs(1);
 
 impl Pool {
     pub fn new(limits: PoolLimits) -> Self {
@@ -110,9 +113,16 @@ impl Pool {
                 Some(tunnel) => (tunnel, false),
                 None => (self.dial(key, credentials, &connect).await?, true),
             };
-            match tunnel.open(target, headers).await {
+            let opened = if fresh {
+                tunnel.open(target, headers).await
+            } else {
+                open_or_doubt(&tunnel, target, headers, key.gateway).await
+            };
+            match opened {
                 // The tunnel was closing: the request was not processed, another tunnel may take it.
-                Err(e @ (TunnelError::Http2(_) | TunnelError::Closed)) if !fresh => {
+                Err(
+                    e @ (TunnelError::Http2(_) | TunnelError::Closed | TunnelError::Timeout { .. }),
+                ) if !fresh => {
                     tracing::debug!(error = %e, gateway = %key.gateway, "pooled tunnel is gone, dialling anew");
                     tunnel.retire();
                     last = e;
@@ -223,6 +233,30 @@ impl Pool {
                 entry.last_failure = Some((e.to_string(), e.reason()));
                 Err(e)
             }
+        }
+    }
+}
+
+/// Opens a stream on a tunnel that was in use before, unless the tunnel turns out to be dead.
+async fn open_or_doubt(
+    tunnel: &Tunnel,
+    target: SocketAddr,
+    headers: &ConnectHeaders,
+    gateway: SocketAddr,
+) -> Result<TunnelStream, TunnelError> {
+    let mut open = std::pin::pin!(tunnel.open(target, headers));
+    if let Ok(opened) = tokio::time::timeout(DOUBT, &mut open).await {
+        return opened;
+    }
+    tokio::select! {
+        biased;
+        opened = &mut open => opened,
+        alive = tunnel.answers(DOUBT) => {
+            if alive {
+                return open.await;
+            }
+            let seconds = 2 * DOUBT.as_secs();
+            Err(TunnelError::Timeout { to: gateway, what: "using a tunnel that was open", seconds })
         }
     }
 }

@@ -255,3 +255,65 @@ async fn a_refusal_names_its_reason_and_a_dead_gateway_fails_once_for_all() {
         assert_eq!(result.unwrap_err().reason(), Reason::ConnectFailed);
     }
 }
+
+/// Forwards to `gateway`. The first connection stops moving once `frozen` is told, and stays open: a machine that is gone.
+async fn freezing_way(gateway: SocketAddr, frozen: Arc<tokio::sync::Notify>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        for number in 0.. {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let frozen = frozen.clone();
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(gateway).await.unwrap();
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                    () = frozen.notified(), if number == 0 => std::future::pending().await,
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_tunnel_that_died_without_a_word_is_replaced() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let frozen = Arc::new(tokio::sync::Notify::new());
+    let key = key(freezing_way(gateway, frozen.clone()).await, "server");
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    call(&pool, &key, &client, target, b"first".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 1);
+    frozen.notify_waiters();
+    let second = call(&pool, &key, &client, target, b"second".to_vec());
+    let limit = std::time::Duration::from_secs(8);
+    let answer = tokio::time::timeout(limit, second).await.expect("not for ever").unwrap();
+    assert_eq!(answer, b"secondsecond");
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2, "the dead one is not used again");
+    call(&pool, &key, &client, target, b"third".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_slow_application_is_no_dead_tunnel() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    let key = key(gateway, "server");
+    let target = double_echo().await;
+    call(&pool, &key, &client, target, b"first".to_vec()).await.unwrap();
+    // Takes no connection: the backlog is full, and the kernel drops what comes on top.
+    let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    full.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    full.listen(0).unwrap();
+    let slow = full.local_addr().unwrap().as_socket().unwrap();
+    let _waiting = TcpStream::connect(slow).await.unwrap();
+    let asked = call(&pool, &key, &client, slow, b"x".to_vec());
+    let limit = std::time::Duration::from_secs(4);
+    assert!(tokio::time::timeout(limit, asked).await.is_err(), "nobody answers");
+    assert_eq!(tunnels.load(Ordering::SeqCst), 1, "the tunnel was not to blame");
+}
