@@ -594,30 +594,3 @@ proptest! {
         }
     }
 }
-
-/// Not a test but a measurement: `cargo test -p engine --release -- --ignored --nocapture cost`.
-/// On the 2-core build machine: 0.5 µs with 1 endpoint, 0.9 with 10, 2.4 with 64, 26 with 1,000. Most
-/// of it is walking the tree; a faster choice needs an index in the snapshot.
-#[test]
-#[ignore = "a measurement"]
-fn cost_of_a_plan() {
-    for n in [1_usize, 10, 64, 1_000, 10_000] {
-        let pods = (0..n).map(|i| {
-            let mut w = pod(1);
-            w.uid = model::WorkloadUid(format!("Kubernetes//Pod/shop/web-{i:x}").into());
-            w.addresses = Arc::new([IpAddr::from(u32::try_from(i + 1).unwrap().to_be_bytes())]);
-            w
-        });
-        let s = world(web(), pods);
-        let rounds = 2_000_000 / (n as u64 + 10);
-        let start = std::time::Instant::now();
-        let mut sum = 0;
-        for rand in 0..rounds {
-            if let OutboundPlan::Connect { candidates, .. } = plan_to(&s, "10.96.0.1:80", rand) {
-                sum += usize::from(candidates[0].target.port());
-            }
-        }
-        assert!(sum > 0);
-        println!("{n} endpoints: {:?} a plan", start.elapsed() / u32::try_from(rounds).unwrap());
-    }
-}
