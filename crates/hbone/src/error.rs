@@ -1,4 +1,5 @@
-//! What can go wrong with a tunnel: who is wrong, and whether the bytes may have been delivered.
+//! What can go wrong with a tunnel, and who is wrong. Application bytes are sent only after the peer's 2xx,
+//! so that after any of these another endpoint may be tried.
 
 use std::io;
 
@@ -46,11 +47,5 @@ impl TunnelError {
             Self::PoolFull(_) => Reason::Limit,
             Self::Shared { reason, .. } => *reason,
         }
-    }
-
-    /// True when the application's bytes provably did not reach the peer, so that another endpoint may
-    /// be tried. CONNECT bytes are only sent after a 2xx, so that every failure before is safe.
-    pub fn undelivered(&self) -> bool {
-        true
     }
 }
