@@ -53,11 +53,13 @@ pub fn open_schedule(
 ) -> io::Result<()> {
     let mut load = Load::open(to, connections)?;
     let period = Duration::from_secs(1) / rate.max(1);
-    let ticker = Ticker::every(period.max(TICK_MIN))?;
-    load.poller.reads(&ticker, TICKER)?;
     let mut idle: VecDeque<usize> = (0..load.slots.len()).collect();
     lines::begin()?;
     let began = Instant::now();
+    // Armed after the schedule began: a tick that came before what is due at it would send each request
+    // one whole period late.
+    let ticker = Ticker::every(period.max(TICK_MIN))?;
+    load.poller.reads(&ticker, TICKER)?;
     let mut due = began;
     let mut done = Vec::new();
     let mut issued = 0_u64;
@@ -123,6 +125,8 @@ struct Load {
     from_due: Histogram,
     /// From sent to answer.
     from_sent: Histogram,
+    /// From due to sent: what the generator itself adds.
+    late: Histogram,
     errors: Errors,
     ready: Vec<u64>,
     buffer: Vec<u8>,
@@ -152,6 +156,7 @@ impl Load {
             busy: 0,
             from_due: Histogram::default(),
             from_sent: Histogram::default(),
+            late: Histogram::default(),
             errors,
             ready: Vec::new(),
             buffer: vec![0; BUFFER],
@@ -162,6 +167,7 @@ impl Load {
     fn send(&mut self, index: usize, due: Instant) {
         let slot = &mut self.slots[index];
         let sent = Instant::now();
+        self.late.record(nanos(sent - due));
         match slot.connection.send(KEEP) {
             Ok(()) => {
                 slot.request = Some((due, sent));
@@ -234,6 +240,7 @@ impl Load {
             "per_second": rate(latency.count, took),
             "latency": latency,
             "latency_from_sent": self.from_sent.quantiles(),
+            "late": self.late.quantiles(),
             "in_flight": self.busy,
             "errors": self.errors,
         }))

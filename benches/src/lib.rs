@@ -15,6 +15,7 @@ pub mod connections;
 pub mod hist;
 pub mod lines;
 pub mod poller;
+pub mod relay;
 pub mod request;
 pub mod server;
 pub mod talk;

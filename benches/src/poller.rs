@@ -39,6 +39,14 @@ impl Poller {
         Ok(self.epoll.modify(fd, &mut EpollEvent::new(EpollFlags::EPOLLIN, token))?)
     }
 
+    /// Sets what counts from now on; neither means that only errors do.
+    pub fn watch(&self, fd: impl AsFd, token: u64, reads: bool, writes: bool) -> io::Result<()> {
+        let mut flags = EpollFlags::empty();
+        flags.set(EpollFlags::EPOLLIN, reads);
+        flags.set(EpollFlags::EPOLLOUT, writes);
+        Ok(self.epoll.modify(fd, &mut EpollEvent::new(flags, token))?)
+    }
+
     pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(self.epoll.delete(fd)?)
     }

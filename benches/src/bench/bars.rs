@@ -91,6 +91,39 @@ pub fn added(results: &Results, quantile: &str) -> Option<f64> {
     Some(of(Arm::Mesh)? - of(Arm::Plain)?)
 }
 
+/// What a copying relay costs where the bars were taken, and what stock ztunnel costs there. The machine
+/// differs, the multiple should not.
+#[derive(Clone, Debug)]
+pub struct Floor {
+    pub line: &'static str,
+    pub relay_there: f64,
+    pub stock_there: f64,
+    pub relay_here: Option<Spread>,
+    pub mesh_here: Option<Spread>,
+}
+
+/// CPU of both processes in between, for each unit of the line.
+pub fn floors(results: &Results) -> Vec<Floor> {
+    let rows: [(&str, &str, f64, f64); 5] = [
+        ("bulk-1", "bulk, 1 stream, s per GB", 0.43, 0.84),
+        ("requests-1", "small requests, 1 connection, s per 100k", 5.7, 8.4),
+        ("requests-16", "small requests, 16 connections, s per 100k", 2.05, 3.13),
+        ("requests-64", "small requests, 64 connections, s per 100k", 2.02, 2.30),
+        ("connections-16", "new connections, 16 at a time, s per 100k", 10.14, 19.0),
+    ];
+    let floor = |(id, line, relay_there, stock_there): (&str, &'static str, f64, f64)| {
+        let of = |arm| results.line(id)?.spread(arm, Sample::proxy_cpu_per_unit);
+        Floor {
+            line,
+            relay_there,
+            stock_there,
+            relay_here: of(Arm::Relay),
+            mesh_here: of(Arm::Mesh),
+        }
+    };
+    rows.into_iter().map(floor).collect()
+}
+
 fn latency(results: &Results) -> Vec<Bar> {
     vec![
         at_most("added p50 at 1000 requests/s, µs", 117.0, 95.0, 0, added(results, "p50_us")),

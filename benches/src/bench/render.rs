@@ -12,6 +12,7 @@ pub fn page(results: &Results) -> String {
     let mut out = String::new();
     head(&mut out, results);
     bars_table(&mut out, results);
+    floors(&mut out, results);
     bulk(&mut out, results);
     requests(&mut out, results);
     connections(&mut out, results);
@@ -77,6 +78,37 @@ fn bars_table(out: &mut String, results: &Results) {
             word(bar.reached()),
             bar.target,
             word(bar.target_reached()),
+        );
+    }
+}
+
+/// What the machine itself charges: the part of a bar that no program can change.
+fn floors(out: &mut String, results: &Results) {
+    let rows = bars::floors(results);
+    if rows.iter().all(|row| row.relay_here.is_none()) {
+        return;
+    }
+    out.push_str(
+        "\n## Against a relay that only copies\n\nTwo relays (one thread, epoll, 64 KiB, no TLS) in the same pods, in turns with the \
+         others: what any proxy in user space pays here for the same bytes. The last two columns can be compared across \
+         machines, absolute seconds cannot. CPU of both processes in between.\n\n\
+         | | copying relay, here | mesh, here | copying relay, where the bars are from | stock there | mesh ÷ relay, here | stock ÷ \
+         relay, there |\n|---|---|---|---|---|---|---|\n",
+    );
+    for row in rows {
+        let multiple = match (row.mesh_here, row.relay_here) {
+            (Some(mesh), Some(relay)) => format!("{:.2}", mesh.median / relay.median),
+            _ => "–".to_owned(),
+        };
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {multiple} | {:.2} |",
+            row.line,
+            text(row.relay_here, 2),
+            text(row.mesh_here, 2),
+            row.relay_there,
+            row.stock_there,
+            row.stock_there / row.relay_there,
         );
     }
 }
@@ -174,6 +206,13 @@ fn fixed_rate(out: &mut String, results: &Results) {
             ranges.join("; "),
             errors(line),
         );
+        if line.spread(Arm::Relay, |s| s.number("p50_us")).is_some() {
+            let _ = writeln!(
+                out,
+                "\nThrough two copying relays: p50/p99/p99.9 {} µs.",
+                quantiles(line, Arm::Relay, &names)
+            );
+        }
     }
 }
 
@@ -246,10 +285,10 @@ fn noise(out: &mut String, results: &Results) {
          | | arm | ratio of rates | ratio of CPU per unit |\n|---|---|---|---|\n",
     );
     for noise in &results.noise {
-        let arm = if noise.arm == Arm::Mesh { "mesh (proxy CPU)" } else { "no mesh (machine CPU)" };
-        let cost = match noise.arm {
-            Arm::Mesh => Sample::proxy_cpu_per_unit,
-            Arm::Plain => Sample::machine_cpu_per_unit,
+        let (arm, cost): (_, fn(&Sample) -> f64) = match noise.arm {
+            Arm::Plain => ("no mesh (machine CPU)", Sample::machine_cpu_per_unit),
+            Arm::Mesh => ("mesh (proxy CPU)", Sample::proxy_cpu_per_unit),
+            Arm::Relay => ("copying relays (their CPU)", Sample::proxy_cpu_per_unit),
         };
         let _ = writeln!(
             out,

@@ -15,6 +15,9 @@ use serde_json::Value;
 use super::procfs::{Cpu, Process, descendants};
 use super::sysctl::{self, CONGESTION, CONGESTION_PIN, Settings};
 
+/// First port of the servers, and of the relays in front of them.
+const SERVER_PORT: u16 = 8080;
+const RELAY_PORT: u16 = 9080;
 /// A mesh that is not up by then will not come up.
 const UP_LIMIT: Duration = Duration::from_secs(90);
 /// Time to end in order; after that the processes are killed.
@@ -22,12 +25,14 @@ const DOWN_LIMIT: Duration = Duration::from_secs(30);
 /// Between two looks at whether something is there yet.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Which of the two pairs.
+/// Which of the pairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Arm {
     Plain,
     Mesh,
+    /// A copying relay in each pod, no mesh: the floor (see [`crate::relay`]).
+    Relay,
 }
 
 impl Arm {
@@ -35,6 +40,7 @@ impl Arm {
         match self {
             Self::Plain => "bench-plain",
             Self::Mesh => "bench-mesh",
+            Self::Relay => "bench-relay",
         }
     }
 }
@@ -74,7 +80,7 @@ pub struct World {
     name: String,
     launcher: Child,
     folder: PathBuf,
-    servers: [String; 2],
+    servers: [String; 3],
 }
 
 /// What a client reported, and the CPU time that passed while its load lasted.
@@ -108,16 +114,22 @@ impl World {
             name: name.to_owned(),
             launcher,
             folder: folder.to_owned(),
-            servers: [String::new(), String::new()],
+            servers: [const { String::new() }; 3],
         };
-        world.servers = [world.address_of_server(Arm::Plain)?, world.address_of_server(Arm::Mesh)?];
+        // The relay's client talks to the relay in its own pod.
+        world.servers = [
+            world.address_of_server(Arm::Plain)?,
+            world.address_of_server(Arm::Mesh)?,
+            "127.0.0.1".to_owned(),
+        ];
         world.wait_for_answers()?;
         Ok(world)
     }
 
     /// `IP:PORT` of an arm's server; `offset` picks the service (see `meshload all`).
     pub fn server(&self, arm: Arm, offset: u16) -> String {
-        format!("{}:{}", self.servers[arm as usize], 8080 + offset)
+        let first = if arm == Arm::Relay { RELAY_PORT } else { SERVER_PORT };
+        format!("{}:{}", self.servers[arm as usize], first + offset)
     }
 
     /// Process id of `meshctl local up`.
@@ -134,14 +146,28 @@ impl World {
         Ok(found)
     }
 
-    /// Sets values in the network namespaces of all four pods.
+    /// The processes in between, ordered by node: the node proxies, or the relays.
+    fn between(&self, arm: Arm) -> Result<Vec<Process>> {
+        if arm != Arm::Relay {
+            return self.proxies();
+        }
+        let mut found: Vec<Process> = descendants(self.launcher())
+            .into_iter()
+            .filter(|p| p.program() == "meshload" && p.arguments.iter().any(|a| a == "relay"))
+            .collect();
+        found.sort_by_key(|p| (p.flag("--label").map(str::to_owned), p.pid));
+        ensure!(found.len() == 2, "expected two relays, found {found:?}");
+        Ok(found)
+    }
+
+    /// Sets values in the network namespaces of all pods.
     pub fn set_in_pods(&self, settings: Settings<'_>) -> Result<()> {
         let proxy = self.proxies()?[0].pid;
         let pods: Vec<Process> = descendants(self.launcher())
             .into_iter()
             .filter(|p| p.program() == "meshload" && p.flag("--label").is_some())
             .collect();
-        ensure!(pods.len() >= 4, "expected the processes of four pods, found {pods:?}");
+        ensure!(pods.len() >= 6, "expected the processes of six pods, found {pods:?}");
         pods.iter().try_for_each(|pod| sysctl::set(pod.pid, proxy, settings))
     }
 
@@ -162,7 +188,7 @@ impl World {
         arguments: &[&str],
         mut on_event: impl FnMut(&Value) -> Result<()>,
     ) -> Result<Outcome> {
-        let pids: Vec<i32> = self.proxies()?.iter().map(|p| p.pid).collect();
+        let pids: Vec<i32> = self.between(arm)?.iter().map(|p| p.pid).collect();
         let mut child = self.exec(arm, "client", arguments).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
         let (mut before, mut after, mut result) = (None, None, None);
@@ -244,7 +270,7 @@ impl World {
 
     /// Until the client of each arm has an answer from its server, and the mesh arm's came through the mesh.
     fn wait_for_answers(&self) -> Result<()> {
-        for arm in [Arm::Plain, Arm::Mesh] {
+        for arm in [Arm::Plain, Arm::Mesh, Arm::Relay] {
             let until = Instant::now() + UP_LIMIT;
             let through_mesh = arm == Arm::Mesh;
             loop {
@@ -307,10 +333,10 @@ fn ipv4(value: &Value) -> Option<String> {
     text.parse::<std::net::Ipv4Addr>().ok().map(|_| text.to_owned())
 }
 
-/// Two pairs, the client on one node, the server on the other.
+/// The pairs, the client on one node, the server on the other.
 fn manifest() -> String {
     let mut yaml = String::new();
-    for arm in [Arm::Plain, Arm::Mesh] {
+    for arm in [Arm::Plain, Arm::Mesh, Arm::Relay] {
         let namespace = arm.namespace();
         let mode = if arm == Arm::Mesh { "ambient" } else { "none" };
         yaml += &format!(
@@ -319,12 +345,36 @@ fn manifest() -> String {
         for (pod, node, mode) in [("client", "node-1", "pause"), ("server", "node-2", "all")] {
             yaml += &format!(
                 "---\napiVersion: v1\nkind: ServiceAccount\nmetadata:\n  name: {pod}\n  namespace: {namespace}\n\
-                 ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {pod}\n  namespace: {namespace}\nspec:\n  \
+                 ---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {pod}\n  namespace: {namespace}\n  labels: {{ app: {pod} }}\nspec:\n  \
                  nodeName: {node}\n  serviceAccountName: {pod}\n  containers:\n  - name: meshload\n    image: meshload\n    \
                  args: [--label, {namespace}/{pod}, {mode}]\n"
             );
+            if arm == Arm::Relay {
+                yaml += &relay_container(pod);
+            }
         }
         yaml += "---\n";
     }
+    yaml += &format!(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: server\n  namespace: {0}\nspec:\n  \
+         clusterIP: None\n  selector: {{ app: server }}\n  ports: [{{ port: {RELAY_PORT} }}]\n",
+        Arm::Relay.namespace()
+    );
     yaml
+}
+
+/// HTTP and bulk, from the client's pod to the server's, and there to the server.
+fn relay_container(pod: &str) -> String {
+    let hop = |offset: u16| {
+        let (relay, server) = (RELAY_PORT + offset, SERVER_PORT + offset);
+        match pod {
+            "client" => format!("\"127.0.0.1:{relay}=server.{}:{relay}\"", Arm::Relay.namespace()),
+            _ => format!("\"[::]:{relay}=127.0.0.1:{server}\""),
+        }
+    };
+    format!(
+        "  - name: relay\n    image: meshload\n    args: [--label, {pod}, relay, {}, {}]\n",
+        hop(0),
+        hop(1)
+    )
 }

@@ -11,6 +11,7 @@ use meshload::bulk::{self, Direction};
 use meshload::clients;
 use meshload::connections::{self, Closing, Plan};
 use meshload::lines;
+use meshload::relay;
 use meshload::server::{self, Greeting};
 use meshload::talk;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -38,6 +39,12 @@ enum Mode {
     Netecho(Listen),
     /// HTTP on PORT, bulk on PORT+1, echo on PORT+2, netecho on PORT+3, in one process
     All(Listen),
+    /// Copies between LISTEN and HOST:PORT and does nothing else: the floor for a proxy in user space
+    Relay {
+        /// LISTEN=HOST:PORT
+        #[arg(required = true)]
+        hops: Vec<String>,
+    },
     /// Does nothing until it is ended, for a pod that only runs clients
     Pause,
     /// Closed loop: each connection sends again when it has its answer
@@ -155,6 +162,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Mode::Echo(on) => server::serve_echo(&bind(on.listen)?, Greeting::None)?,
         Mode::Netecho(on) => server::serve_echo(&bind(on.listen)?, Greeting::Addresses)?,
         Mode::All(on) => serve_all(&on)?,
+        Mode::Relay { hops } => {
+            relay::serve(hops.iter().map(|hop| parse_hop(hop)).collect::<Result<_, _>>()?)?
+        }
         Mode::Pause => loop {
             std::thread::park();
         },
@@ -199,6 +209,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
 fn bind(on: SocketAddr) -> anyhow::Result<TcpListener> {
     // std binds IPv6 sockets to both families, and sets SO_REUSEADDR.
     TcpListener::bind(on).with_context(|| format!("cannot listen on {on}"))
+}
+
+fn parse_hop(text: &str) -> anyhow::Result<relay::Hop> {
+    let (listen, to) =
+        text.split_once('=').with_context(|| format!("{text} is not LISTEN=HOST:PORT"))?;
+    let on = listen.parse().with_context(|| format!("{listen} is not ADDRESS:PORT"))?;
+    Ok(relay::Hop { listener: bind(on)?, to: to.to_owned() })
 }
 
 fn serve_all(on: &Listen) -> anyhow::Result<()> {
