@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 
 use crate::config::{Waits, is_local};
 use crate::connections::Live;
-use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, own_workload, relay};
+use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, finish, own_workload};
 use crate::pod::Pod;
 use crate::record::Record;
 use crate::worker::{Accepted, Worker};
@@ -24,9 +24,8 @@ use crate::worker::{Accepted, Worker};
 /// Serves a plaintext connection to the pod.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Inbound, &pod, &accepted);
-    if let Err(refusal) = plaintext(&worker, &pod, accepted, &mut record).await {
-        record.refuse(refusal);
-    }
+    let connected = Box::pin(plaintext(&worker, &pod, accepted, &mut record)).await;
+    finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
 }
 
@@ -35,21 +34,20 @@ async fn plaintext(
     pod: &Arc<Pod>,
     accepted: Accepted,
     record: &mut Record,
-) -> Result<(), Refusal> {
+) -> Result<(Live, Ends), Refusal> {
     let Accepted { tcp, peer, destination, .. } = accepted;
     let tcp = ResetOnDrop(Some(tcp));
     let call = Call { source: peer, destination, peer: None, host: None };
     let workload = admit(worker, pod, &call, record).await?;
     let app = connect_to_app(pod, &workload, &call, SourcePorts::AboveEphemeral).await?;
-    let live = call.live(pod, record);
-    relay(worker, live, Ends::Sockets(tcp.take(), app), record).await
+    Ok((call.live(pod, record), Ends::Sockets(tcp.take(), app)))
 }
 
 /// Serves a tunnel to the pod: handshake, then each CONNECT in a task of its own on this thread.
 pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Inbound, &pod, &accepted);
     let source = accepted.peer;
-    let mut tunnel = match accept_tunnel(&worker, &pod, accepted).await {
+    let mut tunnel = match Box::pin(accept_tunnel(&worker, &pod, accepted)).await {
         Ok(tunnel) => tunnel,
         Err(refusal) => {
             record.refuse(refusal);
@@ -70,9 +68,7 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: A
         match next {
             Some(Ok(incoming)) => {
                 let (worker, pod, peer) = (worker.clone(), pod.clone(), peer.clone());
-                tokio::spawn(
-                    async move { serve_stream(&worker, &pod, source, &peer, incoming).await },
-                );
+                tokio::spawn(serve_stream(worker, pod, source, peer, incoming));
             }
             // A broken connection says so again each time it is asked.
             Some(Err(e)) => {
@@ -117,16 +113,15 @@ fn notice_death(tcp: &TcpStream) {
 }
 
 async fn serve_stream(
-    worker: &Worker,
-    pod: &Arc<Pod>,
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
     source: SocketAddr,
-    peer: &Arc<Identity>,
+    peer: Arc<Identity>,
     incoming: Incoming,
 ) {
-    let mut record = Record::tunnelled(pod, source, peer.clone());
-    if let Err(refusal) = stream(worker, pod, source, peer, incoming, &mut record).await {
-        record.refuse(refusal);
-    }
+    let mut record = Record::tunnelled(&pod, source, peer.clone());
+    let connected = Box::pin(stream(&worker, &pod, source, peer, incoming, &mut record)).await;
+    finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
 }
 
@@ -134,10 +129,10 @@ async fn stream(
     worker: &Worker,
     pod: &Arc<Pod>,
     source: SocketAddr,
-    peer: &Arc<Identity>,
+    peer: Arc<Identity>,
     incoming: Incoming,
     record: &mut Record,
-) -> Result<(), Refusal> {
+) -> Result<(Live, Ends), Refusal> {
     let destination = match &incoming.target {
         Ok(Authority::Address(address)) => *address,
         Ok(Authority::Host(host, _)) => {
@@ -154,7 +149,7 @@ async fn stream(
     record.destination = destination;
     record.target = destination;
     let host = incoming.headers.forwarded_host();
-    let call = Call { source, destination, peer: Some(peer.clone()), host };
+    let call = Call { source, destination, peer: Some(peer), host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
         let app = connect_to_app(pod, &workload, &call, SourcePorts::Ephemeral).await?;
@@ -171,8 +166,7 @@ async fn stream(
     let (send, receive) = accepted.map_err(|e| {
         Refusal::new(Reason::ConnectionBroken, format!("the peer went away before the answer: {e}"))
     })?;
-    let live = call.live(pod, record);
-    relay(worker, live, Ends::Accepted(app, send, receive), record).await
+    Ok((call.live(pod, record), Ends::Accepted(app, send, receive)))
 }
 
 /// The status that stock peers understand (Istio: 401 policy, 400 nonsense, 503 cannot connect).

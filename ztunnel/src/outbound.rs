@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 
 use agent::access_log::Direction;
 use engine::{Candidate, OutboundFacts, OutboundPlan, Transport, plan_outbound};
-use hbone::{ConnectHeaders, Credentials, EndedBy, PoolKey, TunnelError, relay_tcp, relay_tunnel};
+use futures_util::FutureExt as _;
+use futures_util::future::{Either, ready};
+use hbone::{ConnectHeaders, Credentials, Ended, PoolKey, TunnelError, relay_tcp, relay_tunnel};
 use model::{MESH_PORTS, Reason, Refusal, Workload};
 use net::capture::MARK_PROXY;
 use net::socket::{ConnectOpts, SourcePorts};
@@ -22,18 +24,20 @@ use crate::worker::{Accepted, Worker};
 /// Serves one connection from the application to its end.
 pub(crate) async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Outbound, &pod, &accepted);
-    if let Err(refusal) = forward(&worker, &pod, accepted, &mut record).await {
-        record.refuse(refusal);
-    }
+    // On the heap and gone before the relay starts: an idle connection keeps what the relay needs, not
+    // what it took to get there.
+    let connected = Box::pin(connect(&worker, &pod, accepted, &mut record)).await;
+    finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
 }
 
-async fn forward(
-    worker: &Arc<Worker>,
+/// Plans and connects: both ends of the connection, or a refusal.
+async fn connect(
+    worker: &Worker,
     pod: &Arc<Pod>,
     accepted: Accepted,
     record: &mut Record,
-) -> Result<(), Refusal> {
+) -> Result<(Live, Ends), Refusal> {
     let Accepted { tcp, peer, destination, .. } = accepted;
     // A refusal must look like one: the application gets a RST, not an empty answer.
     let tcp = ResetOnDrop(Some(tcp));
@@ -77,7 +81,7 @@ async fn forward(
         started: record.started,
         moved: record.moved.clone(),
     };
-    relay(worker, live, ends, record).await
+    Ok((live, ends))
 }
 
 enum Connected {
@@ -274,13 +278,32 @@ pub(crate) enum Ends {
     Accepted(TcpStream, h2::SendStream<bytes::Bytes>, h2::RecvStream),
 }
 
-/// Registers the connection, relays until it ends, and puts the end into the record.
-pub(crate) async fn relay(
-    worker: &Worker,
+/// Relays what was connected until it ends, and puts the end into the record.
+///
+/// This future is most of what an idle connection costs. Hence combinators: an `async` block keeps what it
+/// awaits twice, as captured and as awaited.
+pub(crate) fn finish<'a>(
+    worker: &'a Worker,
+    connected: Result<(Live, Ends), Refusal>,
+    record: &'a mut Record,
+) -> impl Future<Output = ()> + 'a {
+    match connected.and_then(|(live, ends)| relay(worker, live, ends, record)) {
+        Ok(relaying) => Either::Left(relaying.map(|how| record.ended(how))),
+        Err(refusal) => {
+            record.ended(Err(refusal));
+            Either::Right(ready(()))
+        }
+    }
+}
+
+/// Registers the connection and returns what relays it until it ends. An `Err` of that is the word of who
+/// ended it before its time.
+fn relay<'a>(
+    worker: &'a Worker,
     live: Live,
     ends: Ends,
     record: &mut Record,
-) -> Result<(), Refusal> {
+) -> Result<impl Future<Output = Result<Ended, Refusal>> + use<'a>, Refusal> {
     let shared = &worker.shared;
     let limit = shared.config.max_connections;
     if shared.open.load(Ordering::Relaxed) >= limit {
@@ -290,32 +313,26 @@ pub(crate) async fn relay(
     let moved = live.moved.clone();
     let first_is_client = !matches!(ends, Ends::Accepted(..));
     let counted = worker.recorder.opened(record, first_is_client);
-    let (_registered, stopped) = worker.connections.register(Arc::new(live), counted, &shared.open);
-    let mut refusal = None;
-    let stop = async {
-        match stopped.await {
-            Ok(why) => refusal = Some(why),
-            // The table entry went without a word: nothing to stop for.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    let ended = match ends {
-        Ends::Sockets(a, b) => relay_tcp(a, b, &moved, stop).await,
+    let (registered, stop) = worker.connections.register(Arc::new(live), counted, &shared.open);
+    let (relaying, slot) = match ends {
+        Ends::Sockets(a, b) => (Either::Left(relay_tcp(a, b, moved, stop)), None),
         Ends::Tunnel(tcp, stream) => {
-            let (send, receive, _counted) = stream.split();
-            relay_tunnel(tcp, send, receive, &moved, stop).await
+            let (send, receive, slot) = stream.split();
+            (Either::Right(relay_tunnel(tcp, send, receive, moved, stop)), Some(slot))
         }
-        Ends::Accepted(tcp, send, receive) => relay_tunnel(tcp, send, receive, &moved, stop).await,
+        Ends::Accepted(tcp, send, receive) => {
+            (Either::Right(relay_tunnel(tcp, send, receive, moved, stop)), None)
+        }
     };
-    if ended.by == EndedBy::Stopped {
-        return Err(
-            refusal.unwrap_or_else(|| Refusal::new(Reason::PolicyChanged, "no longer allowed"))
-        );
-    }
-    if ended.by != EndedBy::Both {
-        record.broke(ended);
-    }
-    Ok(())
+    Ok(relaying.map(move |(ended, word)| {
+        drop((registered, slot));
+        match word {
+            Some(Ok(refusal)) => Err(refusal),
+            // The table's entry went without a word; nobody does that while the connection is registered.
+            Some(Err(_)) => Err(Refusal::new(Reason::PolicyChanged, "no longer allowed")),
+            None => Ok(ended),
+        }
+    }))
 }
 
 /// Closes with a RST unless taken: the other end must learn that it was refused.

@@ -89,8 +89,17 @@ impl Record {
         self.refusal = Some(refusal);
     }
 
+    /// How the connection ended, or why it did not come about.
+    pub fn ended(&mut self, how: Result<Ended, Refusal>) {
+        match how {
+            Ok(ended) if ended.by == EndedBy::Both => {}
+            Ok(ended) => self.broke(ended),
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
     /// The relay did not end by itself.
-    pub fn broke(&mut self, ended: Ended) {
+    fn broke(&mut self, ended: Ended) {
         let who = match ended.by {
             EndedBy::Socket if self.direction == Direction::Outbound => "the client",
             EndedBy::Socket => "the application",

@@ -1,8 +1,10 @@
 //! The client end of a tunnel: handshake, CONNECT, and the driver that owns the connection.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -176,36 +178,34 @@ impl Tunnel {
     }
 }
 
-/// Drives one client connection: protocol, flush after each poll, keepalive.
-async fn drive<T>(
+/// Drives one client connection: protocol, flush after each poll, keepalive. The connection stays where
+/// this function put it: an `async fn` would hold a copy of it for every step.
+fn drive<T>(
     mut connection: h2::client::Connection<T, Bytes>,
     flush: FlushHandle,
     state: Arc<TunnelState>,
-) -> Result<(), h2::Error>
+) -> impl Future<Output = Result<(), h2::Error>>
 where
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
 {
-    let keepalive = connection.ping_pong().map(|ping| keepalive(ping, state.clone()));
-    let polled = std::future::poll_fn(move |cx| {
-        let result = std::pin::Pin::new(&mut connection).poll(cx);
-        match flush.flush(cx) {
-            std::task::Poll::Ready(Err(e)) if result.is_pending() => {
-                tracing::debug!(error = %e, "tunnel write failed");
-                std::task::Poll::Ready(Ok(()))
-            }
-            _ => result,
+    let mut keepalive = connection.ping_pong().map(|ping| Box::pin(keepalive(ping, state.clone())));
+    std::future::poll_fn(move |cx| {
+        let mut result = Pin::new(&mut connection).poll(cx);
+        if let Poll::Ready(Err(e)) = flush.flush(cx)
+            && result.is_pending()
+        {
+            tracing::debug!(error = %e, "tunnel write failed");
+            result = Poll::Ready(Ok(()));
         }
-    });
-    let result = match keepalive {
-        Some(keepalive) => tokio::select! {
-            biased;
-            result = polled => result,
-            () = keepalive => Ok(()),
-        },
-        None => polled.await,
-    };
-    state.closed.store(true, Ordering::Relaxed);
-    result
+        let silent = keepalive.as_mut().is_some_and(|k| k.as_mut().poll(cx).is_ready());
+        if result.is_pending() && silent {
+            result = Poll::Ready(Ok(()));
+        }
+        if result.is_ready() {
+            state.closed.store(true, Ordering::Relaxed);
+        }
+        result
+    })
 }
 
 /// Ends when a ping stays without answer. Only silent tunnels need it, but a ping every ten seconds

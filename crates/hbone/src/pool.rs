@@ -38,6 +38,8 @@ pub struct PoolLimits {
     pub tunnels: usize,
     /// A tunnel without streams is closed after this long (Istio: 5 min).
     pub idle: Duration,
+    /// The same for a tunnel beside which its key has another: what a burst needed is given back soon.
+    pub spare: Duration,
     /// Longest TCP connect plus handshake.
     pub dial: Duration,
 }
@@ -48,6 +50,7 @@ impl Default for PoolLimits {
             streams: MAX_STREAMS,
             tunnels: 8192,
             idle: Duration::from_secs(300),
+            spare: Duration::from_secs(10),
             dial: Duration::from_secs(10),
         }
     }
@@ -111,7 +114,8 @@ impl Pool {
         for _ in 0..ATTEMPTS {
             let (tunnel, fresh) = match self.pick(key) {
                 Some(tunnel) => (tunnel, false),
-                None => (self.dial(key, credentials, &connect).await?, true),
+                // Boxed: few streams dial, and the others should not carry a handshake's size.
+                None => (Box::pin(self.dial(key, credentials, &connect)).await?, true),
             };
             let opened = if fresh {
                 tunnel.open(target, headers).await
@@ -150,9 +154,15 @@ impl Pool {
                     pooled.last_used = now;
                 }
             }
-            let idle = self.limits.idle;
+            entry.tunnels.retain(|p| !p.tunnel.is_closed());
+            // One stays for the long time, whoever was used last; the others are spare.
+            let keep = entry.tunnels.iter().map(|p| p.last_used).max();
+            let mut kept = false;
             entry.tunnels.retain(|p| {
-                !p.tunnel.is_closed() && now.saturating_duration_since(p.last_used) < idle
+                let main = !kept && Some(p.last_used) == keep;
+                kept |= main;
+                let limit = if main { self.limits.idle } else { self.limits.spare };
+                now.saturating_duration_since(p.last_used) < limit
             });
             // Somebody dials while others hold the gate.
             !entry.tunnels.is_empty() || Arc::strong_count(&entry.gate) > 1

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -68,73 +69,71 @@ pub enum EndedBy {
     Stopped,
 }
 
-/// Relays between a socket and a CONNECT stream until both directions end or `stop` does.
-pub async fn relay_tunnel(
+/// Relays between a socket and a CONNECT stream until both directions end or `stop` does; what `stop`
+/// said comes back beside the end.
+///
+/// Not an `async fn`: that would keep a copy of its arguments, and this future is what an idle
+/// connection costs.
+pub fn relay_tunnel<S: Future + Unpin>(
     mut tcp: TcpStream,
     mut send: SendStream<Bytes>,
     receive: RecvStream,
-    moved: &Transfer,
-    stop: impl Future<Output = ()>,
-) -> Ended {
+    moved: Arc<Transfer>,
+    mut stop: S,
+) -> impl Future<Output = (Ended, Option<S::Output>)> {
     let mut up = Up::Reading;
     let mut down = Down { receive, chunks: VecDeque::new(), held: 0, state: DownState::Moving };
-    let mut stop = std::pin::pin!(stop);
-    let ended = std::future::poll_fn(|cx| {
-        if stop.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ended { by: EndedBy::Stopped, error: None });
+    std::future::poll_fn(move |cx| {
+        if let Poll::Ready(word) = Pin::new(&mut stop).poll(cx) {
+            send.send_reset(Reason::CANCEL);
+            reset(&tcp);
+            return Poll::Ready((Ended { by: EndedBy::Stopped, error: None }, Some(word)));
         }
-        let up_done = match up.poll(cx, &mut tcp, &mut send, moved) {
-            Poll::Ready(Err(ended)) => return Poll::Ready(ended),
-            Poll::Ready(Ok(())) => true,
-            Poll::Pending => false,
+        let first = up.poll(cx, &mut tcp, &mut send, &moved);
+        let ended = match first {
+            Poll::Ready(Err(ended)) => ended,
+            first => match (down.poll(cx, &mut tcp, &moved), first) {
+                (Poll::Ready(Err(ended)), _) => ended,
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
+                    return Poll::Ready((Ended { by: EndedBy::Both, error: None }, None));
+                }
+                _ => return Poll::Pending,
+            },
         };
-        match down.poll(cx, &mut tcp, moved) {
-            Poll::Ready(Err(ended)) => Poll::Ready(ended),
-            Poll::Ready(Ok(())) if up_done => Poll::Ready(Ended { by: EndedBy::Both, error: None }),
-            _ => Poll::Pending,
-        }
-    })
-    .await;
-    if ended.by != EndedBy::Both {
-        send.send_reset(if ended.by == EndedBy::Stopped {
-            Reason::CANCEL
-        } else {
-            Reason::CONNECT_ERROR
-        });
+        send.send_reset(Reason::CONNECT_ERROR);
         reset(&tcp);
-    }
-    ended
+        Poll::Ready((ended, None))
+    })
 }
 
-/// Relays between two sockets until both directions end or `stop` does.
-pub async fn relay_tcp(
+/// The same between two sockets.
+pub fn relay_tcp<S: Future + Unpin>(
     mut a: TcpStream,
     mut b: TcpStream,
-    moved: &Transfer,
-    stop: impl Future<Output = ()>,
-) -> Ended {
+    moved: Arc<Transfer>,
+    mut stop: S,
+) -> impl Future<Output = (Ended, Option<S::Output>)> {
     let (mut up, mut down) = (Leg::default(), Leg::default());
-    let mut stop = std::pin::pin!(stop);
-    let ended = std::future::poll_fn(|cx| {
-        if stop.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Ended { by: EndedBy::Stopped, error: None });
+    std::future::poll_fn(move |cx| {
+        if let Poll::Ready(word) = Pin::new(&mut stop).poll(cx) {
+            reset(&a);
+            reset(&b);
+            return Poll::Ready((Ended { by: EndedBy::Stopped, error: None }, Some(word)));
         }
-        let first = match up.poll(cx, &mut a, &mut b, &moved.up) {
-            Poll::Ready(Err(e)) => return Poll::Ready(e.ended(EndedBy::Socket, EndedBy::Peer)),
-            other => other.is_ready(),
+        let ended = match up.poll(cx, &mut a, &mut b, &moved.up) {
+            Poll::Ready(Err(e)) => e.ended(EndedBy::Socket, EndedBy::Peer),
+            first => match (down.poll(cx, &mut b, &mut a, &moved.down), first) {
+                (Poll::Ready(Err(e)), _) => e.ended(EndedBy::Peer, EndedBy::Socket),
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
+                    return Poll::Ready((Ended { by: EndedBy::Both, error: None }, None));
+                }
+                _ => return Poll::Pending,
+            },
         };
-        match down.poll(cx, &mut b, &mut a, &moved.down) {
-            Poll::Ready(Err(e)) => Poll::Ready(e.ended(EndedBy::Peer, EndedBy::Socket)),
-            Poll::Ready(Ok(())) if first => Poll::Ready(Ended { by: EndedBy::Both, error: None }),
-            _ => Poll::Pending,
-        }
-    })
-    .await;
-    if ended.by != EndedBy::Both {
         reset(&a);
         reset(&b);
-    }
-    ended
+        Poll::Ready((ended, None))
+    })
 }
 
 /// Makes the coming close a RST: the other side must not take a cut for an end.

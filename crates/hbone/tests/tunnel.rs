@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hbone::{
-    Authority, ConnectHeaders, Credentials, Pool, PoolKey, PoolLimits, ServerTunnel, Transfer,
-    TunnelError, relay_tunnel,
+    Authority, ConnectHeaders, Credentials, Pool, PoolKey, PoolLimits, ServerTunnel, TunnelError,
+    relay_tunnel,
 };
 use http::StatusCode;
 use model::{Identity, Reason, WorkloadUid};
@@ -92,8 +92,8 @@ async fn server(credentials: Arc<Credentials>, refuse: bool) -> (SocketAddr, Arc
                             app,
                             send,
                             receive,
-                            &Transfer::default(),
-                            std::future::pending(),
+                            Arc::default(),
+                            std::future::pending::<()>(),
                         )
                         .await;
                     });
@@ -149,7 +149,7 @@ async fn call(
     let (proxy, _) = listener.accept().await.unwrap();
     let (send, receive, slot) = stream.split();
     let relay = tokio::spawn(async move {
-        relay_tunnel(proxy, send, receive, &Transfer::default(), std::future::pending()).await;
+        relay_tunnel(proxy, send, receive, Arc::default(), std::future::pending::<()>()).await;
         drop(slot);
     });
     let (mut read, mut write) = app.split();
@@ -268,7 +268,7 @@ async fn freezing_way(gateway: SocketAddr, frozen: Arc<tokio::sync::Notify>) -> 
                 let mut far = TcpStream::connect(gateway).await.unwrap();
                 tokio::select! {
                     _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-                    () = frozen.notified(), if number == 0 => std::future::pending().await,
+                    () = frozen.notified(), if number == 0 => std::future::pending::<()>().await,
                 }
             });
         }
@@ -316,4 +316,28 @@ async fn a_slow_application_is_no_dead_tunnel() {
     let limit = std::time::Duration::from_secs(4);
     assert!(tokio::time::timeout(limit, asked).await.is_err(), "nobody answers");
     assert_eq!(tunnels.load(Ordering::SeqCst), 1, "the tunnel was not to blame");
+}
+
+/// What a burst needed is given back soon; the last tunnel of a key stays for the next caller.
+#[tokio::test]
+async fn spare_tunnels_are_closed_soon() {
+    let ca = Ca::new();
+    let (gateway, _) = server(ca.credentials(&id("server")), false).await;
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits { streams: 1, ..PoolLimits::default() });
+    let client = ca.credentials(&id("client"));
+    let key = key(gateway, "server");
+    let calls = (0..4).map(|i| call(&pool, &key, &client, target, vec![i; 50_000]));
+    for answer in futures_util::future::join_all(calls).await {
+        answer.unwrap();
+    }
+    let burst = pool.stats();
+    assert!(burst.tunnels > 1 && burst.streams == 0, "{burst:?}");
+    let after = |seconds| {
+        pool.sweep(std::time::Instant::now() + std::time::Duration::from_secs(seconds));
+        pool.stats().tunnels
+    };
+    assert_eq!(after(1), burst.tunnels, "not at once: the next burst may be near");
+    assert_eq!(after(11), 1);
+    assert_eq!(after(301), 0);
 }
