@@ -245,6 +245,7 @@ fn source_check(uplink: u32, allowed: &[(u32, IpAddr)]) -> Table {
         key: vec![Field::Number, field],
         value: vec![],
         verdicts: false,
+        dynamic: false,
         entries: allowed
             .iter()
             .filter(|(_, ip)| ip.is_ipv6() == ipv6)

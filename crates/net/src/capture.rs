@@ -1,6 +1,7 @@
 //! Capture: every TCP connection into or out of a pod passes the proxy's listeners in the pod's network namespace.
 //!
-//! Purpose: [`install`], [`remove`] and check ([`is_installed`]) the settings, routes and rules that do it.
+//! Purpose: [`install`] and check ([`is_installed`]) the settings, routes and rules that do it. Under connections that
+//! live, [`handover`] switches it on and off.
 //!
 //! How it works, with TPROXY and routing by mark, and without connection tracking or address translation:
 //! - *Out*: the output chain marks packets of the app [`MARK_OUTBOUND`]; the mark routes them to loopback, and there
@@ -18,6 +19,9 @@
 //! Invariants: everything is idempotent; a pod without IPv6 is captured for IPv4; an app that cannot set marks
 //! (it has no capability over its own network namespace) cannot leave uncaptured.
 
+pub mod handover;
+
+use handover::Noted;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -70,6 +74,9 @@ pub enum CaptureError {
     /// Policy routing failed.
     #[error("capture: {0}{hint}", hint = routing_hint(.0))]
     Routing(#[source] netlink::Error),
+    /// The open connections cannot be listed.
+    #[error("capture: {0}; is /proc mounted?")]
+    Connections(#[source] io::Error),
     /// The nftables table was refused.
     #[error("capture: {0}")]
     Table(#[source] nft::Error),
@@ -78,28 +85,9 @@ pub enum CaptureError {
 /// Puts capture in place in a pod's namespace. Listeners should stand before: from here on connections go to them.
 pub fn install(ns: &NetNs) -> Result<(), CaptureError> {
     ns.run(|| {
-        settings()?;
-        for ipv6 in families() {
-            sysctl::write(FWMARK_REFLECT[usize::from(ipv6)], "1").map_err(CaptureError::Setting)?;
-            add_routing(ipv6).map_err(CaptureError::Routing)?;
-        }
+        prepare()?;
         // Last, since this switches capture on: before it, the rest does nothing.
-        nft::replace(&table()).map_err(CaptureError::Table)
-    })
-    .map_err(CaptureError::Namespace)?
-}
-
-/// Takes capture away; settings stay, they do no harm. Live connections through the proxy break.
-pub fn remove(ns: &NetNs) -> Result<(), CaptureError> {
-    ns.run(|| {
-        nft::delete(Family::Inet, TABLE).map_err(CaptureError::Table)?;
-        for ipv6 in families() {
-            for wanted in routing_rules(ipv6) {
-                rule::delete(&wanted).map_err(CaptureError::Routing)?;
-            }
-            route::delete(&loopback_route(ipv6)).map_err(CaptureError::Routing)?;
-        }
-        Ok(())
+        nft::replace(&table(State::Captured)).map_err(CaptureError::Table)
     })
     .map_err(CaptureError::Namespace)?
 }
@@ -118,13 +106,30 @@ pub fn is_installed(ns: &NetNs) -> Result<bool, CaptureError> {
         for name in std::iter::once(FWMARK_ACCEPT).chain(reflected) {
             set &= sysctl::read(name).map_err(CaptureError::Setting)? == "1";
         }
-        Ok(routed && set && nft::is_intact(&table()).map_err(CaptureError::Table)?)
+        let intact = |state| nft::is_intact(&table(state)).map_err(CaptureError::Table);
+        Ok(routed && set && (intact(State::Captured)? || intact(State::Exempting)?))
     })
     .map_err(CaptureError::Namespace)?
 }
 
+/// What the table does. Its chains and sets are always the same; the rules differ, so that a switch changes a chain's
+/// rules at once and no packet passes between two of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Every connection is captured.
+    Captured,
+    /// The same, except those in the set of direct flows: they were there before.
+    Exempting,
+    /// As `Left`, and what opens is noted as direct.
+    Entering,
+    /// As `Exempting`, and what the pod opens is noted as the proxy's.
+    Leaving,
+    /// Only what is noted as the proxy's still goes to it.
+    Left,
+}
+
 /// The table that captures.
-pub fn table() -> Table {
+pub fn table(state: State) -> Table {
     let chain = |name: &str, point, kind, rules| Chain {
         name: name.to_owned(),
         hook: Some(Hook { point, kind, priority: priority::MANGLE }),
@@ -133,15 +138,22 @@ pub fn table() -> Table {
     Table {
         family: Family::Inet,
         name: TABLE.to_owned(),
-        sets: vec![],
+        sets: handover::sets(),
         chains: vec![
-            chain("prerouting", HookPoint::Prerouting, ChainType::Filter, prerouting()),
-            chain("output", HookPoint::Output, ChainType::Route, output()),
+            chain("prerouting", HookPoint::Prerouting, ChainType::Filter, prerouting(state)),
+            chain("output", HookPoint::Output, ChainType::Route, output(state)),
         ],
     }
 }
 
-fn prerouting() -> Vec<Rule> {
+fn prerouting(state: State) -> Vec<Rule> {
+    match state {
+        State::Entering => {
+            return [handover::still_under_way(), handover::note_received()].concat();
+        }
+        State::Left => return handover::still_under_way(),
+        State::Captured | State::Exempting | State::Leaving => {}
+    }
     let leave = |rule: Rule| rule.verdict(Verdict::Return);
     let from_app = || {
         Rule::new("from the app to the outbound listener")
@@ -167,18 +179,29 @@ fn prerouting() -> Vec<Rule> {
     ]
 }
 
-fn output() -> Vec<Rule> {
+fn output(state: State) -> Vec<Rule> {
     let leave = |rule: Rule| rule.verdict(Verdict::Return);
     let [probe4, probe6] = probes();
-    vec![
+    let mut rules = vec![
         leave(Rule::new("only TCP is captured").protocol_not(TCP)),
         leave(Rule::new("the proxy's own sockets").mark(MARK_PROXY, MARK_MASK)),
         leave(Rule::new("between proxy and app").mark(MARK_TO_APP, MARK_MASK)),
         leave(Rule::new("answers to probes").destination(probe4)),
         leave(Rule::new("answers to probes").destination(probe6)),
         leave(Rule::new("the pod to itself").destination_is_local()),
-        Rule::new("everything else goes to the proxy").set_mark(MARK_OUTBOUND),
-    ]
+    ];
+    let everything = Rule::new("everything else goes to the proxy").set_mark(MARK_OUTBOUND);
+    rules.extend(match state {
+        State::Captured => vec![everything],
+        State::Exempting => [handover::exempt(), vec![everything]].concat(),
+        State::Entering => [handover::keep(), handover::note_sent(Noted::Direct)].concat(),
+        State::Leaving => {
+            let note = handover::note_sent(Noted::Proxied);
+            [handover::exempt(), note, vec![everything]].concat()
+        }
+        State::Left => handover::keep(),
+    });
+    rules
 }
 
 fn probes() -> [IpAddr; 2] {
@@ -190,6 +213,16 @@ fn families() -> impl Iterator<Item = bool> {
     let off = sysctl::read("net/ipv6/conf/lo/disable_ipv6");
     let has_ipv6 = off.is_ok_and(|off| off == "0");
     [false, true].into_iter().filter(move |ipv6| !ipv6 || has_ipv6)
+}
+
+/// Settings and routing: without the table they do nothing.
+fn prepare() -> Result<(), CaptureError> {
+    settings()?;
+    for ipv6 in families() {
+        sysctl::write(FWMARK_REFLECT[usize::from(ipv6)], "1").map_err(CaptureError::Setting)?;
+        add_routing(ipv6).map_err(CaptureError::Routing)?;
+    }
+    Ok(())
 }
 
 fn settings() -> Result<(), CaptureError> {
@@ -208,6 +241,16 @@ fn settings() -> Result<(), CaptureError> {
 fn add_routing(ipv6: bool) -> netlink::Result<()> {
     route::add(&loopback_route(ipv6))?;
     routing_rules(ipv6).iter().try_for_each(rule::add)
+}
+
+fn take_routing_away() -> netlink::Result<()> {
+    for ipv6 in families() {
+        for wanted in routing_rules(ipv6) {
+            rule::delete(&wanted)?;
+        }
+        route::delete(&loopback_route(ipv6))?;
+    }
+    Ok(())
 }
 
 fn loopback_route(ipv6: bool) -> Route {

@@ -176,6 +176,7 @@ fn served(ipv6: bool, services: &[ServicePort]) -> Set {
         value: vec![],
         verdicts: true,
         entries: entries.collect(),
+        dynamic: false,
     }
 }
 
@@ -188,6 +189,7 @@ fn unserved(ipv6: bool, services: &[ServicePort]) -> Set {
         value: vec![],
         verdicts: false,
         entries: of_family.filter(|s| s.endpoints.is_empty()).map(entry).collect(),
+        dynamic: false,
     }
 }
 
@@ -201,6 +203,7 @@ fn hairpins(ipv6: bool, services: &[ServicePort]) -> Set {
         value: vec![],
         verdicts: false,
         entries: ips.into_iter().map(|ip| Entry::new().ip(ip).ip(ip)).collect(),
+        dynamic: false,
     }
 }
 
@@ -212,6 +215,7 @@ fn endpoints_map(number: usize, service: &ServicePort) -> Set {
         value: vec![address_field(service.vip.is_ipv6()), Field::Port],
         verdicts: false,
         entries: entries.map(|(i, e)| Entry::new().number(i).to(e.ip(), e.port())).collect(),
+        dynamic: false,
     }
 }
 

@@ -22,21 +22,21 @@ use crate::testing::{in_user_ns, isolate};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long something that must not happen is given to happen.
 const SILENCE: Duration = Duration::from_millis(300);
-const POD: [&str; 2] = ["10.0.0.2", "fd00::2"];
+pub(super) const POD: [&str; 2] = ["10.0.0.2", "fd00::2"];
 const NODE: [&str; 2] = ["10.0.0.1", "fd00::1"];
 /// An address that is neither the pod's nor its neighbour's.
-const FAR: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+pub(super) const FAR: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn at(ip_text: &str, port: u16) -> SocketAddr {
+pub(super) fn at(ip_text: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(ip_text), port)
 }
 
 /// The pod's namespace; the calling thread's is the outside.
-fn world() -> NetNs {
+pub(super) fn world() -> NetNs {
     let pod = NetNs::create().unwrap();
     link::up("lo").unwrap();
     link::add_veth(&VethEnd::here("pod0"), &VethEnd::inside("eth0", &pod)).unwrap();
@@ -59,16 +59,16 @@ fn world() -> NetNs {
 }
 
 /// One connection that the proxy saw: in or out, from where, originally to where.
-type Seen = (&'static str, SocketAddr, SocketAddr);
+pub(super) type Seen = (&'static str, SocketAddr, SocketAddr);
 
 #[derive(Clone)]
-struct Proxy {
+pub(super) struct Proxy {
     pod: NetNs,
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Proxy {
-    fn start(pod: &NetNs) -> Self {
+    pub(super) fn start(pod: &NetNs) -> Self {
         let proxy = Self { pod: pod.clone(), seen: Arc::default() };
         for any in ["0.0.0.0", "::"] {
             // Each twice: one listener a thread, as a real proxy has them.
@@ -116,7 +116,7 @@ impl Proxy {
         });
     }
 
-    fn take(&self) -> Vec<Seen> {
+    pub(super) fn take(&self) -> Vec<Seen> {
         std::mem::take(&mut *self.seen.lock().unwrap())
     }
 }
@@ -132,7 +132,7 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream) {
 }
 
 /// Waits until a started connection stands or failed, and makes it blocking.
-fn established(stream: TcpStream) -> io::Result<TcpStream> {
+pub(super) fn established(stream: TcpStream) -> io::Result<TcpStream> {
     let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
     let limit = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
     if poll(&mut fds, limit)? == 0 {
@@ -147,7 +147,7 @@ fn established(stream: TcpStream) -> io::Result<TcpStream> {
 }
 
 /// A server that tells each client how it sees it, then echoes.
-fn serve(ns: &NetNs, addr: SocketAddr) {
+pub(super) fn serve(ns: &NetNs, addr: SocketAddr) {
     let listener = ns.run(|| TcpListener::bind(addr).unwrap()).unwrap();
     thread::spawn(move || {
         while let Ok((mut stream, peer)) = listener.accept() {
@@ -181,7 +181,7 @@ fn talk(ns: &NetNs, opts: &ConnectOpts, to: SocketAddr) -> io::Result<SocketAddr
     String::from_utf8_lossy(&line).trim().parse().map_err(io::Error::other)
 }
 
-fn plain() -> ConnectOpts {
+pub(super) fn plain() -> ConnectOpts {
     ConnectOpts::default()
 }
 
@@ -232,8 +232,8 @@ fn every_connection_goes_where_it_should() {
         let tracked = "net/netfilter/nf_conntrack_count";
         pod.run(|| assert!(!sysctl::exists(tracked) || sysctl::read(tracked).unwrap() == "0"))
             .unwrap();
-        remove(&pod).unwrap();
-        remove(&pod).unwrap();
+        handover::leave(&pod).unwrap();
+        handover::leave(&pod).unwrap();
         assert!(!is_installed(&pod).unwrap());
         for i in [0, 1] {
             talk(&pod, &plain(), at(FAR[i], 80)).unwrap();
@@ -328,7 +328,7 @@ fn a_pod_without_ipv6_is_captured_for_ipv4() {
         assert!(is_installed(&pod).unwrap());
         talk(&pod, &plain(), at(FAR[0], 80)).unwrap();
         assert_eq!(proxy.take().len(), 1);
-        remove(&pod).unwrap();
+        handover::leave(&pod).unwrap();
     });
 }
 
@@ -393,7 +393,7 @@ fn try_everything() {
         connect(&here, at(FAR[0], 80), &spoof).unwrap_err().kind(),
         io::ErrorKind::PermissionDenied
     );
-    let e = remove(&here).unwrap_err().to_string();
+    let e = handover::leave(&here).unwrap_err().to_string();
     assert!(e.contains("CAP_NET_ADMIN"), "{e}");
     install(&here).unwrap_err();
     route::delete(&loopback_route(false)).unwrap_err();

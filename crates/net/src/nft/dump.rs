@@ -3,16 +3,19 @@
 use nix::errno::Errno;
 
 use super::{
-    Chain, Error, Family, GETCHAIN, GETRULE, GETTABLE, Hook, NEWCHAIN, NEWRULE, NEWTABLE,
-    NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE, NFTA_CHAIN_TYPE,
-    NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY, NFTA_RULE_CHAIN, NFTA_RULE_TABLE, NFTA_RULE_USERDATA,
-    NFTA_TABLE_NAME, NFTA_TABLE_USERDATA, Table, comment_bytes, digest_of_table, hint,
-    signed_comment, type_name,
+    Chain, Error, Family, GETCHAIN, GETRULE, GETSETELEM, GETTABLE, Hook, NEWCHAIN, NEWRULE,
+    NEWTABLE, NFTA_CHAIN_HOOK, NFTA_CHAIN_NAME, NFTA_CHAIN_POLICY, NFTA_CHAIN_TABLE,
+    NFTA_CHAIN_TYPE, NFTA_ELEM_LIST_SET, NFTA_ELEM_LIST_TABLE, NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY, NFTA_RULE_CHAIN, NFTA_RULE_TABLE, NFTA_RULE_USERDATA, NFTA_TABLE_NAME,
+    NFTA_TABLE_USERDATA, Table, comment_bytes, digest_of_table, hint, signed_comment, type_name,
 };
-use crate::netlink::{self, Message, Netlink, Received, attr, text};
+use crate::netlink::{self, Message, Netlink, Received, attr, attrs, text};
 
 /// Length of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
+const NFTA_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_ELEM_KEY: u16 = 1;
+const NFTA_DATA_VALUE: u16 = 1;
 
 /// A chain as far as it can be lost or changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,7 +28,8 @@ struct Seen {
 }
 
 /// Whether the kernel holds exactly the chains and rules of `table`, none missing, changed or added. Sets are compared
-/// by the digest that came with the table: the kernel does not let anybody change them afterwards.
+/// by the digest that came with the table: the kernel does not let anybody change them afterwards, unless they are
+/// dynamic, and then what is in them may differ.
 pub fn is_intact(table: &Table) -> Result<bool, Error> {
     let failed = |source: netlink::Error| Error {
         object: format!("table {}", table.name),
@@ -41,6 +45,41 @@ pub fn is_intact(table: &Table) -> Result<bool, Error> {
     there.sort();
     wanted.sort();
     Ok(there == wanted)
+}
+
+/// Whether there is a table of this name, whatever is in it.
+pub fn exists(family: Family, table: &str) -> Result<bool, Error> {
+    let ask = Message::new(GETTABLE, 0, &[family as u8, 0, 0, 0]);
+    let found = Netlink::open(libc::NETLINK_NETFILTER).and_then(|mut netlink| {
+        netlink.dump(&format!("look for table {table}"), &ask, |m| {
+            of_table(m, NEWTABLE, NFTA_TABLE_NAME, table).map(|_| ())
+        })
+    });
+    let found = found.map_err(|source| Error {
+        object: format!("table {table}"),
+        hint: hint(source.errno, &[]),
+        source,
+    })?;
+    Ok(!found.is_empty())
+}
+
+/// The keys of a set, as the kernel keeps them. None when the set is not there.
+pub fn keys(family: Family, table: &str, set: &str) -> Result<Vec<Vec<u8>>, Error> {
+    let what = format!("read set {set} of table {table}");
+    let failed = |source: netlink::Error| Error {
+        object: what.clone(),
+        hint: hint(source.errno, &[]),
+        source,
+    };
+    let mut ask = Message::new(GETSETELEM, 0, &[family as u8, 0, 0, 0]);
+    ask.str(NFTA_ELEM_LIST_TABLE, table).str(NFTA_ELEM_LIST_SET, set);
+    let mut netlink = Netlink::open(libc::NETLINK_NETFILTER).map_err(failed)?;
+    let found = netlink.dump(&what, &ask, |m| {
+        let list = attr(m.payload.get(NFGENMSG..)?, NFTA_ELEM_LIST_ELEMENTS)?;
+        let key = |element| Some(attr(attr(element, NFTA_ELEM_KEY)?, NFTA_DATA_VALUE)?.to_vec());
+        Some(attrs(list).filter_map(|(_, element)| key(element)).collect::<Vec<_>>())
+    });
+    Ok(none_if_missing(found).map_err(failed)?.concat())
 }
 
 fn expected(chain: &Chain) -> Seen {

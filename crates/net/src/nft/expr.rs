@@ -45,6 +45,15 @@ pub enum Verdict {
     Jump(String),
 }
 
+/// Which end of a flow is this namespace's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The packet's source.
+    Sent,
+    /// The packet's destination.
+    Received,
+}
+
 /// A number the kernel knows about a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meta {
@@ -72,6 +81,12 @@ pub(super) enum Expr {
         set: String,
         key: Register,
         into: Option<Register>,
+    },
+    /// Adds the key to a dynamic set, or deletes it there.
+    Update {
+        set: String,
+        key: Register,
+        delete: bool,
     },
     DestinationType,
     Tproxy,
@@ -223,6 +238,46 @@ impl Rule {
         ])
     }
 
+    /// Only TCP packets whose flow is in a set.
+    #[must_use]
+    pub fn flow_in(self, ipv6: bool, set: &str) -> Self {
+        self.flow(ipv6, Way::Sent).with([Expr::Lookup {
+            set: set.to_owned(),
+            key: REG32,
+            into: None,
+        }])
+    }
+
+    /// Adds the TCP packet's flow to a dynamic set.
+    #[must_use]
+    pub fn remember_flow(self, ipv6: bool, way: Way, set: &str) -> Self {
+        let update = Expr::Update { set: set.to_owned(), key: REG32, delete: false };
+        self.flow(ipv6, way).with([update])
+    }
+
+    /// Deletes the TCP packet's flow from a dynamic set.
+    #[must_use]
+    pub fn forget_flow(self, ipv6: bool, set: &str) -> Self {
+        let update = Expr::Update { set: set.to_owned(), key: REG32, delete: true };
+        self.flow(ipv6, Way::Sent).with([update])
+    }
+
+    /// Loads (own address, own port, other address, other port).
+    fn flow(self, ipv6: bool, way: Way) -> Self {
+        let (source, destination, length, words) =
+            if ipv6 { (8, 24, 16, 4) } else { (12, 16, 4, 1) };
+        let (own, other) = match way {
+            Way::Sent => ((source, 0), (destination, 2)),
+            Way::Received => ((destination, 2), (source, 0)),
+        };
+        self.family(ipv6).protocol(TCP).with([
+            Expr::Payload(1, own.0, length, REG32),
+            Expr::Payload(2, own.1, 2, REG32 + words),
+            Expr::Payload(1, other.0, length, REG32 + words + 1),
+            Expr::Payload(2, other.1, 2, REG32 + 2 * words + 1),
+        ])
+    }
+
     /// Sets the packet's mark.
     #[must_use]
     pub fn set_mark(self, mark: u32) -> Self {
@@ -340,6 +395,7 @@ pub(super) fn name(expr: &Expr) -> &'static str {
         Expr::And(_) => "bitwise",
         Expr::Value(..) | Expr::Verdict(_) => "immediate",
         Expr::Lookup { .. } => "lookup",
+        Expr::Update { .. } => "dynset",
         Expr::DestinationType => "fib",
         Expr::Tproxy => "tproxy",
         Expr::Dnat { .. } => "nat",
@@ -377,6 +433,9 @@ fn encode_data(m: &mut Message, expr: &Expr) {
             if let Some(into) = into {
                 m.be32(3, *into);
             }
+        }
+        Expr::Update { set, key, delete } => {
+            m.str(1, set).be32(3, if *delete { 2 } else { 0 }).be32(4, *key);
         }
         // Result: address type; of the destination.
         Expr::DestinationType => {

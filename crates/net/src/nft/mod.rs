@@ -17,9 +17,9 @@ use crate::netlink::{
     self, Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Netlink,
 };
 
-pub use dump::is_intact;
+pub use dump::{exists, is_intact, keys};
 pub(crate) use expr::TCP;
-pub use expr::{Rule, Verdict};
+pub use expr::{Rule, Verdict, Way};
 pub use set::{Entry, Field, Set};
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;
@@ -32,8 +32,11 @@ const NEWCHAIN: u16 = NEWTABLE + 3;
 const GETCHAIN: u16 = NEWTABLE + 4;
 const NEWRULE: u16 = NEWTABLE + 6;
 const GETRULE: u16 = NEWTABLE + 7;
+const DELRULE: u16 = NEWTABLE + 8;
 const NEWSET: u16 = NEWTABLE + 9;
 const NEWSETELEM: u16 = NEWTABLE + 12;
+const GETSETELEM: u16 = NEWTABLE + 13;
+const DELSETELEM: u16 = NEWTABLE + 14;
 
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_USERDATA: u16 = 6;
@@ -43,6 +46,8 @@ const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_ELEM_LIST_SET: u16 = 2;
 const NFTA_HOOK_PRIORITY: u16 = 2;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
@@ -151,32 +156,65 @@ pub struct Error {
 
 /// Puts a table in place, instead of one of the same name if there is one, in one transaction.
 pub fn replace(table: &Table) -> Result<(), Error> {
-    let mut batch = Batch::begin();
-    // Creating before deleting makes the deletion succeed whether or not the table was there.
-    batch.table(NEWTABLE, table.family, &table.name, None);
-    batch.table(DELTABLE, table.family, &table.name, None);
-    batch.table(NEWTABLE, table.family, &table.name, Some(&digest_of_table(table)));
-    for chain in &table.chains {
-        batch.chain(table, chain);
-    }
-    // Elements of verdict maps name chains, and rules name sets: hence this order.
-    for set in &table.sets {
-        batch.set(table, set);
-    }
-    for chain in &table.chains {
-        for rule in &chain.rules {
-            batch.rule(table, chain, rule);
-        }
-    }
-    batch.commit(&format!("replace table {}", table.name))
+    commit(&format!("replace table {}", table.name), &[Change::Replace(table)])
 }
 
 /// Deletes a table. One that is not there is fine.
 pub fn delete(family: Family, name: &str) -> Result<(), Error> {
+    commit(&format!("delete table {name}"), &[Change::Delete(family, name)])
+}
+
+/// One step of a transaction.
+#[derive(Clone, Copy, Debug)]
+pub enum Change<'a> {
+    /// A whole table, instead of one of the same name if there is one.
+    Replace(&'a Table),
+    /// No table of this name any more.
+    Delete(Family, &'a str),
+    /// The chains of a table that is there get the rules that `Table` holds for them. A packet sees all of a chain's
+    /// old rules or all of its new ones; with `Replace` it may pass between the old chain and the new one.
+    Rules(&'a Table),
+    /// The dynamic sets of a table that is there get the entries that `Table` holds for them, beside those they have.
+    Entries(&'a Table),
+    /// The dynamic set of this name, in this table, is empty.
+    Empty(Family, &'a str, &'a str),
+}
+
+/// Takes all steps at once, or none.
+pub fn commit(what: &str, changes: &[Change<'_>]) -> Result<(), Error> {
     let mut batch = Batch::begin();
-    batch.table(NEWTABLE, family, name, None);
-    batch.table(DELTABLE, family, name, None);
-    batch.commit(&format!("delete table {name}"))
+    for change in changes {
+        match change {
+            Change::Replace(table) => {
+                batch.no_table(table.family, &table.name);
+                let digest = digest_of_table(table);
+                batch.table(NEWTABLE, table.family, &table.name, Some(&digest));
+                for chain in &table.chains {
+                    batch.chain(table, chain);
+                }
+                // Elements of verdict maps name chains, and rules name sets: hence this order.
+                for set in &table.sets {
+                    batch.set(table, set);
+                    batch.entries(table, set);
+                }
+                batch.rules(table);
+            }
+            Change::Delete(family, name) => batch.no_table(*family, name),
+            Change::Rules(table) => {
+                for chain in &table.chains {
+                    batch.no_rules(table, chain);
+                }
+                batch.rules(table);
+            }
+            Change::Entries(table) => {
+                for set in &table.sets {
+                    batch.entries(table, set);
+                }
+            }
+            Change::Empty(family, table, set) => batch.no_entries(*family, table, set),
+        }
+    }
+    batch.commit(what)
 }
 
 /// Messages for one transaction, and beside each what it is about and which expressions it uses.
@@ -201,6 +239,32 @@ impl Batch {
         self.push(format!("table {name}"), vec![], message);
     }
 
+    /// Creating before deleting makes the deletion succeed whether or not the table was there.
+    fn no_table(&mut self, family: Family, name: &str) {
+        self.table(NEWTABLE, family, name, None);
+        self.table(DELTABLE, family, name, None);
+    }
+
+    fn no_rules(&mut self, table: &Table, chain: &Chain) {
+        let mut message = message(DELRULE, table.family, 0);
+        message.str(NFTA_RULE_TABLE, &table.name).str(NFTA_RULE_CHAIN, &chain.name);
+        self.push(format!("table {} chain {}", table.name, chain.name), vec![], message);
+    }
+
+    fn no_entries(&mut self, family: Family, table: &str, set: &str) {
+        let mut message = message(DELSETELEM, family, 0);
+        message.str(NFTA_ELEM_LIST_TABLE, table).str(NFTA_ELEM_LIST_SET, set);
+        self.push(format!("table {table} set {set}"), vec![], message);
+    }
+
+    fn rules(&mut self, table: &Table) {
+        for chain in &table.chains {
+            for rule in &chain.rules {
+                self.rule(table, chain, rule);
+            }
+        }
+    }
+
     fn chain(&mut self, table: &Table, chain: &Chain) {
         let mut message = message(NEWCHAIN, table.family, NLM_F_CREATE);
         message.str(NFTA_CHAIN_TABLE, &table.name).str(NFTA_CHAIN_NAME, &chain.name);
@@ -218,7 +282,11 @@ impl Batch {
         let about = format!("table {} set {}", table.name, set.name);
         let mut create = message(NEWSET, table.family, NLM_F_CREATE);
         set.encode(&mut create, &table.name, self.messages.len());
-        self.push(&about, vec![], create);
+        self.push(about, vec![], create);
+    }
+
+    fn entries(&mut self, table: &Table, set: &Set) {
+        let about = format!("table {} set {}", table.name, set.name);
         for entries in set.entries.chunks(set::ENTRIES_PER_MESSAGE) {
             let mut add = message(NEWSETELEM, table.family, NLM_F_CREATE);
             set.encode_entries(&mut add, &table.name, entries);
@@ -309,8 +377,14 @@ fn signed_comment(rule: &Rule) -> String {
     comment
 }
 
+/// Over the sets: constant ones with their entries. Rules have digests of their own.
 fn digest_of_table(table: &Table) -> String {
-    format!("ambit {:016x}", fnv(format!("{table:?}").as_bytes()))
+    let fixed: Vec<Set> = table
+        .sets
+        .iter()
+        .map(|set| if set.dynamic { Set { entries: vec![], ..set.clone() } } else { set.clone() })
+        .collect();
+    format!("ambit {:016x}", fnv(format!("{fixed:?}").as_bytes()))
 }
 
 /// The way `nft` keeps comments: type 0, length, text with a closing zero.

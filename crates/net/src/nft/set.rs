@@ -26,6 +26,10 @@ const NFTA_LIST_ELEMENTS: u16 = 3;
 const NFTA_LIST_ELEM: u16 = 1;
 const NFT_SET_CONSTANT: u32 = 0x2;
 const NFT_SET_MAP: u32 = 0x8;
+/// Rules may add and delete entries.
+const NFT_SET_EVAL: u32 = 0x20;
+/// Entries a dynamic set holds at most: as many connections as one pod has ports.
+const DYNAMIC_MAX: u32 = 65_535;
 const NFT_DATA_VERDICT: u32 = 0xffff_ff00;
 /// A message's list of entries is one attribute of at most 64 KiB; an entry takes up to about 100 bytes.
 pub(super) const ENTRIES_PER_MESSAGE: usize = 400;
@@ -45,7 +49,7 @@ pub enum Field {
     Port,
 }
 
-/// A set, or with values a map. Constant once made.
+/// A set, or with values a map. Constant once made, unless it is dynamic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Set {
     /// Unique in the table.
@@ -58,6 +62,8 @@ pub struct Set {
     pub verdicts: bool,
     /// The entries; a key must not come twice.
     pub entries: Vec<Entry>,
+    /// Rules, and later transactions, may add entries and delete them.
+    pub dynamic: bool,
 }
 
 /// One entry of a set or map.
@@ -118,13 +124,21 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// The key as the kernel keeps it.
+    pub(crate) fn key(&self) -> &[u8] {
+        &self.key
+    }
+}
+
 impl Set {
     /// Appends what creates the set. `id` must differ among the sets of one transaction.
     pub(super) fn encode(&self, m: &mut Message, table: &str, id: usize) {
         let is_map = self.verdicts || !self.value.is_empty();
+        let kind = if self.dynamic { NFT_SET_EVAL } else { NFT_SET_CONSTANT };
         m.str(NFTA_SET_TABLE, table)
             .str(NFTA_SET_NAME, &self.name)
-            .be32(NFTA_SET_FLAGS, NFT_SET_CONSTANT | if is_map { NFT_SET_MAP } else { 0 })
+            .be32(NFTA_SET_FLAGS, kind | if is_map { NFT_SET_MAP } else { 0 })
             .be32(NFTA_SET_KEY_TYPE, type_number(&self.key))
             .be32(NFTA_SET_KEY_LEN, length(&self.key));
         if self.verdicts {
@@ -134,7 +148,11 @@ impl Set {
             m.be32(NFTA_SET_DATA_LEN, length(&self.value));
         }
         // The kernel picks a hash or a bitmap by the number of entries.
-        let count = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        let count = if self.dynamic {
+            DYNAMIC_MAX
+        } else {
+            u32::try_from(self.entries.len()).unwrap_or(u32::MAX)
+        };
         if count > 0 {
             m.nested(NFTA_SET_DESC, |m| {
                 m.be32(NFTA_SET_DESC_SIZE, count);

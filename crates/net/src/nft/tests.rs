@@ -25,22 +25,22 @@ pub(crate) fn ruleset() -> Vec<String> {
 fn capture_reads_as_the_design_says() {
     in_user_ns(|| {
         for _ in 0..2 {
-            replace(&capture::table()).unwrap();
+            replace(&capture::table(capture::State::Captured)).unwrap();
             let want = include_str!("capture.expected");
             assert_eq!(ruleset(), want.lines().map(str::trim).collect::<Vec<_>>());
-            assert!(is_intact(&capture::table()).unwrap());
+            assert!(is_intact(&capture::table(capture::State::Captured)).unwrap());
         }
         delete(Family::Inet, capture::TABLE).unwrap();
         delete(Family::Inet, capture::TABLE).unwrap();
         assert_eq!(ruleset(), [""; 0]);
-        assert!(!is_intact(&capture::table()).unwrap());
+        assert!(!is_intact(&capture::table(capture::State::Captured)).unwrap());
     });
 }
 
 #[test]
 fn edits_by_hand_are_noticed_and_repaired() {
     in_user_ns(|| {
-        let ours = capture::table();
+        let ours = capture::table(capture::State::Captured);
         let edits: [&[&str]; 8] = [
             &["flush", "ruleset"],
             &["flush", "table", "inet", "ambit"],
@@ -69,7 +69,7 @@ fn edits_by_hand_are_noticed_and_repaired() {
 #[test]
 fn a_refused_table_leaves_the_old_one_and_says_which_rule() {
     in_user_ns(|| {
-        let good = capture::table();
+        let good = capture::table(capture::State::Captured);
         replace(&good).unwrap();
         let mut bad = good.clone();
         bad.chains[1].rules.push(Rule::new("nowhere").verdict(Verdict::Jump("missing".into())));
