@@ -7,6 +7,7 @@
 pub mod app;
 pub mod config;
 pub mod connections;
+pub mod dns;
 mod inbound;
 mod outbound;
 pub mod pod;

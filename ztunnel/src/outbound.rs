@@ -37,6 +37,21 @@ async fn forward(
     let Accepted { tcp, peer, destination, .. } = accepted;
     // A refusal must look like one: the application gets a RST, not an empty answer.
     let tcp = ResetOnDrop(Some(tcp));
+    let ends = match open(worker, pod, peer, destination, record).await? {
+        Connected::Plain(target) => Ends::Sockets(tcp.take(), target),
+        Connected::Tunnel(stream) => Ends::Tunnel(tcp.take(), stream),
+    };
+    join(worker, pod, ends, record).await
+}
+
+/// Decides where a connection of the pod goes, and makes it. The record learns what is found out on the way.
+pub(crate) async fn open(
+    worker: &Worker,
+    pod: &Pod,
+    peer: SocketAddr,
+    destination: SocketAddr,
+    record: &mut Record,
+) -> Result<Connected, Refusal> {
     let source = own_workload(worker, pod).await?;
     record.source = Some(source.clone());
     if is_local(&source.addresses, destination.ip()) && MESH_PORTS.contains(&destination.port()) {
@@ -51,36 +66,43 @@ async fn forward(
         let facts = OutboundFacts { source: &source, destination };
         plan_outbound(&snapshot, &facts, worker.random())
     };
-    let (ends, hbone) = match plan {
-        OutboundPlan::Refuse(refusal) => return Err(refusal),
-        OutboundPlan::Passthrough => {
-            (Ends::Sockets(tcp.take(), connect_plain(pod, destination).await?), false)
-        }
+    match plan {
+        OutboundPlan::Refuse(refusal) => Err(refusal),
+        OutboundPlan::Passthrough => connect_plain(pod, destination).await.map(Connected::Plain),
         OutboundPlan::Connect { service, candidates } => {
             record.service = service;
-            match first_that_connects(worker, pod, &source, peer, candidates, record).await? {
-                Connected::Plain(target) => (Ends::Sockets(tcp.take(), target), false),
-                Connected::Tunnel(stream) => {
-                    record.peer = Some(Arc::new(stream.peer.clone()));
-                    (Ends::Tunnel(tcp.take(), stream), true)
-                }
+            let connected =
+                first_that_connects(worker, pod, &source, peer, candidates, record).await?;
+            if let Connected::Tunnel(stream) = &connected {
+                record.peer = Some(Arc::new(stream.peer.clone()));
             }
+            Ok(connected)
         }
-    };
+    }
+}
+
+/// Joins the client and the connection that was made for it.
+pub(crate) async fn join(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    ends: Ends,
+    record: &mut Record,
+) -> Result<(), Refusal> {
     let live = Live {
         pod: pod.clone(),
         direction: Direction::Outbound,
-        source: peer,
-        destination,
+        source: record.source_address,
+        destination: record.destination,
         peer: None,
-        hbone,
+        hbone: matches!(ends, Ends::Tunnel(..)),
         started: record.started,
         moved: record.moved.clone(),
     };
     relay(worker, live, ends, record).await
 }
 
-enum Connected {
+/// A connection towards a destination.
+pub(crate) enum Connected {
     Plain(TcpStream),
     Tunnel(hbone::TunnelStream),
 }

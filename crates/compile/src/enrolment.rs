@@ -12,6 +12,9 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// The annotation that says a pod's traffic is captured.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
+/// The annotation by which a pod says whether its DNS questions go to the proxy.
+pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+
 /// Should the pod be captured, and if not, why not?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Enrolment {
@@ -66,4 +69,9 @@ pub fn enrolment(namespace: Option<&Namespace>, pod: &Pod) -> Enrolment {
         }
         None => Enrolment::NotLabelled,
     }
+}
+
+/// Whether the DNS questions of a captured pod go to the proxy: unless its annotation says `false`.
+pub fn captures_dns(pod: &Pod) -> bool {
+    pod.annotation(DNS_CAPTURE) != Some("false")
 }

@@ -212,7 +212,7 @@ fn next_high_port() -> u16 {
     HIGH_PORTS.start() + NEXT.fetch_add(1, Ordering::Relaxed) % count
 }
 
-fn about(e: &io::Error, what: &str) -> io::Error {
+pub(crate) fn about(e: &io::Error, what: &str) -> io::Error {
     let hint = match e.raw_os_error() {
         Some(libc::EPERM) => " (CAP_NET_ADMIN over the network namespace needed)",
         _ => "",

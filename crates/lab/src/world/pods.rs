@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use compile::local::PodPlan;
+use net::capture::Dns;
 use net::{NetNs, capture};
 use tokio::sync::mpsc;
 
@@ -102,6 +103,11 @@ fn key(plan: &PodPlan) -> Key {
     (plan.namespace.to_string(), plan.name.to_string())
 }
 
+/// Whether the pod's DNS questions are to be captured too.
+fn dns_of(plan: &PodPlan) -> Dns {
+    if compile::captures_dns(&plan.pod) { Dns::Captured } else { Dns::Left }
+}
+
 fn host_network(plan: &PodPlan) -> bool {
     plan.pod.spec.as_ref().is_some_and(|s| s.host_network == Some(true))
 }
@@ -119,19 +125,28 @@ fn wanted(plan: &PodPlan) -> Wanted {
 impl World {
     /// Takes over what may change in a running pod: labels, and whether it belongs to the mesh.
     pub(super) fn adopt_plan(&mut self) {
-        let mut moves = vec![];
+        let (mut moves, mut troubles) = (vec![], vec![]);
         for plan in &self.plan.pods {
             let Some(pod) = self.pods.get_mut(&key(plan)) else { continue };
             if pod.ending || pod.plan.template_hash != plan.template_hash {
                 continue;
             }
+            let dns = (dns_of(&pod.plan), dns_of(plan));
             pod.plan = plan.clone();
+            if dns.0 != dns.1 && matches!(pod.capture, Capture::In) {
+                // The table is replaced in one step; connections do not notice.
+                let changed = capture::install(&pod.ns, dns.1);
+                troubles.extend(changed.err().map(|e| format!("pod {}: {e}", plan.name)));
+            }
             let wants = plan.captured() && self.mesh.is_some();
             match (&pod.capture, wants) {
                 (Capture::Out, true) | (Capture::In, false) => moves.push((key(plan), wants)),
                 // The others come back here when they have arrived.
                 _ => {}
             }
+        }
+        for trouble in troubles {
+            self.trouble(trouble);
         }
         for (key, wants) in moves {
             let way = if wants { "enters" } else { "leaves" };
@@ -235,11 +250,12 @@ impl World {
         };
         let (inputs, key, instance, ns) =
             (self.inputs.clone(), key.clone(), pod.instance, pod.ns.clone());
+        let dns = dns_of(&pod.plan);
         tokio::spawn(async move {
             let mut result = agent.add(captured).await;
             if result.is_ok() {
                 // Listeners stand: from here on every connection goes to them.
-                result = capture::install(&ns).map_err(|e| e.to_string());
+                result = capture::install(&ns, dns).map_err(|e| e.to_string());
             }
             let _ = inputs.send(Input::Captured { key, instance, result }).await;
         });

@@ -18,8 +18,8 @@ use crate::netlink::{
 };
 
 pub use dump::is_intact;
-pub(crate) use expr::TCP;
 pub use expr::{Rule, Verdict};
+pub(crate) use expr::{TCP, UDP};
 pub use set::{Entry, Field, Set};
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;
