@@ -127,7 +127,13 @@ async fn ask(server: &Server, packet: &[u8], resolver: SocketAddr) -> Result<Vec
         let socket = UdpSocket::from_std(connect(&server.pod.netns, resolver, MARK_PROXY)?)?;
         socket.send(packet).await?;
         loop {
-            socket.readable().await?;
+            // "Nobody listens there" does not make a socket readable.
+            let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+            if ready.is_error()
+                && let Ok(error) = socket.try_io(Interest::ERROR, || pending_error(&socket))
+            {
+                return Err(error);
+            }
             let got = BUFFER.with_borrow_mut(|buffer| {
                 let length = socket.try_recv(buffer)?;
                 let reply = buffer.get(..length).unwrap_or_default();
@@ -145,6 +151,10 @@ async fn ask(server: &Server, packet: &[u8], resolver: SocketAddr) -> Result<Vec
         Ok(result) => result.map_err(words),
         Err(_) => Err(format!("{resolver} did not answer within {PATIENCE:?}")),
     }
+}
+
+fn pending_error(socket: &UdpSocket) -> io::Result<io::Error> {
+    socket.take_error()?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
 }
 
 fn say(replies: &Replies, resolver: SocketAddr, asker: SocketAddr, bytes: &[u8]) {

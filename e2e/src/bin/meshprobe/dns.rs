@@ -129,7 +129,10 @@ fn shown(question: &str, packet: &[u8], reply: &[u8], took: Duration) -> Result<
 fn packet(args: &Ask, question: &str) -> Result<Vec<u8>> {
     let (name, kind) = question.rsplit_once('/').context("a question is NAME/TYPE")?;
     let name = Name::from_ascii(format!("{}.", name.trim_end_matches('.')))?;
-    let kind: RecordType = kind.parse()?;
+    let kind = match kind.strip_prefix("TYPE") {
+        Some(number) => RecordType::from(number.parse::<u16>()?),
+        None => kind.parse()?,
+    };
     let mut message = Message::new(args.id, MessageType::Query, OpCode::from_u8(args.opcode));
     message.metadata.recursion_desired = true;
     message.add_query(Query::query(name, kind));
