@@ -75,3 +75,24 @@ pub fn enrolment(namespace: Option<&Namespace>, pod: &Pod) -> Enrolment {
 pub fn captures_dns(pod: &Pod) -> bool {
     pod.annotation(DNS_CAPTURE) != Some("false")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_false_keeps_questions_from_the_proxy() {
+        let check = |value: Option<&str>, want: bool| {
+            let mut pod = Pod::default();
+            if let Some(value) = value {
+                let annotations = pod.metadata.annotations.get_or_insert_default();
+                annotations.insert(DNS_CAPTURE.to_owned(), value.to_owned());
+            }
+            assert_eq!(captures_dns(&pod), want, "{value:?}");
+        };
+        check(None, true);
+        check(Some("true"), true);
+        check(Some("false"), false);
+        check(Some("False"), true);
+    }
+}

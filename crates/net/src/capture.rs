@@ -224,6 +224,9 @@ fn output(dns: Dns) -> Vec<Rule> {
         Rule::new("every other connection goes to the proxy").protocol(TCP).set_mark(MARK_OUTBOUND),
     ];
     if dns == Dns::Captured {
+        // Behind loopback nobody knows which link was meant.
+        let of_link = Rule::new("but no question to one link").protocol(UDP);
+        rules.push(leave(of_link.destination_is_link_local()));
         rules.push(Rule::new("and every question").protocol(UDP).set_mark(MARK_OUTBOUND));
     }
     rules

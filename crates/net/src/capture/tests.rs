@@ -296,6 +296,18 @@ fn udp_server(ns: &NetNs, addr: SocketAddr, name: &'static str) {
     });
 }
 
+/// Gives the wire addresses of its own, and says how the pod and the node name the node's.
+fn on_the_link(pod: &NetNs) -> [SocketAddr; 2] {
+    addr::add("pod0", ip("fe80::1"), 64).unwrap();
+    let eth0 = pod.run(|| {
+        addr::add("eth0", ip("fe80::2"), 64).unwrap();
+        link::index("eth0").unwrap()
+    });
+    let node = "fe80::1".parse().unwrap();
+    [eth0.unwrap(), link::index("pod0").unwrap()]
+        .map(|scope| std::net::SocketAddrV6::new(node, 53, 0, scope).into())
+}
+
 #[test]
 fn questions_go_to_the_proxy_and_no_other_datagrams() {
     in_user_ns(|| {
@@ -326,6 +338,10 @@ fn questions_go_to_the_proxy_and_no_other_datagrams() {
             stream.read_to_string(&mut text).unwrap();
             assert_eq!(text, format!("dns {far}"));
         }
+        // A resolver on the link: only the pod itself can say which link.
+        let [as_the_pod_says, as_the_node_says] = on_the_link(&pod);
+        udp_server(&outside, as_the_node_says, "link");
+        assert_eq!(question(&pod, None, as_the_pod_says).unwrap(), "link");
         install(&pod, Dns::Left).unwrap();
         assert!(is_installed(&pod, Dns::Left).unwrap());
         assert!(!is_installed(&pod, Dns::Captured).unwrap());

@@ -134,6 +134,14 @@ impl Rule {
         self.address(ip, 16, 24)
     }
 
+    /// Only to IPv6 addresses that mean something on one link only (fe80::/10).
+    #[must_use]
+    pub fn destination_is_link_local(self) -> Self {
+        let (mut mask, mut value) = (vec![0; 16], vec![0; 16]);
+        (mask[0], mask[1], value[0], value[1]) = (0xff, 0xc0, 0xfe, 0x80);
+        self.family(true).with([Expr::Payload(1, 24, 16, REG), Expr::And(mask), Expr::Equal(value)])
+    }
+
     /// Only to an address of this namespace.
     #[must_use]
     pub fn destination_is_local(self) -> Self {

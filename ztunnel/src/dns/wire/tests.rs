@@ -305,7 +305,7 @@ proptest::proptest! {
         let mut packet = hostile(1, &[]);
         packet[2..4].copy_from_slice(&flags.to_be_bytes());
         for label in &labels {
-            packet.push(label.len() as u8);
+            packet.push(u8::try_from(label.len()).unwrap());
             packet.extend(label.bytes());
         }
         packet.push(0);
