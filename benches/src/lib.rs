@@ -12,6 +12,7 @@ pub mod bench;
 pub mod bulk;
 pub mod clients;
 pub mod connections;
+pub mod dns;
 pub mod hist;
 pub mod lines;
 pub mod poller;

@@ -14,8 +14,9 @@ const POSTGRES: &str = "/usr/lib/postgresql";
 const OURS: &str = "AMBIT_BIN_DIR";
 
 /// The Debian package of each program the tests call.
-const PACKAGES: [(&str, &str); 16] = [
+const PACKAGES: [(&str, &str); 17] = [
     ("curl", "curl"),
+    ("dig", "bind9-dnsutils"),
     ("iperf3", "iperf3"),
     ("initdb", "postgresql"),
     ("ip", "iproute2"),

@@ -201,6 +201,7 @@ fn pages(
             "workers": config.worker_threads(),
             "maxConnections": config.max_connections,
             "drainSeconds": config.drain_seconds,
+            "dnsProxy": config.dns_proxy,
             "accessLog": config.access_log,
         }),
         quit: Box::new(move || quit.notify_one()),

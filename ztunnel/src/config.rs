@@ -39,6 +39,13 @@ pub struct Config {
     pub network: String,
     #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,
+    /// Answer DNS questions for names of the mesh; `false` forwards all of them to the pods' own resolvers. Whether
+    /// questions come here at all is the node agent's choice.
+    #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
+    pub dns_proxy: bool,
+    /// The zone of the cluster's own names.
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
     /// Data threads. Default: one for every two cores that this process may use, at most 8.
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
     pub workers: Option<usize>,

@@ -39,7 +39,7 @@ async fn plaintext(
     let tcp = ResetOnDrop(Some(tcp));
     let call = Call { source: peer, destination, peer: None, host: None };
     let workload = admit(worker, pod, &call, record).await?;
-    let app = connect_to_app(pod, &workload, &call, SourcePorts::AboveEphemeral).await?;
+    let app = connect_to_app(pod, &workload, &call).await?;
     Ok((call.live(pod, record), Ends::Sockets(tcp.take(), app)))
 }
 
@@ -152,7 +152,7 @@ async fn stream(
     let call = Call { source, destination, peer: Some(peer), host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
-        let app = connect_to_app(pod, &workload, &call, SourcePorts::Ephemeral).await?;
+        let app = connect_to_app(pod, &workload, &call).await?;
         Ok::<_, Refusal>((workload, app))
     };
     let (workload, app) = match admitted.await {
@@ -278,12 +278,7 @@ fn called_service(snapshot: &Snapshot, workload: &Workload, call: &Call) -> Opti
 }
 
 /// The last hop, in the client's name: the application sees who called.
-async fn connect_to_app(
-    pod: &Pod,
-    workload: &Workload,
-    call: &Call,
-    source_ports: SourcePorts,
-) -> Result<TcpStream, Refusal> {
+async fn connect_to_app(pod: &Pod, workload: &Workload, call: &Call) -> Result<TcpStream, Refusal> {
     let to = call.destination;
     // `authorize` has refused these already; the socket must not depend on that.
     if MESH_PORTS.contains(&to.port()) || !is_local(&workload.addresses, to.ip()) {
@@ -296,7 +291,7 @@ async fn connect_to_app(
     let opts = ConnectOpts {
         mark: Some(if foreign { MARK_TO_APP } else { MARK_PROXY }),
         transparent_source: foreign.then_some(from),
-        source_ports,
+        source_ports: SourcePorts::OutsideEphemeral,
         nodelay: true,
         keepalive: None,
     };

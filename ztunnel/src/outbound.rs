@@ -41,6 +41,21 @@ async fn connect(
     let Accepted { tcp, peer, destination, .. } = accepted;
     // A refusal must look like one: the application gets a RST, not an empty answer.
     let tcp = ResetOnDrop(Some(tcp));
+    let ends = match open(worker, pod, peer, destination, record).await? {
+        Connected::Plain(target) => Ends::Sockets(tcp.take(), target),
+        Connected::Tunnel(stream) => Ends::Tunnel(tcp.take(), stream),
+    };
+    Ok((live(pod, &ends, record), ends))
+}
+
+/// Decides where a connection of the pod goes, and makes it. The record learns what is found out on the way.
+pub(crate) async fn open(
+    worker: &Worker,
+    pod: &Pod,
+    peer: SocketAddr,
+    destination: SocketAddr,
+    record: &mut Record,
+) -> Result<Connected, Refusal> {
     let source = own_workload(worker, pod).await?;
     record.source = Some(source.clone());
     if is_local(&source.addresses, destination.ip()) && MESH_PORTS.contains(&destination.port()) {
@@ -55,36 +70,37 @@ async fn connect(
         let facts = OutboundFacts { source: &source, destination };
         plan_outbound(&snapshot, &facts, worker.random())
     };
-    let (ends, hbone) = match plan {
-        OutboundPlan::Refuse(refusal) => return Err(refusal),
-        OutboundPlan::Passthrough => {
-            (Ends::Sockets(tcp.take(), connect_plain(pod, destination).await?), false)
-        }
+    match plan {
+        OutboundPlan::Refuse(refusal) => Err(refusal),
+        OutboundPlan::Passthrough => connect_plain(pod, destination).await.map(Connected::Plain),
         OutboundPlan::Connect { service, candidates } => {
             record.service = service;
-            match first_that_connects(worker, pod, &source, peer, candidates, record).await? {
-                Connected::Plain(target) => (Ends::Sockets(tcp.take(), target), false),
-                Connected::Tunnel(stream) => {
-                    record.peer = Some(Arc::new(stream.peer.clone()));
-                    (Ends::Tunnel(tcp.take(), stream), true)
-                }
+            let connected =
+                first_that_connects(worker, pod, &source, peer, candidates, record).await?;
+            if let Connected::Tunnel(stream) = &connected {
+                record.peer = Some(Arc::new(stream.peer.clone()));
             }
+            Ok(connected)
         }
-    };
-    let live = Live {
-        pod: pod.clone(),
-        direction: Direction::Outbound,
-        source: peer,
-        destination,
-        peer: None,
-        hbone,
-        started: record.started,
-        moved: record.moved.clone(),
-    };
-    Ok((live, ends))
+    }
 }
 
-enum Connected {
+/// What the table of live connections says of one that the pod opened.
+pub(crate) fn live(pod: &Arc<Pod>, ends: &Ends, record: &Record) -> Live {
+    Live {
+        pod: pod.clone(),
+        direction: Direction::Outbound,
+        source: record.source_address,
+        destination: record.destination,
+        peer: None,
+        hbone: matches!(ends, Ends::Tunnel(..)),
+        started: record.started,
+        moved: record.moved.clone(),
+    }
+}
+
+/// A connection towards a destination.
+pub(crate) enum Connected {
     Plain(TcpStream),
     Tunnel(hbone::TunnelStream),
 }

@@ -42,41 +42,40 @@ pub struct Record {
 
 impl Record {
     pub fn new(direction: Direction, pod: &Arc<Pod>, accepted: &Accepted) -> Self {
-        Self {
-            direction,
-            pod: pod.clone(),
-            started: accepted.at,
-            source_address: accepted.peer,
-            source: None,
-            destination: accepted.destination,
-            target: accepted.destination,
-            hbone_address: None,
-            service: None,
-            destination_workload: None,
-            peer: None,
-            allowed_by: None,
-            version: ConfigVersion::default(),
-            moved: Arc::new(Transfer::default()),
-            refusal: None,
-            counted: None,
-        }
+        Self::of(direction, pod, accepted.at, accepted.peer, accepted.destination)
+    }
+
+    /// A connection that this proxy makes for a pod's question, and not for a connection of the pod.
+    pub fn outbound(pod: &Arc<Pod>, source: SocketAddr, destination: SocketAddr) -> Self {
+        Self::of(Direction::Outbound, pod, Instant::now(), source, destination)
     }
 
     /// One stream of an accepted tunnel; its destination is known once its request is read.
     pub fn tunnelled(pod: &Arc<Pod>, source: SocketAddr, peer: Arc<Identity>) -> Self {
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let record = Self::of(Direction::Inbound, pod, Instant::now(), source, unknown);
+        Self { peer: Some(peer), ..record }
+    }
+
+    fn of(
+        direction: Direction,
+        pod: &Arc<Pod>,
+        started: Instant,
+        source_address: SocketAddr,
+        destination: SocketAddr,
+    ) -> Self {
         Self {
-            direction: Direction::Inbound,
+            direction,
             pod: pod.clone(),
-            started: Instant::now(),
-            source_address: source,
+            started,
+            source_address,
             source: None,
-            destination: unknown,
-            target: unknown,
+            destination,
+            target: destination,
             hbone_address: None,
             service: None,
             destination_workload: None,
-            peer: Some(peer),
+            peer: None,
             allowed_by: None,
             version: ConfigVersion::default(),
             moved: Arc::new(Transfer::default()),
@@ -156,6 +155,10 @@ pub struct Recorder {
 impl Recorder {
     pub fn new(metrics: Metrics, log: AccessLog) -> Self {
         Self { metrics, log, interner: Mutex::default() }
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Bytes can flow from here on. `first_is_client`: the relay's first socket is the client's.

@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::connections::Connections;
 use crate::pod::{Pod, canonical};
 use crate::record::Recorder;
-use crate::{inbound, outbound};
+use crate::{dns, inbound, outbound};
 
 /// How often closed and idle tunnels are looked for.
 const SWEEP: Duration = Duration::from_secs(15);
@@ -54,6 +54,8 @@ pub struct Worker {
     pub recorder: Recorder,
     /// Places for TLS handshakes of peers that dial us.
     pub handshakes: Semaphore,
+    /// Places for DNS questions that wait for a resolver.
+    pub questions: Arc<Semaphore>,
     random: std::sync::Mutex<fastrand::Rng>,
 }
 
@@ -74,6 +76,7 @@ impl Worker {
             connections: Connections::default(),
             recorder,
             handshakes: Semaphore::new(MAX_HANDSHAKES),
+            questions: Arc::new(Semaphore::new(dns::MAX_WAITING_OF_ALL)),
             random: std::sync::Mutex::new(fastrand::Rng::new()),
         }
     }
@@ -139,6 +142,7 @@ impl Worker {
         let outbound = listen_in(pod, OUTBOUND_PORT, true)?;
         let plaintext = listen_in(pod, INBOUND_PLAINTEXT_PORT, true)?;
         let tunnels = listen_in(pod, HBONE_PORT, false)?;
+        dns::serve(&self, pod)?;
         tokio::spawn(accept(self.clone(), pod.clone(), outbound, outbound::serve));
         tokio::spawn(accept(self.clone(), pod.clone(), plaintext, inbound::serve_plaintext));
         tokio::spawn(accept(self, pod.clone(), tunnels, inbound::serve_tunnel));
@@ -176,8 +180,13 @@ pub struct Accepted {
     pub at: Instant,
 }
 
-async fn accept<F, R>(worker: Arc<Worker>, pod: Arc<Pod>, listener: TcpListener, serve: F)
-where
+/// Accepts until the pod leaves, and serves each connection in a task of its own.
+pub(crate) async fn accept<F, R>(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    serve: F,
+) where
     F: Fn(Arc<Worker>, Arc<Pod>, Accepted) -> R,
     R: Future<Output = ()> + Send + 'static,
 {

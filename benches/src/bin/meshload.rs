@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use meshload::bulk::{self, Direction};
 use meshload::clients;
 use meshload::connections::{self, Closing, Plan};
+use meshload::dns;
 use meshload::lines;
 use meshload::relay;
 use meshload::server::{self, Greeting};
@@ -73,6 +74,18 @@ enum Mode {
     },
     /// Opens the connections, has one answer on each, holds them, closes them
     Idle(Load),
+    /// DNS questions by UDP; each socket asks again when it has its answer
+    Dns {
+        #[command(flatten)]
+        load: Load,
+        name: String,
+        /// AAAA, not A
+        #[arg(long)]
+        ipv6: bool,
+        /// A new socket for each question, as C libraries have it
+        #[arg(long)]
+        fresh: bool,
+    },
     /// Bulk to the sink
     Send(Load),
     /// Bulk from the sink
@@ -183,6 +196,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             window: seconds(window)?,
         })?,
         Mode::Idle(load) => clients::hold_idle(load.address()?, load.connections, load.time()?)?,
+        Mode::Dns { load, name, ipv6, fresh } => dns::run(&dns::Plan {
+            to: load.address()?,
+            name,
+            ipv6,
+            sockets: load.connections,
+            time: load.time()?,
+            fresh,
+        })?,
         Mode::Send(load) => {
             bulk::run(load.address()?, Direction::Send, load.connections, load.time()?)?
         }

@@ -13,13 +13,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use model::{ConfigVersion, Identity, Reason};
+use model::{ConfigVersion, Identity, Reason, Str};
 
+mod dns;
 mod expose;
 mod labels;
 mod process;
 mod traffic;
 
+pub use dns::{DnsMetrics, DnsProtocol, DnsResult, dns_type_name};
 pub use labels::{Reporter, TrafficKey};
 pub use traffic::{Flushed, Interner, TcpMetrics};
 
@@ -40,6 +42,7 @@ struct Inner {
     component: &'static str,
     tag: String,
     traffic: Traffic,
+    dns: dns::Dns,
     refusals: Arc<Refusals>,
     certificates: Mutex<BTreeMap<Identity, u64>>,
     xds: Xds,
@@ -55,6 +58,7 @@ impl Metrics {
             component,
             tag: tag.into(),
             traffic: Traffic::new(refusals.clone()),
+            dns: dns::Dns::default(),
             refusals,
             certificates: Mutex::default(),
             xds: Xds::default(),
@@ -67,6 +71,11 @@ impl Metrics {
     /// ask an [`Interner`] instead.
     pub fn tcp(&self, key: &TrafficKey<'_>) -> Arc<TcpMetrics> {
         self.0.traffic.get(key)
+    }
+
+    /// The counters of DNS questions of a canonical service and revision; `None`: of pods that are not known yet.
+    pub fn dns(&self, source: Option<(&Str, &Str)>) -> Arc<DnsMetrics> {
+        self.0.dns.get(source)
     }
 
     /// Counts a connection that was refused before anything is known of its two ends.

@@ -12,6 +12,9 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// The annotation that says a pod's traffic is captured.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
+/// The annotation by which a pod says whether its DNS questions go to the proxy.
+pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+
 /// Should the pod be captured, and if not, why not?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Enrolment {
@@ -65,5 +68,31 @@ pub fn enrolment(namespace: Option<&Namespace>, pod: &Pod) -> Enrolment {
             Enrolment::Enrolled
         }
         None => Enrolment::NotLabelled,
+    }
+}
+
+/// Whether the DNS questions of a captured pod go to the proxy: unless its annotation says `false`.
+pub fn captures_dns(pod: &Pod) -> bool {
+    pod.annotation(DNS_CAPTURE) != Some("false")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_false_keeps_questions_from_the_proxy() {
+        let check = |value: Option<&str>, want: bool| {
+            let mut pod = Pod::default();
+            if let Some(value) = value {
+                let annotations = pod.metadata.annotations.get_or_insert_default();
+                annotations.insert(DNS_CAPTURE.to_owned(), value.to_owned());
+            }
+            assert_eq!(captures_dns(&pod), want, "{value:?}");
+        };
+        check(None, true);
+        check(Some("true"), true);
+        check(Some("false"), false);
+        check(Some("False"), true);
     }
 }

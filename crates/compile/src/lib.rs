@@ -32,7 +32,7 @@ mod validate;
 mod yaml;
 
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
-pub use enrolment::{DATAPLANE_MODE, Enrolment, REDIRECTION, enrolment};
+pub use enrolment::{DATAPLANE_MODE, DNS_CAPTURE, Enrolment, REDIRECTION, captures_dns, enrolment};
 pub use folder::Folder;
 pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
 pub use parse::{ParsedFile, parse_file};

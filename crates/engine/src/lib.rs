@@ -7,11 +7,13 @@
 //! that lacks information is `Pending` or a refusal, never a permission.
 
 mod authz;
+mod dns;
 mod endpoint;
 mod outbound;
 mod rotate;
 
 pub use authz::{Allowed, InboundFacts, Verdict, authorize, dry_run_matches};
+pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
 pub use outbound::{
     Candidate, MAX_CANDIDATES, OutboundFacts, OutboundPlan, Transport, plan_every_endpoint,
     plan_outbound,

@@ -75,6 +75,8 @@ pub struct Snapshot {
     services: Map<ServiceKey, Arc<Service>>,
     endpoints: Map<ServiceKey, Endpoints>,
     by_vip: Map<NetworkAddress, RedBlackTreeSetSync<ServiceKey>>,
+    /// Host names in lower case; usually one service, several when namespaces describe the same host.
+    by_hostname: Map<Str, RedBlackTreeSetSync<ServiceKey>>,
     /// Services with address ranges, few; longest prefix wins.
     by_range: RedBlackTreeMapSync<(ServiceKey, u32), Vip>,
     policies: Map<PolicyKey, Arc<Policy>>,
@@ -95,6 +97,7 @@ impl Default for Snapshot {
             services: map(),
             endpoints: map(),
             by_vip: map(),
+            by_hostname: map(),
             by_range: RedBlackTreeMapSync::new_sync(),
             policies: map(),
             by_scope: map(),
@@ -176,6 +179,12 @@ impl Snapshot {
             // The first of the longest: iteration is ordered by key.
             .max_by(|(a, x), (b, y)| x.prefix.cmp(&y.prefix).then_with(|| b.cmp(a)))
             .and_then(|((service, _), _)| self.services.get(service))
+    }
+
+    /// The services of a host name, in the order of their namespaces. `hostname` in lower case.
+    pub fn services_named(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {
+        let keys = self.by_hostname.get(hostname).into_iter().flat_map(|keys| keys.iter());
+        keys.filter_map(|key| self.services.get(key))
     }
 
     /// The endpoints of a service; `None` when it has none.
@@ -294,6 +303,11 @@ impl Snapshot {
                 self.by_range.insert_mut((service.key.clone(), index), vip.clone());
             }
         }
+        let hostname = lower(&service.key.hostname);
+        let mut keys =
+            self.by_hostname.get(&hostname).cloned().unwrap_or_else(RedBlackTreeSetSync::new_sync);
+        keys.insert_mut(service.key.clone());
+        self.by_hostname.insert_mut(hostname, keys);
         self.services.insert_mut(service.key.clone(), service);
     }
 
@@ -311,6 +325,15 @@ impl Snapshot {
                 self.by_vip.remove_mut(&address);
             } else {
                 self.by_vip.insert_mut(address, keys);
+            }
+        }
+        let hostname = lower(&key.hostname);
+        if let Some(mut keys) = self.by_hostname.get(&hostname).cloned() {
+            keys.remove_mut(key);
+            if keys.is_empty() {
+                self.by_hostname.remove_mut(&hostname);
+            } else {
+                self.by_hostname.insert_mut(hostname, keys);
             }
         }
         self.services.remove_mut(key);
@@ -343,6 +366,15 @@ impl Snapshot {
             self.by_scope.insert_mut(key.namespace.clone(), keys);
         }
         self.policies.remove_mut(key);
+    }
+}
+
+/// Host names compare without case; nearly all are in lower case already and stay shared.
+fn lower(hostname: &Str) -> Str {
+    if hostname.bytes().any(|b| b.is_ascii_uppercase()) {
+        hostname.to_ascii_lowercase().into()
+    } else {
+        hostname.clone()
     }
 }
 

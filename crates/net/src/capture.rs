@@ -6,6 +6,8 @@
 //! How it works, with TPROXY and routing by mark, and without connection tracking or address translation:
 //! - *Out*: the output chain marks packets of the app [`MARK_OUTBOUND`]; the mark routes them to loopback, and there
 //!   prerouting hands them to the listener on [`OUTBOUND_PORT`].
+//! - *DNS*: UDP and TCP to port 53 go the same way to the listeners on [`DNS_PORT`], if the pod wants that ([`Dns`]).
+//!   Those are bound to loopback: what comes from outside never reaches them. No other UDP is captured.
 //! - *In*: prerouting hands TCP from outside to the listener on [`INBOUND_PLAINTEXT_PORT`], except HBONE and probes.
 //! - *The proxy's own sockets* carry [`MARK_PROXY`] and are left alone; accepted sockets inherit it from their listener.
 //! - *Proxy to app*: the proxy connects in the client's name with [`MARK_TO_APP`]. `tcp_fwmark_accept` makes the app's
@@ -23,9 +25,9 @@ pub mod handover;
 
 use handover::Noted;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-pub use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
+pub use model::{DNS_PORT, HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 use nix::errno::Errno;
 
 use crate::netlink::route::{Kind, Route};
@@ -33,7 +35,7 @@ use crate::netlink::rule::Rule as RoutingRule;
 use crate::netlink::{self, link, route, rule};
 use crate::netns::NetNs;
 use crate::nft::{
-    self, Chain, ChainType, Family, Hook, HookPoint, Rule, TCP, Table, Verdict, priority,
+    self, Chain, ChainType, Family, Hook, HookPoint, Rule, TCP, Table, UDP, Verdict, priority,
 };
 use crate::sysctl;
 
@@ -54,6 +56,13 @@ pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The same for IPv6.
 pub const PROBE_V6: Ipv6Addr =
     Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
+/// Where DNS servers listen.
+pub const RESOLVER_PORT: u16 = 53;
+/// Where the proxy takes captured questions, of each family.
+pub const DNS_LISTENERS: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), DNS_PORT),
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), DNS_PORT),
+];
 /// Name of the nftables table, family inet.
 pub const TABLE: &str = "ambit";
 
@@ -61,6 +70,16 @@ pub const TABLE: &str = "ambit";
 const FWMARK_ACCEPT: &str = "net/ipv4/tcp_fwmark_accept";
 /// Packets that the kernel answers with take the mark of what they answer.
 const FWMARK_REFLECT: [&str; 2] = ["net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"];
+
+/// Whether a pod's DNS questions go to the proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dns {
+    /// To the proxy, which answers for the mesh and forwards the rest.
+    #[default]
+    Captured,
+    /// Straight to the pod's resolver, and by TCP as any other connection.
+    Left,
+}
 
 /// Capture could not be put in place, taken away or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -83,17 +102,23 @@ pub enum CaptureError {
 }
 
 /// Puts capture in place in a pod's namespace. Listeners should stand before: from here on connections go to them.
-pub fn install(ns: &NetNs) -> Result<(), CaptureError> {
+pub fn install(ns: &NetNs, dns: Dns) -> Result<(), CaptureError> {
     ns.run(|| {
         prepare()?;
         // Last, since this switches capture on: before it, the rest does nothing.
-        nft::replace(&table(State::Captured)).map_err(CaptureError::Table)
+        let Some((kept @ (State::Captured | State::Exempting), _)) = handover::state()? else {
+            let whole = table(State::Captured, dns);
+            return nft::replace(&whole).map_err(CaptureError::Table);
+        };
+        let rules = table(kept, dns);
+        nft::commit("set capture's rules", &[nft::Change::Rules(&rules)])
+            .map_err(CaptureError::Table)
     })
     .map_err(CaptureError::Namespace)?
 }
 
 /// Whether capture is in place and whole: somebody may have removed or added a rule by hand.
-pub fn is_installed(ns: &NetNs) -> Result<bool, CaptureError> {
+pub fn is_installed(ns: &NetNs, dns: Dns) -> Result<bool, CaptureError> {
     ns.run(|| {
         let rules = rule::list().map_err(CaptureError::Routing)?;
         let routes = route::list(ROUTE_TABLE).map_err(CaptureError::Routing)?;
@@ -106,7 +131,7 @@ pub fn is_installed(ns: &NetNs) -> Result<bool, CaptureError> {
         for name in std::iter::once(FWMARK_ACCEPT).chain(reflected) {
             set &= sysctl::read(name).map_err(CaptureError::Setting)? == "1";
         }
-        let intact = |state| nft::is_intact(&table(state)).map_err(CaptureError::Table);
+        let intact = |state| nft::is_intact(&table(state, dns)).map_err(CaptureError::Table);
         Ok(routed && set && (intact(State::Captured)? || intact(State::Exempting)?))
     })
     .map_err(CaptureError::Namespace)?
@@ -129,7 +154,7 @@ pub enum State {
 }
 
 /// The table that captures.
-pub fn table(state: State) -> Table {
+pub fn table(state: State, dns: Dns) -> Table {
     let chain = |name: &str, point, kind, rules| Chain {
         name: name.to_owned(),
         hook: Some(Hook { point, kind, priority: priority::MANGLE }),
@@ -140,13 +165,13 @@ pub fn table(state: State) -> Table {
         name: TABLE.to_owned(),
         sets: handover::sets(),
         chains: vec![
-            chain("prerouting", HookPoint::Prerouting, ChainType::Filter, prerouting(state)),
-            chain("output", HookPoint::Output, ChainType::Route, output(state)),
+            chain("prerouting", HookPoint::Prerouting, ChainType::Filter, prerouting(state, dns)),
+            chain("output", HookPoint::Output, ChainType::Route, output(state, dns)),
         ],
     }
 }
 
-fn prerouting(state: State) -> Vec<Rule> {
+fn prerouting(state: State, dns: Dns) -> Vec<Rule> {
     match state {
         State::Entering => {
             return [handover::still_under_way(), handover::note_received()].concat();
@@ -155,13 +180,13 @@ fn prerouting(state: State) -> Vec<Rule> {
         State::Captured | State::Exempting | State::Leaving => {}
     }
     let leave = |rule: Rule| rule.verdict(Verdict::Return);
-    let from_app = || {
-        Rule::new("from the app to the outbound listener")
-            .from_loopback()
-            .mark(MARK_OUTBOUND, MARK_MASK)
-    };
+    let from_app = || from_app("from the app to the outbound listener");
     let [probe4, probe6] = probes();
-    vec![
+    let mut rules = Vec::new();
+    if dns == Dns::Captured {
+        rules.extend(dns_rules());
+    }
+    rules.extend([
         leave(Rule::new("only TCP is captured").protocol_not(TCP)),
         leave(Rule::new("probes of the node").source(probe4)),
         leave(Rule::new("probes of the node").source(probe6)),
@@ -176,31 +201,65 @@ fn prerouting(state: State) -> Vec<Rule> {
             .tproxy(INBOUND_PLAINTEXT_PORT)
             .verdict(Verdict::Accept),
         Rule::new("no listener: wait for it").tcp_opening().verdict(Verdict::Drop),
-    ]
+    ]);
+    rules
 }
 
-fn output(state: State) -> Vec<Rule> {
-    let leave = |rule: Rule| rule.verdict(Verdict::Return);
+/// Questions by TCP fall through to the outbound listener when nobody listens for them. Those by UDP are dropped then: the
+/// asker tries again, and finds the proxy that was restarted meanwhile; a refusal would count as an answer.
+fn dns_rules() -> Vec<Rule> {
+    let question = || from_app("DNS from the app");
+    let mut rules = Vec::new();
+    for to in DNS_LISTENERS {
+        let of_family = || question().family(to.is_ipv6());
+        let by_udp = of_family().udp_port(RESOLVER_PORT);
+        let by_tcp = of_family().tcp_port(RESOLVER_PORT);
+        rules.extend([by_udp, by_tcp].map(|rule| rule.tproxy_to(to).verdict(Verdict::Accept)));
+    }
+    rules.push(question().protocol(UDP).verdict(Verdict::Drop));
+    rules
+}
+
+/// What the output chain turned around.
+fn from_app(comment: &str) -> Rule {
+    Rule::new(comment).from_loopback().mark(MARK_OUTBOUND, MARK_MASK)
+}
+
+fn output(state: State, dns: Dns) -> Vec<Rule> {
+    let captures = !matches!(state, State::Entering | State::Left);
+    let (leave, with_dns) =
+        (|rule: Rule| rule.verdict(Verdict::Return), captures && dns == Dns::Captured);
     let [probe4, probe6] = probes();
+    let first = if with_dns {
+        Rule::new("of UDP only DNS is captured").udp_port_not(RESOLVER_PORT)
+    } else {
+        Rule::new("only TCP is captured").protocol_not(TCP)
+    };
     let mut rules = vec![
-        leave(Rule::new("only TCP is captured").protocol_not(TCP)),
+        leave(first),
         leave(Rule::new("the proxy's own sockets").mark(MARK_PROXY, MARK_MASK)),
         leave(Rule::new("between proxy and app").mark(MARK_TO_APP, MARK_MASK)),
         leave(Rule::new("answers to probes").destination(probe4)),
         leave(Rule::new("answers to probes").destination(probe6)),
         leave(Rule::new("the pod to itself").destination_is_local()),
     ];
-    let everything = Rule::new("everything else goes to the proxy").set_mark(MARK_OUTBOUND);
     rules.extend(match state {
-        State::Captured => vec![everything],
-        State::Exempting => [handover::exempt(), vec![everything]].concat(),
+        State::Captured => vec![],
+        State::Exempting => handover::exempt(),
         State::Entering => [handover::keep(), handover::note_sent(Noted::Direct)].concat(),
-        State::Leaving => {
-            let note = handover::note_sent(Noted::Proxied);
-            [handover::exempt(), note, vec![everything]].concat()
-        }
+        State::Leaving => [handover::exempt(), handover::note_sent(Noted::Proxied)].concat(),
         State::Left => handover::keep(),
     });
+    if captures {
+        let rule = Rule::new("every other connection goes to the proxy");
+        rules.push(rule.protocol(TCP).set_mark(MARK_OUTBOUND));
+    }
+    if with_dns {
+        // Behind loopback nobody knows which link was meant.
+        let of_link = Rule::new("but no question to one link").protocol(UDP);
+        rules.push(leave(of_link.destination_is_link_local()));
+        rules.push(Rule::new("and every question").protocol(UDP).set_mark(MARK_OUTBOUND));
+    }
     rules
 }
 

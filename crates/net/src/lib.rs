@@ -10,6 +10,7 @@
 //! - Every error names the object it was about; where the kernel gives a reason in words, the error carries it.
 
 pub mod capture;
+pub mod datagram;
 pub mod flows;
 pub mod netlink;
 pub mod netns;

@@ -16,9 +16,9 @@ use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::netns::NetNs;
 
-/// Source ports used for connections in a client's name when the client's own connection ends in the same namespace
-/// (see [`SourcePorts::AboveEphemeral`]): what lies above Linux' default ephemeral range, 32768-60999.
-const HIGH_PORTS: std::ops::RangeInclusive<u16> = 61000..=65534;
+/// Source ports of connections in a client's name (see [`SourcePorts::OutsideEphemeral`]): some below Linux' default
+/// ephemeral range, 32768-60999, and what lies above it.
+const OWN_PORTS: [std::ops::RangeInclusive<u16>; 2] = [24_576..=32_767, 61_000..=65_534];
 /// How many ports to try before taking the range for full. Ports rotate, so even one busy port is rare; each try costs
 /// two system calls.
 const PORT_TRIES: u32 = 32;
@@ -74,11 +74,11 @@ pub enum SourcePorts {
     /// The kernel picks at connect time, by whole four-tuple.
     #[default]
     Ephemeral,
-    /// Above the default ephemeral range. For plaintext that was captured on its way *into* the namespace: there the
-    /// proxy's accepted socket already owns (app, client's port), and were the kernel to pick the client's own port for
-    /// the last hop, the app's SYN would land in that socket and the connection would hang. The kernel cannot see this
-    /// clash, since the two tuples are mirrored.
-    AboveEphemeral,
+    /// Outside the default ephemeral range. Whoever connects to an app in a client's name shares the client's ports: the
+    /// kernel, asked to pick, looks only at this end's sockets, while the app may have a connection of the client itself
+    /// under the very port (from before capture, or after it), or the proxy one that was captured on its way in. Then a
+    /// SYN would land in a connection that lives, and hang.
+    OutsideEphemeral,
 }
 
 /// Opens a TCP listener at `addr` inside `ns`.
@@ -196,7 +196,7 @@ fn bind_source(socket: &Socket, source: IpAddr, ports: SourcePorts) -> io::Resul
     socket.set_reuse_address(true)?;
     let mut last = io::ErrorKind::AddrInUse.into();
     for _ in 0..PORT_TRIES {
-        match socket.bind(&SocketAddr::new(source, next_high_port()).into()) {
+        match socket.bind(&SocketAddr::new(source, next_own_port()).into()) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => last = e,
             Err(e) => return Err(e),
@@ -206,13 +206,16 @@ fn bind_source(socket: &Socket, source: IpAddr, ports: SourcePorts) -> io::Resul
 }
 
 /// Ports in rotation: the longest possible time before one comes again.
-fn next_high_port() -> u16 {
+fn next_own_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let count = HIGH_PORTS.end() - HIGH_PORTS.start() + 1;
-    HIGH_PORTS.start() + NEXT.fetch_add(1, Ordering::Relaxed) % count
+    let [low, high] = OWN_PORTS;
+    let (lows, highs) = (low.end() - low.start() + 1, high.end() - high.start() + 1);
+    // Wraps somewhere within the ranges, which only shortens one round.
+    let number = NEXT.fetch_add(1, Ordering::Relaxed) % (lows + highs);
+    if number < lows { low.start() + number } else { high.start() + (number - lows) }
 }
 
-fn about(e: &io::Error, what: &str) -> io::Error {
+pub(crate) fn about(e: &io::Error, what: &str) -> io::Error {
     let hint = match e.raw_os_error() {
         Some(libc::EPERM) => " (CAP_NET_ADMIN over the network namespace needed)",
         _ => "",
@@ -253,7 +256,7 @@ mod tests {
             let ns = NetNs::create().unwrap();
             for source in ["192.0.2.9", "2001:db8::9"] {
                 let source: IpAddr = source.parse().unwrap();
-                for source_ports in [SourcePorts::Ephemeral, SourcePorts::AboveEphemeral] {
+                for source_ports in [SourcePorts::Ephemeral, SourcePorts::OutsideEphemeral] {
                     let opts = ConnectOpts {
                         mark: Some(0x200),
                         transparent_source: Some(source),
@@ -264,11 +267,15 @@ mod tests {
                     let socket = connect_socket(&ns, source.is_ipv6(), &opts).unwrap();
                     let local = socket.local_addr().unwrap().as_socket().unwrap();
                     assert_eq!(local.ip(), source);
-                    let high = source_ports == SourcePorts::AboveEphemeral;
-                    assert_eq!(HIGH_PORTS.contains(&local.port()), high, "{local}");
+                    let high = source_ports == SourcePorts::OutsideEphemeral;
+                    assert_eq!(is_own(local.port()), high, "{local}");
                 }
             }
         });
+    }
+
+    fn is_own(port: u16) -> bool {
+        OWN_PORTS.iter().any(|range| range.contains(&port))
     }
 
     #[test]
@@ -283,13 +290,13 @@ mod tests {
             route::add(&Route::default_of(false).dev("a")).unwrap();
             let opts = ConnectOpts {
                 transparent_source: Some("192.0.2.9".parse().unwrap()),
-                source_ports: SourcePorts::AboveEphemeral,
+                source_ports: SourcePorts::OutsideEphemeral,
                 ..ConnectOpts::default()
             };
             let to = "192.0.2.1:80".parse().unwrap();
-            let range = usize::from(HIGH_PORTS.end() - HIGH_PORTS.start()) + 1;
+            let range = OWN_PORTS.iter().map(|r| r.len()).sum::<usize>();
             let all: Vec<_> = (0..range + 10).map(|_| connect(&ns, to, &opts).unwrap()).collect();
-            let high = |s: &&TcpStream| HIGH_PORTS.contains(&s.local_addr().unwrap().port());
+            let high = |s: &&TcpStream| is_own(s.local_addr().unwrap().port());
             assert_eq!(all.iter().filter(high).count(), range);
         });
     }

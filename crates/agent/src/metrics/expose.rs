@@ -15,6 +15,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
+use super::dns::Row;
 use super::labels::{Flagged, Labels, Reporter, label};
 use super::process::Process;
 use super::traffic::{FLAGS, Values};
@@ -43,6 +44,7 @@ impl Collector for Page {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.traffic(&mut encoder)?;
         self.refusals(&mut encoder)?;
+        self.dns(&mut encoder)?;
         self.control_plane(&mut encoder)?;
         self.certificates(&mut encoder)?;
         self.proxies(&mut encoder)?;
@@ -101,6 +103,38 @@ impl Page {
         )?;
         let help = "Access-log lines dropped because standard output stalled";
         counter(encoder, "ambit_access_log_dropped", help, get(&self.metrics.0.access_log_dropped))
+    }
+
+    fn dns(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let rows = self.metrics.0.dns.rows();
+        let mut simple = |name, help, get: fn(&Row) -> u64| {
+            counters(encoder, name, help, rows.iter().map(|row| (Asker(row), get(row))))
+        };
+        simple("istio_dns_requests", "DNS questions of pods", |r| r.requests)?;
+        simple("istio_dns_upstream_requests", "Those that went to the pod's resolver", |r| {
+            r.upstream
+        })?;
+        simple("istio_dns_upstream_failures", "Those that the resolver did not answer", |r| {
+            r.failures
+        })?;
+        let mut forwarded = rows.iter().filter(|row| row.upstream > 0).peekable();
+        if forwarded.peek().is_some() {
+            let (name, help) =
+                ("istio_dns_upstream_request_duration_seconds", "How long resolvers took");
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for row in forwarded {
+                let count = row.buckets.iter().map(|(_, n)| n).sum();
+                metric.encode_family(&Asker(row))?.encode_histogram::<One<&str>>(
+                    row.seconds,
+                    count,
+                    &row.buckets,
+                    None,
+                )?;
+            }
+        }
+        let results = self.metrics.0.dns.results().map(|(result, n)| (One("result", result), n));
+        let help = "DNS questions by what became of them";
+        counters(encoder, "ambit_dns_questions", help, results.into_iter())
     }
 
     fn control_plane(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -208,6 +242,18 @@ impl EncodeLabelSet for Two<'_> {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
         label(encoder, self.0, self.1)?;
         label(encoder, self.2, self.3)
+    }
+}
+
+/// Who asked what, with Istio's labels.
+struct Asker<'a>(&'a Row);
+
+impl EncodeLabelSet for Asker<'_> {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        label(encoder, "request_query_type", self.0.kind)?;
+        label(encoder, "request_protocol", self.0.protocol)?;
+        label(encoder, "source_canonical_service", &self.0.service)?;
+        label(encoder, "source_canonical_revision", &self.0.revision)
     }
 }
 

@@ -278,6 +278,58 @@ fn control_plane_certificates_and_proxies() {
     assert!(page.contains("workload_manager_active_proxy_count 0\n"));
 }
 
+#[test]
+fn dns_questions_have_istios_names_and_labels() {
+    let metrics = Metrics::new("ztunnel", "x");
+    let (service, revision) = ("web".into(), "v1".into());
+    let web = metrics.dns(Some((&service, &revision)));
+    for _ in 0..3 {
+        web.asked(1, DnsProtocol::Udp);
+        web.ended(DnsResult::Mesh);
+    }
+    web.asked(33, DnsProtocol::Tcp);
+    for (micros, answered) in [(400, true), (500, true), (70_000, true), (9_000_000, false)] {
+        web.upstream(33, DnsProtocol::Tcp);
+        web.upstream_ended(33, DnsProtocol::Tcp, Duration::from_micros(micros), answered);
+    }
+    for kind in 60_000..60_100 {
+        metrics.dns(None).asked(kind, DnsProtocol::Udp);
+    }
+    for n in 0..2_000 {
+        metrics.dns(Some((&format!("s{n}").into(), &revision))).asked(2, DnsProtocol::Udp);
+    }
+    let (page, _) = metrics.render();
+    let srv = "request_query_type=\"SRV\",request_protocol=\"tcp\",\
+               source_canonical_service=\"web\",source_canonical_revision=\"v1\"";
+    for line in [
+        "istio_dns_requests_total{request_query_type=\"A\",request_protocol=\"udp\",\
+         source_canonical_service=\"web\",source_canonical_revision=\"v1\"} 3"
+            .to_owned(),
+        "istio_dns_requests_total{request_query_type=\"other\",request_protocol=\"udp\",\
+         source_canonical_service=\"unknown\",source_canonical_revision=\"unknown\"} 100"
+            .to_owned(),
+        "istio_dns_requests_total{request_query_type=\"NS\",request_protocol=\"udp\",\
+         source_canonical_service=\"unknown\",source_canonical_revision=\"unknown\"} 1001"
+            .to_owned(),
+        format!("istio_dns_upstream_requests_total{{{srv}}} 4"),
+        format!("istio_dns_upstream_failures_total{{{srv}}} 1"),
+        format!("istio_dns_upstream_request_duration_seconds_count{{{srv}}} 4"),
+        format!("istio_dns_upstream_request_duration_seconds_sum{{{srv}}} 9.0709"),
+        "ambit_dns_questions_total{result=\"mesh\"} 3".to_owned(),
+    ] {
+        assert!(page.lines().any(|l| l == line), "{line} in\n{page}");
+    }
+    for (bound, count) in [("0.0005", 2), ("0.01", 2), ("0.1", 3), ("5.0", 3), ("+Inf", 4)] {
+        let start = format!("istio_dns_upstream_request_duration_seconds_bucket{{le=\"{bound}\"");
+        let line = page.lines().find(|l| l.starts_with(&start)).unwrap();
+        assert!(
+            line.contains("source_canonical_service=\"web\"")
+                && line.ends_with(&format!(" {count}")),
+            "{line}"
+        );
+    }
+}
+
 /// The page for people names every metric, and none that is not there.
 #[test]
 fn the_documents_list_every_metric() {
@@ -288,6 +340,8 @@ fn the_documents_list_every_metric() {
     metrics.xds().message("url", 1);
     metrics.tcp(&TrafficKey::unknown(Reporter::Source)).opened();
     metrics.refused_early(Reporter::Source, Reason::PolicyDeny);
+    metrics.dns(None).asked(1, DnsProtocol::Udp);
+    metrics.dns(None).upstream(1, DnsProtocol::Udp);
     let (page, _) = metrics.render();
     let mut shown: Vec<String> = page
         .lines()
@@ -298,9 +352,9 @@ fn the_documents_list_every_metric() {
             },
         )
         .collect();
-    let rows = doc
-        .lines()
-        .filter(|l| l.ends_with('|') && (l.contains("| counter |") || l.contains("| gauge |")));
+    let kinds = ["| counter |", "| gauge |", "| histogram |"];
+    let rows =
+        doc.lines().filter(|l| l.ends_with('|') && kinds.iter().any(|kind| l.contains(kind)));
     let mut listed: Vec<String> = rows
         .flat_map(|l| l.split('`').skip(1).step_by(2).filter(|w| w.contains('_')))
         .map(str::to_owned)

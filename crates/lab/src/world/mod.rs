@@ -9,6 +9,7 @@
 //! has it and its traffic is captured.
 
 mod clients;
+mod enrol;
 mod health;
 mod pods;
 mod publish;
@@ -55,6 +56,11 @@ const END_WITHIN: Duration = Duration::from_millis(2_000);
 enum Input {
     Folder(Update),
     Pod(Report),
+    /// ztunnel serves a pod that runs already.
+    Announced {
+        key: Key,
+        instance: u64,
+    },
     /// A pod was enrolled and captured, or not.
     Captured {
         key: Key,
@@ -249,6 +255,7 @@ impl World {
                 true
             }
             Input::Pod(report) => self.pod_reported(report),
+            Input::Announced { key, instance } => self.pod_announced(&key, instance),
             Input::Captured { key, instance, result } => self.pod_captured(&key, instance, result),
             Input::Released { key, instance } => self.pod_released(&key, instance),
             Input::Client(request, reply) => {

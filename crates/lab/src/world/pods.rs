@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use compile::local::PodPlan;
-use net::{NetNs, capture};
+use net::NetNs;
 use tokio::sync::mpsc;
 
+use super::enrol::{Gate, Keeper, dns_of};
 use super::{Input, World};
 use crate::launch::Event;
 use crate::logs;
@@ -15,7 +16,6 @@ use crate::pod::lifecycle::{Millis, Phase};
 use crate::pod::resolve::{self, Surroundings};
 use crate::pod::worker::{Ask, Report, Worker};
 use crate::reconcile::{self, Key, Present, Wanted};
-use crate::zds::Captured;
 
 /// Asks that wait for a worker, which takes them at once.
 const QUEUE: usize = 16;
@@ -40,6 +40,8 @@ pub(super) struct Pod {
     pub(super) last: Option<Report>,
     pub(super) ending: bool,
     pub(super) capture: Capture,
+    pub(super) gate: Gate,
+    pub(super) keeper: Option<Keeper>,
     /// When it was told to end, for the object's deletionTimestamp.
     pub(super) ended_at: Option<std::time::SystemTime>,
 }
@@ -49,6 +51,8 @@ pub(super) struct Pod {
 pub(super) enum Capture {
     Out,
     Entering,
+    /// ztunnel serves it and its peers are told; capture follows.
+    Announced,
     In,
     Leaving,
     /// Why it could not be captured. Its containers do not start.
@@ -75,6 +79,11 @@ impl Pod {
 
     pub(super) fn captured(&self) -> bool {
         self.capture == Capture::In
+    }
+
+    /// Whether its peers shall call it through the mesh.
+    pub(super) fn announced(&self) -> bool {
+        matches!(self.capture, Capture::In | Capture::Announced)
     }
 
     /// Whether there is nothing more to wait for: it is ready, it is through, or it is clear that it will not be soon.
@@ -119,13 +128,17 @@ fn wanted(plan: &PodPlan) -> Wanted {
 impl World {
     /// Takes over what may change in a running pod: labels, and whether it belongs to the mesh.
     pub(super) fn adopt_plan(&mut self) {
-        let mut moves = vec![];
+        let (mut moves, mut recaptured) = (vec![], vec![]);
         for plan in &self.plan.pods {
             let Some(pod) = self.pods.get_mut(&key(plan)) else { continue };
             if pod.ending || pod.plan.template_hash != plan.template_hash {
                 continue;
             }
+            let dns = (dns_of(&pod.plan), dns_of(plan));
             pod.plan = plan.clone();
+            if dns.0 != dns.1 && matches!(pod.capture, Capture::In) {
+                recaptured.push(key(plan));
+            }
             let wants = plan.captured() && self.mesh.is_some();
             match (&pod.capture, wants) {
                 (Capture::Out, true) | (Capture::In, false) => moves.push((key(plan), wants)),
@@ -133,10 +146,13 @@ impl World {
                 _ => {}
             }
         }
+        for key in recaptured {
+            self.recapture(&key);
+        }
         for (key, wants) in moves {
             let way = if wants { "enters" } else { "leaves" };
             self.say(Event::Note(format!("pod {}/{} {way} the mesh", key.0, key.1)));
-            if wants { self.enter_mesh(&key) } else { self.leave_mesh(&key) }
+            if wants { self.enter_mesh(&key, true) } else { self.leave_mesh(&key) }
         }
     }
 
@@ -207,6 +223,8 @@ impl World {
             last: None,
             ending: false,
             capture: Capture::Out,
+            gate: Gate::default(),
+            keeper: None,
             ended_at: None,
         };
         if !enrol {
@@ -217,76 +235,9 @@ impl World {
         if enrol {
             // The control plane must know the pod before ztunnel asks for its certificate.
             self.write_pod(&key);
-            self.enter_mesh(&key);
+            self.enter_mesh(&key, false);
         }
         Ok(())
-    }
-
-    fn enter_mesh(&mut self, key: &Key) {
-        let (Some(mesh), Some(pod)) = (&self.mesh, self.pods.get_mut(key)) else { return };
-        let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned() else { return };
-        pod.capture = Capture::Entering;
-        let captured = Captured {
-            uid: uid(key, pod.instance),
-            namespace: key.0.clone(),
-            name: key.1.clone(),
-            service_account: service_account(&pod.plan),
-            ns: pod.ns.clone(),
-        };
-        let (inputs, key, instance, ns) =
-            (self.inputs.clone(), key.clone(), pod.instance, pod.ns.clone());
-        tokio::spawn(async move {
-            let mut result = agent.add(captured).await;
-            if result.is_ok() {
-                // Listeners stand: from here on every connection goes to them.
-                result = capture::install(&ns).map_err(|e| e.to_string());
-            }
-            let _ = inputs.send(Input::Captured { key, instance, result }).await;
-        });
-    }
-
-    fn leave_mesh(&mut self, key: &Key) {
-        let (Some(mesh), Some(pod)) = (&self.mesh, self.pods.get_mut(key)) else { return };
-        let Some(agent) = mesh.agents.get(pod.plan.node_index).cloned() else { return };
-        pod.capture = Capture::Leaving;
-        let (inputs, key, instance, ns) =
-            (self.inputs.clone(), key.clone(), pod.instance, pod.ns.clone());
-        let uid = uid(&key, instance);
-        // Peers are told before the listeners go.
-        self.write_pod(&key);
-        let events = self.events.clone();
-        tokio::spawn(async move {
-            if let Err(e) = capture::remove(&ns) {
-                let _ = events.send(Event::Warning(format!("pod {}/{}: {e}", key.0, key.1))).await;
-            }
-            agent.remove(&uid).await;
-            let _ = inputs.send(Input::Released { key, instance }).await;
-        });
-    }
-
-    pub(super) fn pod_captured(
-        &mut self,
-        key: &Key,
-        instance: u64,
-        result: Result<(), String>,
-    ) -> bool {
-        let Some(pod) = self.pods.get_mut(key).filter(|p| p.instance == instance) else {
-            return false;
-        };
-        match result {
-            Ok(()) => {
-                pod.capture = Capture::In;
-                let _ = pod.asks.try_send(Ask::Start);
-            }
-            Err(why) => {
-                pod.capture = Capture::Failed(why.clone());
-                self.say(Event::Warning(format!(
-                    "pod {}/{} is not started, ztunnel refused it: {why}",
-                    key.0, key.1
-                )));
-            }
-        }
-        true
     }
 
     pub(super) fn pod_released(&mut self, key: &Key, instance: u64) -> bool {
@@ -296,6 +247,8 @@ impl World {
         pod.capture = Capture::Out;
         if pod.last.as_ref().is_some_and(|r| r.gone) {
             self.forget_pod(key);
+        } else {
+            self.keep(key);
         }
         true
     }
@@ -384,7 +337,7 @@ fn news(before: Option<&Report>, now: &Report, place: &Place) -> Vec<Event> {
 }
 
 /// Tells a pod from its predecessors of the same name.
-fn uid(key: &Key, instance: u64) -> String {
+pub(super) fn uid(key: &Key, instance: u64) -> String {
     format!("{}_{}_{instance}", key.0, key.1)
 }
 

@@ -55,7 +55,7 @@ impl World {
             Phase::Succeeded => "Succeeded",
             Phase::Failed => "Failed",
         };
-        let mut object = pod.plan.with_status(phase, pod.ready(), pod.captured());
+        let mut object = pod.plan.with_status(phase, pod.ready(), pod.announced());
         if let Some(at) = pod.ended_at {
             let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let time = Timestamp::from_second(i64::try_from(seconds).unwrap_or(i64::MAX)).ok();

@@ -18,7 +18,7 @@ use std::collections::HashSet;
 use model::HBONE_PORT;
 
 use super::{
-    CaptureError, MARK_MASK, MARK_OUTBOUND, OUTBOUND_PORT, State, TABLE, prepare, table,
+    CaptureError, Dns, MARK_MASK, MARK_OUTBOUND, OUTBOUND_PORT, State, TABLE, prepare, table,
     take_routing_away,
 };
 use crate::flows::{self, Flow};
@@ -51,24 +51,24 @@ impl Noted {
 
 /// Switches capture on; what is open stays as it is. Listeners should stand before. Returns the number of connections
 /// that stay outside.
-pub fn enrol(ns: &NetNs) -> Result<usize, CaptureError> {
+pub fn enrol(ns: &NetNs, dns: Dns) -> Result<usize, CaptureError> {
     ns.run(|| {
         prepare()?;
         match state()? {
             // Connections that open now are captured: noting them as direct would let them out.
-            Some(State::Captured | State::Exempting) => return Ok(0),
-            Some(State::Left) => {
-                let rules = table(State::Entering);
+            Some((State::Captured | State::Exempting, _)) => return Ok(0),
+            Some((State::Left, _)) => {
+                let rules = table(State::Entering, dns);
                 let [v4, v6] = Noted::Direct.empty();
                 commit("note what opens", &[v4, v6, Change::Rules(&rules)])?;
             }
-            _ => commit("note what opens", &[Change::Replace(&table(State::Entering))])?,
+            _ => commit("note what opens", &[Change::Replace(&table(State::Entering, dns))])?,
         }
         let (_, direct) = flows::split(flows::tcp().map_err(CaptureError::Connections)?);
         // Tunnels of an earlier time in the mesh are the proxy's, whose mark exempts them.
         let is_tunnel = |f: &Flow| f.own.port() == HBONE_PORT || f.other.port() == HBONE_PORT;
         let direct: Vec<Flow> = direct.into_iter().filter(|f| !is_tunnel(f)).collect();
-        let (entries, rules) = (noting(Noted::Direct, &direct), table(State::Exempting));
+        let (entries, rules) = (noting(Noted::Direct, &direct), table(State::Exempting, dns));
         commit("switch capture on", &[Change::Entries(&entries), Change::Rules(&rules)])?;
         Ok(direct.len())
     })
@@ -78,14 +78,12 @@ pub fn enrol(ns: &NetNs) -> Result<usize, CaptureError> {
 /// Switches capture off; what the proxy serves stays with it. Returns the number of connections that do.
 pub fn leave(ns: &NetNs) -> Result<usize, CaptureError> {
     ns.run(|| {
-        if !matches!(state()?, Some(State::Captured | State::Exempting)) {
-            return Ok(0);
-        }
-        let leaving = table(State::Leaving);
+        let Some((State::Captured | State::Exempting, dns)) = state()? else { return Ok(0) };
+        let leaving = table(State::Leaving, dns);
         let [v4, v6] = Noted::Proxied.empty();
         commit("note what opens", &[v4, v6, Change::Rules(&leaving)])?;
         let (proxied, _) = flows::split(flows::tcp().map_err(CaptureError::Connections)?);
-        let (entries, rules) = (noting(Noted::Proxied, &proxied), table(State::Left));
+        let (entries, rules) = (noting(Noted::Proxied, &proxied), table(State::Left, dns));
         commit("switch capture off", &[Change::Entries(&entries), Change::Rules(&rules)])?;
         Ok(proxied.len() / 2)
     })
@@ -98,7 +96,7 @@ pub fn settle(ns: &NetNs) -> Result<usize, CaptureError> {
     ns.run(|| {
         let (mirrored, direct) = flows::split(flows::tcp().map_err(CaptureError::Connections)?);
         match state()? {
-            Some(State::Exempting) => {
+            Some((State::Exempting, dns)) => {
                 let mut noted = HashSet::new();
                 for ipv6 in [false, true] {
                     let keys = nft::keys(Family::Inet, TABLE, Noted::Direct.set(ipv6));
@@ -107,17 +105,17 @@ pub fn settle(ns: &NetNs) -> Result<usize, CaptureError> {
                 let left = direct.iter().filter(|f| noted.contains(entry(f).key())).count();
                 if left == 0 {
                     let [v4, v6] = Noted::Direct.empty();
-                    let rules = table(State::Captured);
+                    let rules = table(State::Captured, dns);
                     commit("end exemptions", &[Change::Rules(&rules), v4, v6])?;
                 }
                 Ok(left)
             }
-            Some(State::Left) if mirrored.is_empty() => {
+            Some((State::Left, _)) if mirrored.is_empty() => {
                 nft::delete(Family::Inet, TABLE).map_err(CaptureError::Table)?;
                 take_routing_away().map_err(CaptureError::Routing)?;
                 Ok(0)
             }
-            Some(State::Left) => Ok(mirrored.len().div_ceil(2)),
+            Some((State::Left, _)) => Ok(mirrored.len().div_ceil(2)),
             _ => Ok(0),
         }
     })
@@ -125,10 +123,12 @@ pub fn settle(ns: &NetNs) -> Result<usize, CaptureError> {
 }
 
 /// What the table in the kernel does; none when it is not there or not as we made it.
-fn state() -> Result<Option<State>, CaptureError> {
+pub(super) fn state() -> Result<Option<(State, Dns)>, CaptureError> {
     for state in [State::Captured, State::Exempting, State::Left] {
-        if nft::is_intact(&table(state)).map_err(CaptureError::Table)? {
-            return Ok(Some(state));
+        for dns in [Dns::Captured, Dns::Left] {
+            if nft::is_intact(&table(state, dns)).map_err(CaptureError::Table)? {
+                return Ok(Some((state, dns)));
+            }
         }
     }
     Ok(None)

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 
 use super::*;
+use crate::datagram::{self, Replies};
 use crate::netlink::addr;
 use crate::netlink::link::VethEnd;
 use crate::nft::tests::nft;
@@ -102,7 +103,7 @@ impl Proxy {
         let opts = ConnectOpts {
             mark: Some(if inbound { MARK_TO_APP } else { MARK_PROXY }),
             transparent_source: inbound.then_some(peer.ip()),
-            source_ports: SourcePorts::AboveEphemeral,
+            source_ports: SourcePorts::OutsideEphemeral,
             ..ConnectOpts::default()
         };
         let Ok(server) = established(connect(&self.pod, target, &opts).unwrap()) else {
@@ -197,10 +198,10 @@ fn every_connection_goes_where_it_should() {
             serve(&outside, at(NODE[i], 80));
         }
         let proxy = Proxy::start(&pod);
-        assert!(!is_installed(&pod).unwrap());
+        assert!(!is_installed(&pod, Dns::Captured).unwrap());
         for _ in 0..2 {
-            install(&pod).unwrap();
-            assert!(is_installed(&pod).unwrap());
+            install(&pod, Dns::Captured).unwrap();
+            assert!(is_installed(&pod, Dns::Captured).unwrap());
         }
         for i in [0, 1] {
             // Out: the proxy is in between, knows the true destination, and leaves by itself.
@@ -234,7 +235,7 @@ fn every_connection_goes_where_it_should() {
             .unwrap();
         handover::leave(&pod).unwrap();
         handover::leave(&pod).unwrap();
-        assert!(!is_installed(&pod).unwrap());
+        assert!(!is_installed(&pod, Dns::Captured).unwrap());
         for i in [0, 1] {
             talk(&pod, &plain(), at(FAR[i], 80)).unwrap();
             talk(&outside, &plain(), at(POD[i], 8080)).unwrap();
@@ -243,12 +244,119 @@ fn every_connection_goes_where_it_should() {
     });
 }
 
+/// Takes captured questions of both families and says who asked whom; does not answer those that begin with `!`.
+fn serve_dns(pod: &NetNs) {
+    for at in DNS_LISTENERS {
+        let captured = datagram::captured(pod, at, MARK_PROXY).unwrap();
+        let replies = Replies::open(pod, at.is_ipv6(), MARK_PROXY).unwrap();
+        thread::spawn(move || {
+            let mut buffer = [0; 512];
+            loop {
+                let mut fds = [PollFd::new(captured.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                let got = datagram::receive(&captured, &mut buffer).unwrap();
+                let text = format!("{} asked {}", got.from.ip(), got.to);
+                replies.send(got.to, got.from, text.as_bytes()).unwrap();
+            }
+        });
+        let opts = ListenOpts { transparent: true, mark: Some(MARK_PROXY), ..Default::default() };
+        let listener = listen(pod, at, opts).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = listener.accept() {
+                let text = format!("dns {}", stream.local_addr().unwrap());
+                let _ = stream.write_all(text.as_bytes());
+            }
+        });
+    }
+}
+
+/// Asks by UDP from inside `ns`; the answer must come from who was asked.
+fn question(ns: &NetNs, mark: Option<u32>, to: SocketAddr) -> io::Result<String> {
+    let any = at(["0.0.0.0", "::"][usize::from(to.is_ipv6())], 0);
+    let socket = crate::socket::bind_udp(ns, any, mark)?;
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(SILENCE))?;
+    socket.connect(to)?;
+    socket.send(b"?")?;
+    let mut buffer = [0; 512];
+    let length = socket.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// A UDP server that says its name.
+fn udp_server(ns: &NetNs, addr: SocketAddr, name: &'static str) {
+    let socket = crate::socket::bind_udp(ns, addr, None).unwrap();
+    socket.set_nonblocking(false).unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 512];
+        while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(name.as_bytes(), from);
+        }
+    });
+}
+
+/// Gives the wire addresses of its own, and says how the pod and the node name the node's.
+fn on_the_link(pod: &NetNs) -> [SocketAddr; 2] {
+    addr::add("pod0", ip("fe80::1"), 64).unwrap();
+    let eth0 = pod.run(|| {
+        addr::add("eth0", ip("fe80::2"), 64).unwrap();
+        link::index("eth0").unwrap()
+    });
+    let node = "fe80::1".parse().unwrap();
+    [eth0.unwrap(), link::index("pod0").unwrap()]
+        .map(|scope| std::net::SocketAddrV6::new(node, 53, 0, scope).into())
+}
+
+#[test]
+fn questions_go_to_the_proxy_and_no_other_datagrams() {
+    in_user_ns(|| {
+        let (outside, pod) = (NetNs::current().unwrap(), world());
+        install(&pod, Dns::Captured).unwrap();
+        for i in [0, 1] {
+            udp_server(&outside, at(FAR[i], 53), "far");
+            udp_server(&outside, at(FAR[i], 5353), "far");
+            // A pod may be a DNS server itself, before and beside the proxy.
+            udp_server(&pod, at(["0.0.0.0", "::"][i], 53), "own");
+            let lost = question(&pod, None, at(FAR[i], 53)).unwrap_err();
+            assert_eq!(lost.kind(), io::ErrorKind::WouldBlock, "no proxy: dropped, not refused");
+        }
+        serve_dns(&pod);
+        for i in [0, 1] {
+            let far = at(FAR[i], 53);
+            assert_eq!(question(&pod, None, far).unwrap(), format!("{} asked {far}", POD[i]));
+            assert_eq!(question(&pod, Some(MARK_PROXY), far).unwrap(), "far");
+            assert_eq!(question(&pod, None, at(FAR[i], 5353)).unwrap(), "far");
+            assert_eq!(question(&pod, None, at(POD[i], 53)).unwrap(), "own");
+            assert_eq!(question(&pod, None, at(["127.0.0.1", "::1"][i], 53)).unwrap(), "own");
+            assert_eq!(question(&outside, None, at(POD[i], 53)).unwrap(), "own");
+            // From outside the proxy is not there.
+            let e = question(&outside, None, at(POD[i], DNS_PORT)).unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::ConnectionRefused);
+            let mut text = String::new();
+            let mut stream = established(connect(&pod, far, &plain()).unwrap()).unwrap();
+            stream.read_to_string(&mut text).unwrap();
+            assert_eq!(text, format!("dns {far}"));
+        }
+        // A resolver on the link: only the pod itself can say which link.
+        let [as_the_pod_says, as_the_node_says] = on_the_link(&pod);
+        udp_server(&outside, as_the_node_says, "link");
+        assert_eq!(question(&pod, None, as_the_pod_says).unwrap(), "link");
+        install(&pod, Dns::Left).unwrap();
+        assert!(is_installed(&pod, Dns::Left).unwrap());
+        assert!(!is_installed(&pod, Dns::Captured).unwrap());
+        for far in FAR {
+            assert_eq!(question(&pod, None, at(far, 53)).unwrap(), "far");
+        }
+    });
+}
+
 #[test]
 fn refusals_and_resets_reach_the_other_side() {
     in_user_ns(|| {
         let (outside, pod) = (NetNs::current().unwrap(), world());
         let proxy = Proxy::start(&pod);
-        install(&pod).unwrap();
+        install(&pod, Dns::Captured).unwrap();
         for i in [0, 1] {
             // Nobody listens: the proxy learns it at once, and passes it on.
             for (ns, to) in [(&outside, at(POD[i], 8080)), (&pod, at(FAR[i], 80))] {
@@ -285,7 +393,7 @@ fn resets_of_a_vanished_app(pod: &NetNs, to: SocketAddr) {
 fn without_the_proxy_nothing_passes_and_a_waiting_connection_succeeds_when_it_comes() {
     in_user_ns(|| {
         let (outside, pod) = (NetNs::current().unwrap(), world());
-        install(&pod).unwrap();
+        install(&pod, Dns::Captured).unwrap();
         for i in [0, 1] {
             serve(&pod, at(["0.0.0.0", "::"][i], [8080, 8081][i]));
             serve(&outside, at(FAR[i], 8080));
@@ -324,8 +432,8 @@ fn a_pod_without_ipv6_is_captured_for_ipv4() {
         .unwrap();
         serve(&outside, at(FAR[0], 80));
         let proxy = Proxy::start(&pod);
-        install(&pod).unwrap();
-        assert!(is_installed(&pod).unwrap());
+        install(&pod, Dns::Captured).unwrap();
+        assert!(is_installed(&pod, Dns::Captured).unwrap());
         talk(&pod, &plain(), at(FAR[0], 80)).unwrap();
         assert_eq!(proxy.take().len(), 1);
         handover::leave(&pod).unwrap();
@@ -344,13 +452,13 @@ fn damage_is_noticed_and_repaired() {
             || sysctl::write(FWMARK_ACCEPT, "0").unwrap(),
         ];
         for damage in damages {
-            install(&pod).unwrap();
-            assert!(is_installed(&pod).unwrap());
+            install(&pod, Dns::Captured).unwrap();
+            assert!(is_installed(&pod, Dns::Captured).unwrap());
             pod.run(damage).unwrap();
-            assert!(!is_installed(&pod).unwrap());
+            assert!(!is_installed(&pod, Dns::Captured).unwrap());
         }
-        install(&pod).unwrap();
-        assert!(is_installed(&pod).unwrap());
+        install(&pod, Dns::Captured).unwrap();
+        assert!(is_installed(&pod, Dns::Captured).unwrap());
     });
 }
 
@@ -366,7 +474,7 @@ fn an_app_in_its_own_user_namespace_cannot_get_around_capture() {
         let (outside, pod) = (NetNs::current().unwrap(), world());
         serve(&outside, at(FAR[0], 80));
         let proxy = Proxy::start(&pod);
-        install(&pod).unwrap();
+        install(&pod, Dns::Captured).unwrap();
         let mut app = Command::new(std::env::current_exe().unwrap());
         let name = "capture::tests::an_app_in_its_own_user_namespace_cannot_get_around_capture";
         app.args(["--exact", name, "--nocapture"]).env(AS_APP, "1");
@@ -374,7 +482,7 @@ fn an_app_in_its_own_user_namespace_cannot_get_around_capture() {
         let out = app.output().unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         assert_eq!(proxy.take().len(), 1, "the app's only way out is through the proxy");
-        assert!(is_installed(&pod).unwrap());
+        assert!(is_installed(&pod, Dns::Captured).unwrap());
     });
 }
 
@@ -395,7 +503,7 @@ fn try_everything() {
     );
     let e = handover::leave(&here).unwrap_err().to_string();
     assert!(e.contains("CAP_NET_ADMIN"), "{e}");
-    install(&here).unwrap_err();
+    install(&here, Dns::Captured).unwrap_err();
     route::delete(&loopback_route(false)).unwrap_err();
     link::down("lo").unwrap_err();
     let out = Command::new("nft").args(["flush", "ruleset"]).output().unwrap();

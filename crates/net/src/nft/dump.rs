@@ -47,22 +47,6 @@ pub fn is_intact(table: &Table) -> Result<bool, Error> {
     Ok(there == wanted)
 }
 
-/// Whether there is a table of this name, whatever is in it.
-pub fn exists(family: Family, table: &str) -> Result<bool, Error> {
-    let ask = Message::new(GETTABLE, 0, &[family as u8, 0, 0, 0]);
-    let found = Netlink::open(libc::NETLINK_NETFILTER).and_then(|mut netlink| {
-        netlink.dump(&format!("look for table {table}"), &ask, |m| {
-            of_table(m, NEWTABLE, NFTA_TABLE_NAME, table).map(|_| ())
-        })
-    });
-    let found = found.map_err(|source| Error {
-        object: format!("table {table}"),
-        hint: hint(source.errno, &[]),
-        source,
-    })?;
-    Ok(!found.is_empty())
-}
-
 /// The keys of a set, as the kernel keeps them. None when the set is not there.
 pub fn keys(family: Family, table: &str, set: &str) -> Result<Vec<Vec<u8>>, Error> {
     let what = format!("read set {set} of table {table}");

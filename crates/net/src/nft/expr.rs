@@ -4,7 +4,7 @@
 //! is left at the end acts. Invariants: a match on an IPv4 or IPv6 field checks the family first, one on a port the
 //! protocol, so no rule reads bytes of another protocol.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::netlink::Message;
 use crate::netlink::addr::octets;
@@ -22,6 +22,7 @@ const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 const RTN_LOCAL: u32 = 2;
 pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
 
 /// A register. The sixteen small ones of 4 bytes start at 8; 1 to 4 are groups of four of them.
 pub(super) type Register = u32;
@@ -29,6 +30,8 @@ pub(super) type Register = u32;
 const VERDICT: Register = 0;
 /// The register of every single value.
 const REG: Register = 1;
+/// Where a second value stands beside it.
+const REG_BESIDE: Register = 2;
 /// The first small register; a concatenation starts here.
 pub(super) const REG32: Register = 8;
 
@@ -90,6 +93,10 @@ pub(super) enum Expr {
     },
     DestinationType,
     Tproxy,
+    /// To the address in the single-value register and the port beside it.
+    TproxyTo {
+        ipv6: bool,
+    },
     Dnat {
         ipv6: bool,
         address: Register,
@@ -142,6 +149,14 @@ impl Rule {
         self.address(ip, 16, 24)
     }
 
+    /// Only to IPv6 addresses that mean something on one link only (fe80::/10).
+    #[must_use]
+    pub fn destination_is_link_local(self) -> Self {
+        let (mut mask, mut value) = (vec![0; 16], vec![0; 16]);
+        (mask[0], mask[1], value[0], value[1]) = (0xff, 0xc0, 0xfe, 0x80);
+        self.family(true).with([Expr::Payload(1, 24, 16, REG), Expr::And(mask), Expr::Equal(value)])
+    }
+
     /// Only to an address of this namespace.
     #[must_use]
     pub fn destination_is_local(self) -> Self {
@@ -153,6 +168,20 @@ impl Rule {
     pub fn tcp_port(self, port: u16) -> Self {
         self.protocol(TCP)
             .with([Expr::Payload(2, 2, 2, REG), Expr::Equal(port.to_be_bytes().to_vec())])
+    }
+
+    /// Only to this UDP port.
+    #[must_use]
+    pub fn udp_port(self, port: u16) -> Self {
+        self.protocol(UDP)
+            .with([Expr::Payload(2, 2, 2, REG), Expr::Equal(port.to_be_bytes().to_vec())])
+    }
+
+    /// Only UDP, and only to other ports.
+    #[must_use]
+    pub fn udp_port_not(self, port: u16) -> Self {
+        self.protocol(UDP)
+            .with([Expr::Payload(2, 2, 2, REG), Expr::NotEqual(port.to_be_bytes().to_vec())])
     }
 
     /// Only the first packet of a TCP connection: SYN without ACK.
@@ -291,6 +320,17 @@ impl Rule {
         self.with([Expr::Value(REG, port.to_be_bytes().to_vec()), Expr::Tproxy])
     }
 
+    /// Hands the packet to the transparent socket at this address, which need not take any other packets. Only for packets
+    /// of the address's family; needs [`protocol`](Self::protocol).
+    #[must_use]
+    pub fn tproxy_to(self, to: SocketAddr) -> Self {
+        self.with([
+            Expr::Value(REG, octets(to.ip())),
+            Expr::Value(REG_BESIDE, to.port().to_be_bytes().to_vec()),
+            Expr::TproxyTo { ipv6: to.is_ipv6() },
+        ])
+    }
+
     /// Sends the connection to one of the map's (address, port) values, chosen at random. The map's keys must be the
     /// numbers below `count`.
     #[must_use]
@@ -397,7 +437,7 @@ pub(super) fn name(expr: &Expr) -> &'static str {
         Expr::Lookup { .. } => "lookup",
         Expr::Update { .. } => "dynset",
         Expr::DestinationType => "fib",
-        Expr::Tproxy => "tproxy",
+        Expr::Tproxy | Expr::TproxyTo { .. } => "tproxy",
         Expr::Dnat { .. } => "nat",
         Expr::Masquerade => "masq",
         Expr::ResetTcp | Expr::PortUnreachable => "reject",
@@ -444,6 +484,10 @@ fn encode_data(m: &mut Message, expr: &Expr) {
         // Family 0: whichever the packet has.
         Expr::Tproxy => {
             m.be32(1, 0).be32(3, REG);
+        }
+        Expr::TproxyTo { ipv6 } => {
+            let family = if *ipv6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 };
+            m.be32(1, u32::from(family)).be32(2, REG).be32(3, REG_BESIDE);
         }
         Expr::Dnat { ipv6, address, port } => {
             m.be32(1, 1).be32(2, if *ipv6 { 10 } else { 2 }).be32(3, *address).be32(5, *port);

@@ -17,9 +17,9 @@ use crate::netlink::{
     self, Message, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Netlink,
 };
 
-pub use dump::{exists, is_intact, keys};
-pub(crate) use expr::TCP;
+pub use dump::{is_intact, keys};
 pub use expr::{Rule, Verdict, Way};
+pub(crate) use expr::{TCP, UDP};
 pub use set::{Entry, Field, Set};
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;

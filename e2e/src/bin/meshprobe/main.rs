@@ -2,6 +2,7 @@
 //! service, a tap on the wire, and attacks. Results are one JSON object a line.
 
 mod attack;
+mod dns;
 mod grpc;
 mod tap;
 mod tcp;
@@ -91,6 +92,13 @@ enum Mode {
         #[arg(long, default_value_t = 100_000)]
         bytes: usize,
     },
+    /// Asks a resolver and shows every byte
+    Dns(dns::Ask),
+    /// A resolver with manners, by UDP and TCP; the question's name says which
+    DnsServe {
+        #[arg(long, default_value = "[::]:53")]
+        listen: SocketAddr,
+    },
     /// Prints a file, as `cat`, for places without programs
     Read { path: PathBuf },
 }
@@ -122,6 +130,8 @@ fn run(mode: Mode) -> Result<()> {
         Mode::Identity => tunnel::identity(),
         Mode::Attack { what } => attack::run(what),
         Mode::Garbage { to, bytes } => tcp::garbage(&to, bytes),
+        Mode::Dns(args) => dns::ask(&args),
+        Mode::DnsServe { listen } => dns::serve(listen),
         Mode::Read { path } => Ok(std::io::stdout().write_all(&std::fs::read(path)?)?),
     }
 }

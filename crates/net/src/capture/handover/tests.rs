@@ -83,7 +83,7 @@ fn settled(pod: &NetNs) -> bool {
 }
 
 fn now(pod: &NetNs) -> Option<State> {
-    pod.run(|| state().unwrap()).unwrap()
+    pod.run(|| state().unwrap()).unwrap().map(|(state, _)| state)
 }
 
 fn rules(pod: &NetNs) -> usize {
@@ -98,8 +98,8 @@ fn what_is_open_stays_as_it_is() {
         servers(&outside, &pod);
         let proxy = Proxy::start(&pod);
         let mut before = pair(&outside, &pod);
-        assert_eq!(enrol(&pod).unwrap(), 4);
-        assert!(is_installed(&pod).unwrap());
+        assert_eq!(enrol(&pod, Dns::Captured).unwrap(), 4);
+        assert!(is_installed(&pod, Dns::Captured).unwrap());
         before.iter_mut().for_each(|held| held.ask().unwrap());
         assert_eq!(proxy.take(), [], "the old ones are not the proxy's");
         let mut within = pair(&outside, &pod);
@@ -137,7 +137,7 @@ fn a_new_connection_with_old_ports_is_captured() {
         let proxy = Proxy::start(&pod);
         for i in [0, 1] {
             let held = Held::from_port(&pod, 40_000, at(FAR[i], 80)).unwrap();
-            enrol(&pod).unwrap();
+            enrol(&pod, Dns::Captured).unwrap();
             held.reset();
             let mut again = Held::from_port(&pod, 40_000, at(FAR[i], 80)).unwrap();
             again.ask().unwrap();
@@ -181,7 +181,7 @@ fn flips_under_load_break_nothing() {
             let clients =
                 [0, 1].map(|i| (load(&pod, at(FAR[i], 80)), load(&outside, at(POD[i], 8080))));
             for _ in 0..50 {
-                enrol(&pod).unwrap();
+                enrol(&pod, Dns::Captured).unwrap();
                 lasting.iter_mut().for_each(|held| held.ask().unwrap());
                 leave(&pod).unwrap();
                 lasting.iter_mut().for_each(|held| held.ask().unwrap());
