@@ -38,14 +38,28 @@ bench-quick: ## a look at the numbers in two minutes; writes nothing into the re
 	$(CARGO) build --release --locked --bins
 	$(TARGET)/release/meshbench quick
 
+# Not called SECONDS in the shell: bash counts in a variable of that name.
+SECONDS ?= 60
+
+fuzz: ## every parser of foreign bytes under libFuzzer, SECONDS each (60), two at a time
+	fuzz/run $(SECONDS)
+
+fuzz-planted: ## the same with a bug planted in each target: each must be found within SECONDS
+	fuzz/run planted $(SECONDS)
+
+fuzz-merge: ## fuzz, then keep in fuzz/corpus what adds coverage, and write the table in fuzz/README.md
+	fuzz/run merge $(SECONDS)
+
 lint: ## clippy on everything, warnings are errors
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 fmt: ## format the source
 	$(CARGO) fmt --all
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml
 
 deny: $(DENY_STAMP) ## check licences, sources, bans and (where the database can be reached) advisories
 	PATH="$(dir $(DENY)):$$PATH" $(CARGO) deny --locked check bans licenses sources
+	PATH="$(dir $(DENY)):$$PATH" $(CARGO) deny --locked --manifest-path fuzz/Cargo.toml check bans licenses sources
 	@if $(DENY) fetch db; then PATH="$(dir $(DENY)):$$PATH" $(CARGO) deny --locked check advisories; \
 	else echo "advisories NOT checked: their database cannot be reached from here"; fi
 
@@ -63,4 +77,4 @@ $(DENY_STAMP):
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
-.PHONY: help build test unit e2e demo bench bench-quick lint fmt deny docs clean programs
+.PHONY: help build test unit e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs

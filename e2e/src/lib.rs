@@ -8,7 +8,9 @@
 //! - A lab ends with its test, however that ends; what it leaves behind fails the test.
 
 pub mod access_log;
+pub mod authority;
 pub mod command;
+pub mod envoy;
 pub mod lab;
 pub mod leftovers;
 pub mod programs;

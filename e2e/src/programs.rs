@@ -51,6 +51,21 @@ pub fn path_of(name: &str) -> Result<String> {
     Ok(find(name)?.to_string_lossy().into_owned())
 }
 
+/// The real Envoy, which `.ci/programs` puts into the cache: Debian has no package of it.
+pub fn envoy() -> Result<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let cache = folder("AMBIT_CACHE").or_else(|| {
+        let shared =
+            folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")));
+        shared.map(|shared| shared.join("ambit"))
+    });
+    let path = cache.context("neither AMBIT_CACHE nor HOME is set")?.join("tools/envoy/envoy");
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(anyhow!("{} is missing: run .ci/programs, which fetches it", path.display()))
+}
+
 /// One of our own programs.
 pub fn ours(name: &str) -> Result<PathBuf> {
     let path = folder()?.join(name);

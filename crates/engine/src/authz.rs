@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use model::{
     Action, Identity, MESH_PORTS, Match, Policy, PolicyKey, Provenance, Reason, Refusal, Rule,
-    Snapshot, Workload,
+    Snapshot, TunnelProtocol, Workload,
 };
 
 /// What is known of a connection that arrives at a workload.
@@ -57,6 +57,10 @@ pub enum Allowed {
 pub fn authorize(snapshot: &Snapshot, facts: &InboundFacts<'_>) -> Verdict {
     if let Some(refusal) = misdirected(facts) {
         return Verdict::Deny(refusal);
+    }
+    if facts.workload.protocol == TunnelProtocol::Unreadable {
+        // Its policies are part of what cannot be read.
+        return Verdict::Deny(crate::outbound::unreadable(facts.workload));
     }
     let policies = snapshot.policies_of(facts.workload);
     let connection = Connection::new(facts);

@@ -99,11 +99,15 @@ enum Why {
     OtherNetwork,
     Hostname,
     TooFar,
+    Unreadable,
 }
 
 fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
     let workload = &endpoint.workload;
     let balancing = &call.service.load_balancing;
+    if workload.protocol == TunnelProtocol::Unreadable {
+        return Err(Why::Unreadable);
+    }
     if workload.health == Health::Unhealthy && balancing.health == HealthPolicy::OnlyHealthy {
         return Err(Why::Unhealthy);
     }
@@ -220,7 +224,7 @@ const fn mix(mut x: u64) -> u64 {
 /// How many endpoints did not fit, and why.
 #[derive(Default)]
 struct Unfit {
-    counts: [usize; 7],
+    counts: [usize; 8],
 }
 
 impl Unfit {
@@ -244,12 +248,15 @@ impl Unfit {
             (of(Why::OtherNetwork), "on another network, which this version cannot reach"),
             (of(Why::Hostname), "known only by a DNS name, which this version does not resolve"),
             (of(Why::TooFar), "outside the scopes that the service demands"),
+            (of(Why::Unreadable), "described in a way that this proxy cannot read"),
         ];
         let words: Vec<String> =
             parts.iter().filter(|(n, _)| *n > 0).map(|(n, why)| format!("{n} {why}")).collect();
         let reason = match total {
             n if n == of(Why::MeshPort) => Reason::MeshPort,
-            n if n == of(Why::OtherNetwork) + of(Why::Hostname) => Reason::Unsupported,
+            n if n == of(Why::OtherNetwork) + of(Why::Hostname) + of(Why::Unreadable) => {
+                Reason::Unsupported
+            }
             _ => Reason::NoHealthyEndpoint,
         };
         let noun = if total == 1 { "endpoint" } else { "endpoints" };

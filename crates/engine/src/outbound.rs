@@ -139,6 +139,7 @@ fn to_workload(snapshot: &Snapshot, workload: &Arc<Workload>, target: SocketAddr
         return OutboundPlan::Refuse(needs_waypoint(snapshot, "workload", &workload.uid, waypoint));
     }
     match workload.protocol {
+        TunnelProtocol::Unreadable => OutboundPlan::Refuse(unreadable(workload)),
         TunnelProtocol::None => OutboundPlan::Passthrough,
         TunnelProtocol::Hbone => {
             let candidates = vec![Candidate {
@@ -158,7 +159,8 @@ fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
     let workload = pick.workload;
     let transport = match workload.protocol {
         TunnelProtocol::None => Transport::Plain,
-        TunnelProtocol::Hbone => {
+        // `fit` lets no unreadable one through; if it did, the handshake would fail.
+        TunnelProtocol::Hbone | TunnelProtocol::Unreadable => {
             // A name that is no workload identity cannot be shown by a peer that we would accept.
             let also = service.subject_alt_names.iter().filter_map(|san| san.parse().ok());
             Transport::Hbone {
@@ -168,6 +170,16 @@ fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
         }
     };
     Candidate { workload: workload.clone(), target: pick.target, transport }
+}
+
+/// The control plane sent this workload in words of another version.
+pub(crate) fn unreadable(workload: &Workload) -> Refusal {
+    let message = format!(
+        "the control plane describes {}/{} in a way that this proxy cannot read (its list of refused \
+         configuration says why)",
+        workload.namespace, workload.name
+    );
+    Refusal::new(Reason::Unsupported, message)
 }
 
 fn no_such_port(service: &Service, port: u16) -> Refusal {

@@ -27,8 +27,11 @@ impl Authority {
         let quote = || text.chars().take(128).collect::<String>();
         let (host, port) =
             text.rsplit_once(':').ok_or_else(|| format!("authority {:?} has no port", quote()))?;
-        let port: u16 =
-            port.parse().map_err(|_| format!("authority {:?} has a bad port", quote()))?;
+        // Digits only: `parse` would take a sign, and an address with one would pass for a host name.
+        let port = Some(port).filter(|p| p.bytes().all(|b| b.is_ascii_digit()));
+        let port: u16 = port
+            .and_then(|p| p.parse().ok())
+            .ok_or_else(|| format!("authority {:?} has a bad port", quote()))?;
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
         if host.is_empty() || host.len() > 253 || !host.bytes().all(plain) {
             return Err(format!("authority {:?} is neither ip:port nor host:port", quote()));
@@ -138,6 +141,8 @@ mod tests {
             "web",
             "web:",
             "web:99999",
+            "web:+80",
+            "10.0.0.1:+80",
             ":80",
             "a b:80",
             "fd00::1",

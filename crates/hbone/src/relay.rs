@@ -94,9 +94,10 @@ pub fn relay_tunnel<S: Future + Unpin>(
             Poll::Ready(Err(ended)) => ended,
             first => match (down.poll(cx, &mut tcp, &moved), first) {
                 (Poll::Ready(Err(ended)), _) => ended,
-                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
-                    return Poll::Ready((Ended { by: EndedBy::Both, error: None }, None));
-                }
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => match up.ended() {
+                    ended if ended.by == EndedBy::Both => return Poll::Ready((ended, None)),
+                    broken => broken,
+                },
                 _ => return Poll::Pending,
             },
         };
@@ -158,6 +159,9 @@ enum Up {
     /// Read, and waiting for room in the tunnel.
     Sending(Bytes),
     Done,
+    /// The peer takes nothing more, and there was more. What it has sent still goes out; whether it ended there or
+    /// broke off is for the other direction to find out.
+    Unwanted(h2::Error),
 }
 
 impl Up {
@@ -172,7 +176,10 @@ impl Up {
             match self {
                 Self::Reading => match ready!(poll_read(cx, tcp)) {
                     Ok(bytes) if bytes.is_empty() => {
-                        send.send_data(Bytes::new(), true).map_err(peer)?;
+                        // An error here: the peer has reset the stream. After its own end that is how a server says that
+                        // it wants nothing more (RFC 9113, 8.1; Envoy does), and nothing was kept from it. Without its
+                        // end it is a break, which the other direction sees.
+                        let _ = send.send_data(Bytes::new(), true);
                         *self = Self::Done;
                     }
                     Ok(bytes) => {
@@ -187,23 +194,42 @@ impl Up {
                     let mut room = send.capacity();
                     if room == 0 {
                         room = match ready!(send.poll_capacity(cx)) {
-                            Some(room) => room.map_err(peer)?,
-                            None => return Poll::Ready(Err(peer(Reason::CANCEL.into()))),
+                            Some(Ok(room)) => room,
+                            Some(Err(e)) => {
+                                *self = Self::Unwanted(e);
+                                continue;
+                            }
+                            None => {
+                                *self = Self::Unwanted(Reason::CANCEL.into());
+                                continue;
+                            }
                         };
                     }
                     if room == 0 {
                         continue;
                     }
                     let piece = bytes.split_to(room.min(bytes.len()));
-                    moved.up.fetch_add(piece.len() as u64, Ordering::Relaxed);
-                    send.send_data(piece, false).map_err(peer)?;
+                    let length = piece.len() as u64;
+                    if let Err(e) = send.send_data(piece, false) {
+                        *self = Self::Unwanted(e);
+                        continue;
+                    }
+                    moved.up.fetch_add(length, Ordering::Relaxed);
                     if bytes.is_empty() {
                         *self = Self::Reading;
                     }
                 }
                 // Nothing to send any more, but a reset of the peer must still be noticed.
-                Self::Done => return Poll::Ready(Ok(())),
+                Self::Done | Self::Unwanted(_) => return Poll::Ready(Ok(())),
             }
+        }
+    }
+
+    /// The end, once the other direction has come to its own.
+    fn ended(&mut self) -> Ended {
+        match std::mem::replace(self, Self::Done) {
+            Self::Unwanted(e) => peer(e),
+            _ => Ended { by: EndedBy::Both, error: None },
         }
     }
 }

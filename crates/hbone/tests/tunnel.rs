@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hbone::{
-    Authority, ConnectHeaders, Credentials, Pool, PoolKey, PoolLimits, ServerTunnel, TunnelError,
-    relay_tunnel,
+    Authority, ConnectHeaders, Credentials, EndedBy, Pool, PoolKey, PoolLimits, ServerTunnel,
+    TunnelError, relay_tunnel,
 };
 use http::StatusCode;
 use model::{Identity, Reason, WorkloadUid};
@@ -340,4 +340,58 @@ async fn spare_tunnels_are_closed_soon() {
     assert_eq!(after(1), burst.tunnels, "not at once: the next burst may be near");
     assert_eq!(after(11), 1);
     assert_eq!(after(301), 0);
+}
+
+/// Answers the first CONNECT with `answer` and its end. At the second it resets the first with NO_ERROR, which says that
+/// it wants nothing more, and then refuses: who hears the refusal has heard of the reset.
+async fn finishing_server(credentials: Arc<Credentials>, answer: Vec<u8>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut tunnel = ServerTunnel::accept(tcp, credentials.server_config()).await.unwrap();
+        let first = tunnel.next().await.unwrap().unwrap();
+        let (mut send, _receive) = first.accept(None).unwrap();
+        send.send_data(answer.into(), true).unwrap();
+        let second = tunnel.next().await.unwrap().unwrap();
+        send.send_reset(h2::Reason::NO_ERROR);
+        second.refuse(StatusCode::NOT_FOUND, Reason::BadRequest);
+        while tunnel.next().await.is_some() {}
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_server_that_has_answered_may_want_nothing_more() {
+    let ca = Ca::new();
+    let answer: Vec<u8> = (0..200_000_u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+    // The application sends more, or only ends.
+    for more in [false, true] {
+        let gateway = finishing_server(ca.credentials(&id("server")), answer.clone()).await;
+        let key = key(gateway, "server");
+        let pool = Pool::new(PoolLimits::default());
+        let client = ca.credentials(&id("client"));
+        let target = "127.0.0.1:1".parse().unwrap();
+        let headers = ConnectHeaders::default();
+        let open = || pool.open(&key, &client, target, &headers, || TcpStream::connect(gateway));
+        let (send, receive, _slot) = open().await.unwrap().split();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (proxy, _) = listener.accept().await.unwrap();
+        let relay = tokio::spawn(async move {
+            relay_tunnel(proxy, send, receive, Arc::default(), std::future::pending::<()>()).await.0
+        });
+        let mut got = Vec::new();
+        app.read_to_end(&mut got).await.unwrap();
+        assert!(got == answer, "{} bytes of {}", got.len(), answer.len());
+        assert!(open().await.is_err(), "the second is refused");
+        if more {
+            app.write_all(b"more").await.unwrap();
+        }
+        drop(app);
+        let limit = std::time::Duration::from_secs(10);
+        let ended = tokio::time::timeout(limit, relay).await.unwrap().unwrap();
+        // What the application still had to say is lost, and said to be; its end alone is not.
+        assert_eq!(ended.by, if more { EndedBy::Peer } else { EndedBy::Both });
+    }
 }

@@ -108,6 +108,9 @@ pub enum TunnelProtocol {
     None,
     /// HTTP/2 CONNECT over mTLS on port 15008.
     Hbone,
+    /// The control plane said something about this workload that this proxy cannot read. Nothing is sent to it and
+    /// nothing reaches it: plaintext in place of what was meant would be a way around the mesh.
+    Unreadable,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

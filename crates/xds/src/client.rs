@@ -121,8 +121,8 @@ impl Client {
         }
     }
 
-    /// Takes in the last good configuration, before the first [`Self::connect`]. What it cannot read is
-    /// left out: the control plane will send it.
+    /// Takes in the last good configuration, before the first [`Self::connect`]. What it cannot read (another
+    /// version wrote it) is closed as far as that goes, until the control plane sends it again.
     pub fn restore(
         &mut self,
         saved: impl IntoIterator<Item = Saved>,
@@ -138,7 +138,13 @@ impl Client {
                     let entry = Entry { what, version, hash: saved.hash, received: saved.hash };
                     self.put(saved.kind, &saved.name, entry);
                 }
-                Err(error) => unreadable.push(error),
+                Err(error) => {
+                    let (kind, name) = (saved.kind, &saved.name);
+                    if let Some(what) = self.stand_in(kind, name, &saved.value, &mut changes) {
+                        self.put(kind, name, Entry { what, ..Entry::unknown() });
+                    }
+                    unreadable.push(error);
+                }
             }
         }
         (changes, unreadable)
@@ -277,9 +283,14 @@ impl Client {
                 let fresh = old.as_ref().is_none_or(|old| old.version.is_empty());
                 let mut entry = old.unwrap_or_else(Entry::unknown);
                 entry.received = hash;
-                if fresh && kind == Kind::Authorization {
+                if fresh && any.type_url == kind.type_url() {
                     // An older stand-in stays when this version does not even allow a new one.
-                    entry.what = self.stand_in(&name, &any.value, changes).unwrap_or(entry.what);
+                    if let Some(what) = self.stand_in(kind, &name, &any.value, changes) {
+                        if entry.what != what {
+                            remove_value(entry.what, &name, changes);
+                        }
+                        entry.what = what;
+                    }
                 }
                 let name = self.put(kind, &name, entry);
                 self.refused.insert((kind, name), error.to_string());
@@ -343,11 +354,31 @@ impl Client {
         changes.push(Change::SetPolicy(policy));
     }
 
-    /// Puts something closed in the place of a policy that cannot be read and was not there before.
-    fn stand_in(&mut self, name: &str, value: &[u8], changes: &mut Vec<Change>) -> Option<What> {
-        let policy = codec::closed_stand_in(name, value, &mut self.interner)?;
-        self.set_policy(name, policy, changes);
-        Some(What::Policy)
+    /// Puts something closed in the place of a value that cannot be read and was not there before.
+    fn stand_in(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        value: &[u8],
+        changes: &mut Vec<Change>,
+    ) -> Option<What> {
+        match kind {
+            Kind::Authorization => {
+                let policy = codec::closed_stand_in(name, value, &mut self.interner)?;
+                self.set_policy(name, policy, changes);
+                Some(What::Policy)
+            }
+            Kind::Address => {
+                let (change, what) =
+                    match codec::closed_address(name, value, &self.defaults, &mut self.interner)? {
+                        Address::Workload(w) => (Change::SetWorkload(w), What::Workload),
+                        Address::Service(s) => (Change::SetService(s), What::Service),
+                    };
+                changes.push(change);
+                Some(what)
+            }
+            Kind::Origin | Kind::Marker => None,
+        }
     }
 
     fn remove(&mut self, kind: Kind, name: &str, changes: &mut Vec<Change>) {

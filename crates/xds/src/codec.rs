@@ -2,9 +2,12 @@
 //!
 //! Decoding is total and strict: an unknown enum value, an address of the wrong size, a port above 65535
 //! or a name that contradicts the resource is an error that names the resource and the field, and the
-//! resource is refused. For workloads and services unknown *fields* are skipped, as protobuf intends.
+//! resource is refused. For workloads and services unknown *fields* are skipped, as protobuf intends, and so
+//! are unknown values of the two enums that only describe (`workload_type`, `app_protocol`).
 //! For policies they are refused too: a matcher that this proxy cannot read would make an ALLOW match more
-//! than its author wrote. [`closed_stand_in`] is what stands in until the policy can be read.
+//! than its author wrote. [`closed_stand_in`] is what stands in until the policy can be read, and
+//! [`closed_address`] for workloads and services: an address that nobody knows is passed through in
+//! plaintext, so what cannot be read must not become unknown.
 
 mod decode;
 mod encode;
@@ -14,12 +17,16 @@ use rustc_hash::FxHashSet;
 use std::sync::Arc;
 
 pub use decode::{
-    attach_origin, closed_stand_in, decode_address, decode_authorization, decode_origin,
+    attach_origin, closed_address, closed_stand_in, decode_address, decode_authorization,
+    decode_origin,
 };
 pub use encode::{
     encode_policy, encode_service, encode_workload, policy_name, policy_origin, service_name,
     workload_name,
 };
+
+/// A tunnel protocol that nobody will ever define: how [`model::TunnelProtocol::Unreadable`] is written down.
+const UNREADABLE: i32 = i32::MAX;
 
 /// What an Address resource says.
 #[derive(Clone, Debug, PartialEq, Eq)]

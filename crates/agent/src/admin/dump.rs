@@ -203,6 +203,7 @@ impl<'a> WorkloadView<'a> {
             protocol: match w.protocol {
                 TunnelProtocol::Hbone => "HBONE",
                 TunnelProtocol::None => "TCP",
+                TunnelProtocol::Unreadable => "unreadable",
             },
             native_tunnel: w.native_tunnel,
             trust_domain: &w.trust_domain,

@@ -370,6 +370,20 @@ fn strict_mutual_tls() {
 }
 
 #[test]
+fn a_workload_that_cannot_be_read_takes_nothing() {
+    let (snapshot, mut web) = world(&[], &[]);
+    let answer = |web: &Workload, caller| short(&ask(&snapshot, web, caller, "10.1.0.1:80"));
+    for caller in [SLEEP, PLAIN] {
+        assert_eq!(answer(&web, caller), "allow");
+    }
+    // Its policies are part of what cannot be read.
+    web.protocol = TunnelProtocol::Unreadable;
+    for caller in [SLEEP, PLAIN] {
+        assert_eq!(answer(&web, caller), "unsupported");
+    }
+}
+
+#[test]
 fn what_is_not_for_the_workload_is_refused() {
     let everything = policy("shop/all", Scope::Namespace, Action::Allow, vec![Rule::default()]);
     let (snapshot, web) = world(&[everything], &[]);

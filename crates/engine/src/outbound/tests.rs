@@ -127,6 +127,22 @@ fn destinations() {
     }
 }
 
+/// What the control plane says in words of another version is neither reached in plaintext nor balanced to.
+#[test]
+fn what_cannot_be_read_is_not_reached() {
+    let mut strange = pod(2);
+    strange.protocol = TunnelProtocol::Unreadable;
+    let s = world(web(), [pod(1), strange.clone()]);
+    check(&s, "10.96.0.1:80", "10.1.0.1:8080 by 10.1.0.1:15008");
+    let refused = "unsupported: the control plane describes shop/web-2 in a way that this proxy cannot read \
+                   (its list of refused configuration says why)";
+    check(&s, "10.1.0.2:80", refused);
+    let s = world(web(), [strange]);
+    let none = "unsupported: none of the 1 endpoint of service shop/web.shop.svc.cluster.local can take port 80: \
+                1 described in a way that this proxy cannot read";
+    check(&s, "10.96.0.1:80", none);
+}
+
 #[test]
 fn named_target_ports_are_each_endpoints_own() {
     let with = |n: u8, ports: &[ServicePort]| {

@@ -225,3 +225,43 @@ fn pauses_grow_and_end() {
     let _ = client.handle(response(Kind::Address, Vec::new(), &[]));
     assert!(client.retry_in(0).as_millis() <= 10);
 }
+
+/// A destination that is not known is reached in plaintext: one that cannot be read must not be unknown.
+#[test]
+fn an_unreadable_new_workload_is_closed() {
+    let mut client = client();
+    let send = |client: &mut Client, version: &str, value: Vec<u8>| {
+        let one = resource(Kind::Address, "w", version, value);
+        client.handle(response(Kind::Address, vec![one], &[]))
+    };
+    let mut strange = codec::encode_workload(&Workload::named("w", "ns", "w"));
+    let Some(crate::workload::address::Type::Workload(w)) = &mut strange.r#type else { panic!() };
+    w.tunnel_protocol = 7;
+    w.addresses = vec![vec![10, 0, 0, 1].into()];
+    let batch = send(&mut client, "1", strange.encode_to_vec());
+    let closed = |changes: &[Change]| {
+        matches!(changes, [Change::SetWorkload(w)]
+            if w.protocol == model::TunnelProtocol::Unreadable && w.addresses.len() == 1)
+    };
+    assert!(closed(&batch.changes), "{batch:?}");
+    assert_eq!(batch.refused.len(), 1);
+
+    // It is still closed after a restart, and the control plane is asked for it again.
+    let snapshot = Snapshot::default().with(batch.changes);
+    let saved: Vec<_> = client.held().save(&snapshot).collect();
+    let mut next = self::client();
+    let (changes, unreadable) = next.restore(saved);
+    assert!(closed(&changes), "{changes:?}");
+    assert_eq!(unreadable.len(), 1);
+    let requests = next.connect();
+    assert_eq!(requests[Kind::Address.index()].initial_resource_versions["w"], "");
+
+    // A readable version opens it; then an unreadable one changes nothing; a removal takes it away.
+    let batch = send(&mut client, "2", workload("w"));
+    assert!(
+        matches!(&batch.changes[..], [Change::SetWorkload(w)] if w.protocol == model::TunnelProtocol::None)
+    );
+    assert_eq!(send(&mut client, "3", strange.encode_to_vec()).changes.len(), 0);
+    let batch = next.handle(response(Kind::Address, Vec::new(), &["w"]));
+    assert!(matches!(&batch.changes[..], [Change::RemoveWorkload(_)]));
+}

@@ -83,6 +83,53 @@ pub fn closed_stand_in(name: &str, value: &[u8], interner: &mut Interner) -> Opt
     })
 }
 
+/// What to know in place of a workload or service that could not be decoded and that was not there before: its
+/// name and its addresses, and nothing that would let a connection through. `None` when the bytes are no
+/// Address at all, or one that is named otherwise.
+pub fn closed_address(
+    name: &str,
+    value: &[u8],
+    defaults: &Defaults,
+    interner: &mut Interner,
+) -> Option<Address> {
+    let mut cx = Cx { resource: name, interner };
+    match wire::Address::decode(value).ok()?.r#type? {
+        wire::address::Type::Workload(w) => {
+            cx.named("uid", &w.uid).ok()?;
+            let addresses = w.addresses.iter().filter_map(|a| cx.ip("addresses", a).ok()).collect();
+            let mut closed = Workload {
+                addresses,
+                network: cx.str(&w.network),
+                cluster: cx.str(&w.cluster_id),
+                node: cx.str(&w.node),
+                protocol: TunnelProtocol::Unreadable,
+                health: Health::Unhealthy,
+                ..Workload::named(cx.str(&w.uid), cx.str(&w.namespace), cx.str(&w.name))
+            };
+            closed.trust_domain = defaults.trust_domain.clone();
+            // Shared addresses are never looked up, readable or not.
+            if w.network_mode == i32::from(wire::NetworkMode::HostNetwork) {
+                closed.network_mode = NetworkMode::HostNetwork;
+            }
+            Some(Address::Workload(Arc::new(closed)))
+        }
+        wire::address::Type::Service(s) => {
+            cx.named("namespace/hostname", &format!("{}/{}", s.namespace, s.hostname)).ok()?;
+            Some(Address::Service(Arc::new(Service {
+                key: ServiceKey { namespace: cx.str(&s.namespace), hostname: cx.str(&s.hostname) },
+                name: cx.str(&s.name),
+                vips: s.addresses.iter().filter_map(|a| cx.vip(a).ok()).collect(),
+                // Without a port every call is refused.
+                ports: Arc::new([]),
+                subject_alt_names: Arc::new([]),
+                waypoint: None,
+                load_balancing: LoadBalancing::default(),
+                families: FamilyPolicy::default(),
+            })))
+        }
+    }
+}
+
 /// Decodes the value of an Origin resource called `name`.
 pub fn decode_origin(name: &str, value: &[u8]) -> Result<ambit::Origin, DecodeError> {
     ambit::Origin::decode(value).map_err(|e| DecodeError {
@@ -191,11 +238,12 @@ impl Cx<'_> {
             canonical_name: self.str(&w.canonical_name),
             canonical_revision: self.str(&w.canonical_revision),
             workload_name: self.str(&w.workload_name),
-            workload_kind: match self.known("workload_type", w.workload_type)? {
-                wire::WorkloadType::Deployment => WorkloadKind::Deployment,
-                wire::WorkloadType::Cronjob => WorkloadKind::CronJob,
-                wire::WorkloadType::Pod => WorkloadKind::Pod,
-                wire::WorkloadType::Job => WorkloadKind::Job,
+            workload_kind: match wire::WorkloadType::try_from(w.workload_type) {
+                Ok(wire::WorkloadType::Deployment) => WorkloadKind::Deployment,
+                Ok(wire::WorkloadType::Cronjob) => WorkloadKind::CronJob,
+                Ok(wire::WorkloadType::Job) => WorkloadKind::Job,
+                // Only metrics say it: a kind of the future is not worth an unreachable workload.
+                Ok(wire::WorkloadType::Pod) | Err(_) => WorkloadKind::Pod,
             },
             waypoint: w.waypoint.map(|g| self.gateway("waypoint", g)).transpose()?,
             network_gateway: w
@@ -397,13 +445,17 @@ impl Cx<'_> {
             ports.push(ServicePort {
                 service_port: self.port(field, p.service_port)?,
                 target_port: self.port(field, p.target_port)?,
-                app_protocol: match self.known(field, p.app_protocol)? {
-                    wire::AppProtocol::Http11 => AppProtocol::Http11,
-                    wire::AppProtocol::Http2 => AppProtocol::Http2,
-                    wire::AppProtocol::Grpc => AppProtocol::Grpc,
-                    wire::AppProtocol::Unknown
-                    | wire::AppProtocol::Tcp
-                    | wire::AppProtocol::Tls => AppProtocol::Unknown,
+                app_protocol: match wire::AppProtocol::try_from(p.app_protocol) {
+                    Ok(wire::AppProtocol::Http11) => AppProtocol::Http11,
+                    Ok(wire::AppProtocol::Http2) => AppProtocol::Http2,
+                    Ok(wire::AppProtocol::Grpc) => AppProtocol::Grpc,
+                    // Bytes, and a protocol of the future is bytes as well.
+                    Ok(
+                        wire::AppProtocol::Unknown
+                        | wire::AppProtocol::Tcp
+                        | wire::AppProtocol::Tls,
+                    )
+                    | Err(_) => AppProtocol::Unknown,
                 },
             });
         }

@@ -40,10 +40,11 @@ pub fn encode_workload(w: &Workload) -> wire::Address {
         hostname: w.hostname.to_string(),
         network: w.network.to_string(),
         tunnel_protocol: match w.protocol {
-            TunnelProtocol::None => wire::TunnelProtocol::None,
-            TunnelProtocol::Hbone => wire::TunnelProtocol::Hbone,
-        }
-        .into(),
+            TunnelProtocol::None => wire::TunnelProtocol::None.into(),
+            TunnelProtocol::Hbone => wire::TunnelProtocol::Hbone.into(),
+            // Only the last good configuration on disk ever holds one: it comes back as unreadable.
+            TunnelProtocol::Unreadable => super::UNREADABLE,
+        },
         trust_domain: w.trust_domain.to_string(),
         service_account: w.service_account.to_string(),
         waypoint: w.waypoint.as_ref().map(gateway),

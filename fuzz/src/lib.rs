@@ -1,0 +1,27 @@
+//! One function per fuzz target: bytes in, no panic, and what must hold of the result holds.
+//!
+//! Each target calls the parser that the product calls, on the bytes that a stranger could send, and checks what callers
+//! rely on: what was accepted comes back the same from its own form, what was refused opens nothing. A failed check is a
+//! crash like any other.
+
+mod configuration;
+mod discovery;
+mod peer;
+mod planted;
+
+pub use configuration::{objects, registry, zds};
+pub use discovery::{address, authorization, delta};
+pub use peer::{csr, headers, identity};
+
+/// Every target by name.
+pub const TARGETS: [(&str, fn(&[u8])); 9] = [
+    ("headers", headers),
+    ("identity", identity),
+    ("csr", csr),
+    ("registry", registry),
+    ("address", address),
+    ("authorization", authorization),
+    ("delta", delta),
+    ("zds", zds),
+    ("objects", objects),
+];

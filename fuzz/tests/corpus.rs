@@ -1,0 +1,162 @@
+//! The committed corpora, replayed without a fuzzer. `AMBIT_WRITE_SEEDS=1 cargo test` in this folder writes the seeds.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ambit_fuzz::TARGETS;
+use rcgen::{CertificateParams, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519, SanType};
+
+fn folder(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target)
+}
+
+#[test]
+fn nothing_in_the_corpora_fails() {
+    if std::env::var_os("AMBIT_WRITE_SEEDS").is_some() {
+        write_seeds();
+    }
+    for (name, target) in TARGETS {
+        let files = fs::read_dir(folder(name)).unwrap_or_else(|e| panic!("corpus of {name}: {e}"));
+        let mut count = 0;
+        for file in files {
+            target(&fs::read(file.unwrap().path()).unwrap());
+            count += 1;
+        }
+        assert!(count > 0, "{name} has no corpus");
+    }
+}
+
+fn write_seeds() {
+    for (name, _) in TARGETS {
+        let _ = fs::create_dir_all(folder(name));
+    }
+    peer();
+    discovery();
+    configuration();
+}
+
+fn seed(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
+    fs::write(folder(target).join(format!("seed-{name}")), bytes).unwrap();
+}
+
+fn peer() {
+    let rest = "for=10.0.0.1;host=web.shop.svc.cluster.local\nk8s.namespace.name=shop,service.name=web\n\
+                00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
+    seed("headers", "v4", format!("10.0.0.1:8080\n{rest}"));
+    seed(
+        "headers",
+        "v6",
+        format!("[fd00:10::1]:8080\nhost=\"web.shop\"; for=x\n\n{}", "0".repeat(55)),
+    );
+    seed("headers", "host", format!("web.shop.svc.cluster.local:80\n{rest}"));
+    let name = "spiffe://cluster.local/ns/shop/sa/web";
+    seed("identity", "uri", name);
+    for (kind, algorithm) in [("p256", &PKCS_ECDSA_P256_SHA256), ("ed25519", &PKCS_ED25519)] {
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let mut params = CertificateParams::new(vec!["web.shop".to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, "web");
+        params.subject_alt_names.push(SanType::URI(name.try_into().unwrap()));
+        seed("identity", kind, params.self_signed(&key).unwrap().der());
+        let request = params.serialize_request(&key).unwrap();
+        seed("csr", kind, request.der());
+        seed("csr", &format!("{kind}-pem"), request.pem().unwrap());
+    }
+}
+
+fn discovery() {
+    for (fixture, target) in [
+        ("workload", "address"),
+        ("service", "address"),
+        ("authorization", "authorization"),
+        ("zds_add", "zds"),
+    ] {
+        seed(target, fixture, wire(fixture));
+    }
+    seed("zds", "del", b"\x12\x04\x12\x02u1");
+    seed("zds", "keep", b"\x2a\x04\x0a\x02u1");
+    seed("zds", "ack", b"\x0a\x04\x0a\x02no");
+    let mut stream = Vec::new();
+    for (which, fixture) in [(0, "delta_response"), (2, "delta_request"), (3, "")] {
+        let message = if fixture.is_empty() { Vec::new() } else { wire(fixture) };
+        stream.push(which);
+        stream.extend(u16::try_from(message.len()).unwrap().to_be_bytes());
+        stream.extend(message);
+    }
+    seed("delta", "stream", stream);
+    // A workload as an Address resource.
+    let address = wire("workload");
+    let mut any = b"\x0a\x2bX".to_vec();
+    any.pop();
+    any.splice(1..2, [u8::try_from(xds::Kind::Address.type_url().len()).unwrap()]);
+    any.extend(xds::Kind::Address.type_url().as_bytes());
+    field(&mut any, 0x12, &address);
+    let mut resource = b"\x0a\x011".to_vec();
+    field(&mut resource, 0x12, &any);
+    field(&mut resource, 0x1a, b"east//Pod/shop/web-7d9f");
+    let mut response = Vec::new();
+    field(&mut response, 0x12, &resource);
+    field(&mut response, 0x22, xds::Kind::Address.type_url().as_bytes());
+    field(&mut response, 0x2a, b"n");
+    let mut stream = vec![0];
+    stream.extend(u16::try_from(response.len()).unwrap().to_be_bytes());
+    stream.extend(response);
+    seed("delta", "address", stream);
+}
+
+/// A length-delimited field.
+fn field(out: &mut Vec<u8>, tag: u8, value: &[u8]) {
+    out.push(tag);
+    prost::encode_length_delimiter(value.len(), out).unwrap();
+    out.extend_from_slice(value);
+}
+
+/// A fixture of `crates/xds/tests/wire`: hex, text in quotes, comments.
+fn wire(name: &str) -> Vec<u8> {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../crates/xds/tests/wire/{name}.txt"));
+    let mut out = Vec::new();
+    for line in fs::read_to_string(path).unwrap().lines() {
+        let mut rest = line.trim_start();
+        while !rest.is_empty() && !rest.starts_with('#') {
+            if let Some(text) = rest.strip_prefix('"') {
+                let (text, after) = text.split_once('"').unwrap();
+                out.extend_from_slice(text.as_bytes());
+                rest = after.trim_start();
+            } else {
+                let (byte, after) = rest.split_once(' ').unwrap_or((rest, ""));
+                out.push(u8::from_str_radix(byte, 16).unwrap());
+                rest = after.trim_start();
+            }
+        }
+    }
+    out
+}
+
+fn configuration() {
+    let hash = "a".repeat(64);
+    seed(
+        "registry",
+        "two",
+        format!("{{\"node\": \"node-1\", \"token_sha256\": \"{hash}\"}}\n{{\"node\":\"n\"}}\n"),
+    );
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: web, namespace: shop, labels: {app: web}, annotations: {ambient.istio.io/redirection: enabled}}\n\
+               spec: {nodeName: node-1, serviceAccountName: web, containers: [{name: main, ports: [{name: http, containerPort: 8080}]}]}\n\
+               status: {phase: Running, podIP: 10.0.0.1, conditions: [{type: Ready, status: 'True'}]}\n";
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\n\
+                   spec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{name: http, port: 80, targetPort: http}]}\n";
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\n\
+                  spec: {selector: {matchLabels: {app: web}}, action: ALLOW, rules: [{from: [{source: {principals: [\"cluster.local/ns/shop/sa/*\"], notIpBlocks: [10.0.0.0/8]}}], to: [{operation: {ports: [\"80\"], paths: [/x]}}], when: [{key: source.namespace, values: [shop]}]}]}\n";
+    let mtls = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: default, namespace: shop}\n\
+                spec: {selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: PERMISSIVE}}}\n";
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}\n";
+    seed("objects", "all", [namespace, pod, service, policy, mtls].join("---\n"));
+    seed("objects", "policy", policy);
+    seed("objects", "mtls", mtls);
+    seed("objects", "pod", pod);
+    seed(
+        "objects",
+        "json",
+        "{\"apiVersion\": \"v1\", \"kind\": \"Namespace\", \"metadata\": {\"name\": \"a\"}}",
+    );
+    seed("objects", "anchors", "a: &x [1, 2]\nb: *x\nc: |\n  text\n<<: {d: 1}\n");
+}
