@@ -79,7 +79,11 @@ pub fn csr(data: &[u8]) {
                 planted::csr(words);
             }
             let words = error.to_string();
-            assert!(words.len() < 4096, "an asker must not fill the log: {} bytes", words.len());
+            assert!(
+                words.len() < 2048,
+                "an asker must not fill the log: {} bytes: {words}",
+                words.len()
+            );
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use model::{Action, Identity, Policy, Scope, Workload};
+use model::{Action, Change, Identity, Match, Policy, Scope, TunnelProtocol, Workload};
 use xds::zds::{WorkloadRequest, workload_request::Payload};
 
 fn bug(condition: bool, what: &str) {
@@ -28,27 +28,36 @@ pub(crate) fn csr(words: &str) {
 }
 
 pub(crate) fn node(node: &str) {
-    bug(node.contains('.'), "a node name with a dot");
+    bug(node.ends_with(|c| ('2'..='9').contains(&c)), "a node beyond the first");
 }
 
 pub(crate) fn workload(w: &Workload) {
-    let port = w.application_tunnel.and_then(|t| t.port);
-    bug(w.capacity > 1000 && port.is_some_and(|p| p > 40_000), "a large capacity and a high port");
+    bug(w.capacity > 1000 && w.native_tunnel, "a large capacity");
 }
 
 pub(crate) fn policy(p: &Policy) {
-    bug(p.dry_run && p.scope == Scope::Global && p.action == Action::Deny, "a global dry-run DENY");
+    let selector = p.scope == Scope::WorkloadSelector;
+    bug(
+        selector && p.action == Action::Deny && p.rules.is_empty(),
+        "a selector DENY without rules",
+    );
 }
 
-pub(crate) fn batch(removed: bool, refused: usize) {
-    bug(removed && refused > 0, "a removal and a refusal in one response");
+pub(crate) fn batch(changes: &[Change]) {
+    let stand_in = |c: &Change| matches!(c, Change::SetWorkload(w) if w.protocol == TunnelProtocol::Unreadable);
+    bug(changes.iter().any(stand_in), "a stand-in for a workload that cannot be read");
 }
 
 pub(crate) fn zds(request: &WorkloadRequest) {
     let Some(Payload::Keep(keep)) = &request.payload else { return };
-    bug(keep.uid.len() > 20, "a long uid to keep");
+    bug(keep.uid.contains(char::is_control), "a control character in a uid to keep");
 }
 
 pub(crate) fn compiled(p: &Policy) {
-    bug(p.action == Action::Deny && p.rules.len() > 1, "a DENY of two rules");
+    let other = |m: &Match| {
+        m.destination_ports.iter().any(|port| *port != 80)
+            || m.not_source_ips.iter().any(|prefix| prefix.length != 8)
+    };
+    let mut matches = p.rules.iter().flat_map(|r| r.clauses.iter().flatten());
+    bug(matches.any(other), "a policy with a number that no seed has");
 }

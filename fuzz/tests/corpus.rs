@@ -72,6 +72,7 @@ fn discovery() {
     ] {
         seed(target, fixture, wire(fixture));
     }
+    seed("authorization", "small", b"\x0a\x01p\x12\x01n\x18\x01\x20\x01");
     seed("zds", "del", b"\x12\x04\x12\x02u1");
     seed("zds", "keep", b"\x2a\x04\x0a\x02u1");
     seed("zds", "ack", b"\x0a\x04\x0a\x02no");
@@ -83,24 +84,42 @@ fn discovery() {
         stream.extend(message);
     }
     seed("delta", "stream", stream);
-    // A workload as an Address resource.
-    let address = wire("workload");
-    let mut any = b"\x0a\x2bX".to_vec();
-    any.pop();
-    any.splice(1..2, [u8::try_from(xds::Kind::Address.type_url().len()).unwrap()]);
-    any.extend(xds::Kind::Address.type_url().as_bytes());
-    field(&mut any, 0x12, &address);
-    let mut resource = b"\x0a\x011".to_vec();
+    seed(
+        "delta",
+        "workload",
+        message(&response(b"east//Pod/shop/web-7d9f", &wire("workload"), None)),
+    );
+    // Something small that comes, and goes; but that it goes is told to the server.
+    let small = response(b"u", b"\x0a\x04\xa2\x01\x01u", None);
+    let mut gone = message(&response(b"", b"", Some(b"u")));
+    gone[0] = 2;
+    seed("delta", "removal", [message(&small), gone].concat());
+}
+
+/// A response to the proxy, as the target reads it.
+fn message(response: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(response.len()).unwrap();
+    [&[0][..], &length.to_be_bytes(), response].concat()
+}
+
+/// A `DeltaDiscoveryResponse` with an Address resource, or with one that is gone.
+fn response(name: &[u8], value: &[u8], removed: Option<&[u8]>) -> Vec<u8> {
+    let (mut any, mut resource, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    let url = xds::Kind::Address.type_url().as_bytes();
+    field(&mut any, 0x0a, url);
+    field(&mut any, 0x12, value);
+    field(&mut resource, 0x0a, b"1");
     field(&mut resource, 0x12, &any);
-    field(&mut resource, 0x1a, b"east//Pod/shop/web-7d9f");
-    let mut response = Vec::new();
-    field(&mut response, 0x12, &resource);
-    field(&mut response, 0x22, xds::Kind::Address.type_url().as_bytes());
-    field(&mut response, 0x2a, b"n");
-    let mut stream = vec![0];
-    stream.extend(u16::try_from(response.len()).unwrap().to_be_bytes());
-    stream.extend(response);
-    seed("delta", "address", stream);
+    field(&mut resource, 0x1a, name);
+    if removed.is_none() {
+        field(&mut out, 0x12, &resource);
+    }
+    field(&mut out, 0x22, url);
+    field(&mut out, 0x2a, b"n");
+    if let Some(removed) = removed {
+        field(&mut out, 0x32, removed);
+    }
+    out
 }
 
 /// A length-delimited field.
@@ -150,7 +169,8 @@ fn configuration() {
                 spec: {selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: PERMISSIVE}}}\n";
     let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}\n";
     seed("objects", "all", [namespace, pod, service, policy, mtls].join("---\n"));
-    seed("objects", "policy", policy);
+    seed("objects", "policy", policy.replace(", paths: [/x]", ""));
+    seed("objects", "http", policy);
     seed("objects", "mtls", mtls);
     seed("objects", "pod", pod);
     seed(

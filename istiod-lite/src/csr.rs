@@ -46,9 +46,9 @@ impl Csr {
             return Err(CsrError::TooLarge { size: pem.len() });
         }
         let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes())
-            .map_err(|e| CsrError::Malformed(e.to_string()))?;
-        let (rest, csr) = X509CertificationRequest::from_der(&der)
-            .map_err(|e| CsrError::Malformed(e.to_string()))?;
+            .map_err(|e| CsrError::Malformed(brief(e)))?;
+        let (rest, csr) =
+            X509CertificationRequest::from_der(&der).map_err(|e| CsrError::Malformed(brief(e)))?;
         if !rest.is_empty() {
             return Err(CsrError::Malformed("bytes after its end".into()));
         }
@@ -56,7 +56,7 @@ impl Csr {
         // Before the signature: a huge key makes the verification itself expensive.
         check_key(key)?;
         check_digest(&csr)?;
-        csr.verify_signature().map_err(|e| CsrError::Signature(e.to_string()))?;
+        csr.verify_signature().map_err(|e| CsrError::Signature(brief(e)))?;
         Ok(Self { public_key: key.raw.to_vec(), uris: uris(&csr)? })
     }
 
@@ -75,8 +75,13 @@ impl Csr {
     }
 }
 
+/// The words of a parser, which may quote what the asker sent: one short line of a log.
+fn brief(words: impl ToString) -> String {
+    words.to_string().chars().filter(|c| !c.is_control()).take(256).collect()
+}
+
 fn check_key(key: &SubjectPublicKeyInfo<'_>) -> Result<(), CsrError> {
-    let wrong = |what: String| Err(CsrError::Key(what));
+    let wrong = |what: String| Err(CsrError::Key(brief(what)));
     match key.parsed() {
         Ok(PublicKey::EC(_)) => {
             let curve = key.algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok());
@@ -122,7 +127,7 @@ fn uris(csr: &X509CertificationRequest<'_>) -> Result<Vec<String>, CsrError> {
             }
             // What cannot be read cannot be compared.
             ParsedExtension::ParseError { error } => {
-                return Err(CsrError::Malformed(format!("unreadable extension: {error}")));
+                return Err(CsrError::Malformed(brief(format!("unreadable extension: {error}"))));
             }
             _ => {}
         }
@@ -204,6 +209,10 @@ mod tests {
             "not a PEM",
         );
         check(&"x".repeat(MAX_CSR + 1), "16385 bytes");
+        // The PEM parser quotes the line that it does not like.
+        let long = format!("-----BEGIN {}\n", "\u{1b}x".repeat(4000));
+        let error = Csr::parse(&long).unwrap_err().to_string();
+        assert!(error.len() < 512 && !error.contains('\u{1b}'), "{error}");
         // The last byte belongs to the signature.
         let mut der =
             CertificateSigningRequestDer::from_pem_slice(good.as_bytes()).unwrap().to_vec();
