@@ -27,6 +27,7 @@ mod parse;
 mod peer_authentication;
 mod pods;
 mod references;
+mod selection;
 mod services;
 mod validate;
 mod yaml;

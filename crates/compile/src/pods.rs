@@ -17,8 +17,8 @@ use model::{
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::REDIRECTION;
-use crate::istio::selects;
 use crate::object::{Meta, Objects, Sourced, age};
+use crate::selection::ByLabel;
 use crate::services::{self, Target};
 
 /// Service accounts (namespace, name) by the node on which a pod of theirs runs: who may be given a
@@ -35,6 +35,7 @@ pub(crate) fn compile(
     cx: &mut Context<'_>,
 ) -> Vec<Arc<Workload>> {
     let localities = localities(objects, cx);
+    let mut memberships = memberships(objects, services);
     let mut workloads = Vec::new();
     for (key, sourced) in &objects.pods {
         let pod = &*sourced.value;
@@ -44,8 +45,7 @@ pub(crate) fn compile(
         }
         let mut workload = workload(key, pod, addresses, cx);
         workload.locality = localities.get(&workload.node).cloned().unwrap_or_default();
-        let selecting = services.get(&key.0).into_iter().flatten();
-        workload.services = selecting.filter_map(|s| membership(s, pod)).collect();
+        workload.services = memberships.remove(key).unwrap_or_default().into();
         workload.policies = policies_of(&key.0, pod).into();
         workloads.push(Arc::new(workload));
     }
@@ -171,14 +171,36 @@ fn strip_hash<'a>(replica_set: &'a str, hash: Option<&str>) -> Option<&'a str> {
     (hash == Some(suffix) && !deployment.is_empty()).then_some(deployment)
 }
 
-/// The pod as an endpoint of a Service. A named port that the pod does not have is not served by it.
-fn membership(
-    compiled: &services::Compiled,
-    pod: &Pod,
-) -> Option<(ServiceKey, Arc<[ServicePort]>)> {
-    if compiled.selector.is_empty() || !selects(&compiled.selector, pod.metadata.labels.as_ref()) {
-        return None;
+/// A Service that a pod is an endpoint of, and the ports that it serves for it.
+type Membership = (ServiceKey, Arc<[ServicePort]>);
+
+/// A pod with its namespace and name.
+type Keyed<'a> = (&'a (Str, Str), &'a Pod);
+
+/// The Services of each pod that some Service selects, in the order of their names.
+fn memberships<'a>(
+    objects: &'a Objects,
+    services: &services::ByNamespace,
+) -> BTreeMap<&'a (Str, Str), Vec<Membership>> {
+    let mut pods: BTreeMap<&str, ByLabel<'_, Keyed<'_>>> = BTreeMap::new();
+    for (key, sourced) in &objects.pods {
+        let pod = &*sourced.value;
+        pods.entry(&key.0).or_default().add(&pod.metadata.labels, (key, pod));
     }
+    let mut memberships: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (namespace, services) in services {
+        let Some(pods) = pods.get(&**namespace) else { continue };
+        for service in services.iter().filter(|s| !s.selector.is_empty()) {
+            for (key, pod) in pods.selected(&service.selector) {
+                memberships.entry(key).or_default().push(membership(service, pod));
+            }
+        }
+    }
+    memberships
+}
+
+/// The pod as an endpoint of a Service. A named port that the pod does not have is not served by it.
+fn membership(compiled: &services::Compiled, pod: &Pod) -> Membership {
     let ports = compiled.service.ports.iter().zip(&compiled.targets);
     let ports = ports.filter_map(|(port, target)| {
         let target_port = match target {
@@ -187,7 +209,7 @@ fn membership(
         };
         Some(ServicePort { target_port, ..*port })
     });
-    Some((compiled.service.key.clone(), ports.collect()))
+    (compiled.service.key.clone(), ports.collect())
 }
 
 /// The TCP container port with a name.

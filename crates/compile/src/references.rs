@@ -12,17 +12,15 @@ use crate::authorization;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::enrolment;
-use crate::istio::selects;
 use crate::labels;
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
+use crate::selection::ByLabel;
 use crate::services::ByNamespace;
 
 /// Namespaces that every cluster has, or that the mesh brings.
 const BUILT_IN: [&str; 5] =
     ["default", "kube-system", "kube-public", "kube-node-lease", "istio-system"];
-
-type Labels = Option<BTreeMap<String, String>>;
 
 pub(crate) fn check(
     objects: &Objects,
@@ -57,7 +55,7 @@ fn own_pods(objects: &Objects) -> Table<Pod> {
 
 /// Labels of pods: those that run, and those that Deployments without pods would make.
 struct Selectable<'a> {
-    by_namespace: BTreeMap<&'a str, Vec<(&'a Labels, bool)>>,
+    by_namespace: BTreeMap<&'a str, ByLabel<'a, bool>>,
 }
 
 impl<'a> Selectable<'a> {
@@ -65,13 +63,13 @@ impl<'a> Selectable<'a> {
         let namespaces = objects.namespaces.iter();
         let namespaces: BTreeMap<&str, &Namespace> =
             namespaces.map(|((_, name), sourced)| (&**name, &*sourced.value)).collect();
-        let mut by_namespace: BTreeMap<&str, Vec<(&Labels, bool)>> = BTreeMap::new();
+        let mut by_namespace: BTreeMap<&str, ByLabel<'_, bool>> = BTreeMap::new();
         let mut owners = BTreeSet::new();
         for ((namespace, _), sourced) in &objects.pods {
             let object = namespaces.get(&**namespace).copied();
             let enrolled = enrolment(object, &sourced.value).is_enrolled();
-            let entry = (&sourced.value.metadata.labels, enrolled);
-            by_namespace.entry(namespace).or_default().push(entry);
+            let labels = &sourced.value.metadata.labels;
+            by_namespace.entry(namespace).or_default().add(labels, enrolled);
             owners.extend(deployment_of(&sourced.value).map(|owner| (&**namespace, owner)));
         }
         for ((namespace, name), sourced) in &objects.deployments {
@@ -87,8 +85,8 @@ impl<'a> Selectable<'a> {
                 Pod { metadata: metadata.clone(), spec: template.spec.clone(), status: None };
             pod.metadata.namespace = Some(namespace.to_string());
             let object = namespaces.get(&**namespace).copied();
-            let entry = (&metadata.labels, enrolment(object, &pod).is_enrolled());
-            by_namespace.entry(namespace).or_default().push(entry);
+            let enrolled = enrolment(object, &pod).is_enrolled();
+            by_namespace.entry(namespace).or_default().add(&metadata.labels, enrolled);
         }
         Self { by_namespace }
     }
@@ -101,8 +99,7 @@ impl<'a> Selectable<'a> {
     ) -> impl Iterator<Item = bool> + 's {
         let namespaces =
             self.by_namespace.iter().filter(move |(ns, _)| namespace.is_none_or(|n| n == **ns));
-        let pods = namespaces.flat_map(|(_, pods)| pods);
-        pods.filter(|(l, _)| selects(labels, l.as_ref())).map(|(_, enrolled)| *enrolled)
+        namespaces.flat_map(|(_, pods)| pods.selected(labels))
     }
 }
 
