@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::suite::{self, Test};
-use e2e::{Background, Lab, Plan, wait_until, yaml};
+use e2e::{Background, Lab, Plan, programs, wait_until, yaml};
 use serde_json::Value;
 
 const TESTS: &[(&str, Test)] =
@@ -91,8 +91,10 @@ fn flips(lab: &Lab) -> Result<()> {
 fn repair(lab: &Lab) -> Result<()> {
     let found = lab.exec("node-1", &["pgrep", "-f", "meshprobe pause"])?.out;
     let pid = found.lines().last().context("the pod has no process")?.to_owned();
+    // An ordinary user has no sbin on the path.
+    let program = programs::path_of("nft")?;
     let nft = |args: &[&str]| {
-        let enter = ["nsenter", "--net", "-t", &pid, "nft"];
+        let enter = ["nsenter", "--net", "-t", &pid, &program];
         let argv: Vec<&str> = enter.iter().chain(args).copied().collect();
         lab.exec("node-1", &argv)
     };
