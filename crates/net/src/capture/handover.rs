@@ -78,7 +78,15 @@ pub fn enrol(ns: &NetNs, dns: Dns) -> Result<usize, CaptureError> {
 /// Switches capture off; what the proxy serves stays with it. Returns the number of connections that do.
 pub fn leave(ns: &NetNs) -> Result<usize, CaptureError> {
     ns.run(|| {
-        let Some((State::Captured | State::Exempting, dns)) = state()? else { return Ok(0) };
+        let dns = match state()? {
+            Some((State::Captured | State::Exempting, dns)) => dns,
+            Some(_) => return Ok(0),
+            None => {
+                // Nothing there, or damaged by hand: what is left of it would drop what opens from now on.
+                nft::delete(Family::Inet, TABLE).map_err(CaptureError::Table)?;
+                return Ok(0);
+            }
+        };
         let leaving = table(State::Leaving, dns);
         let [v4, v6] = Noted::Proxied.empty();
         commit("note what opens", &[v4, v6, Change::Rules(&leaving)])?;

@@ -193,3 +193,16 @@ fn flips_under_load_break_nothing() {
         });
     });
 }
+
+/// The rest of a table that somebody damaged must not go on capturing for a proxy that no longer listens.
+#[test]
+fn leaving_takes_a_damaged_table_away() {
+    in_user_ns(|| {
+        let (outside, pod) = (NetNs::current().unwrap(), world());
+        servers(&outside, &pod);
+        enrol(&pod, Dns::Captured).unwrap();
+        pod.run(|| crate::nft::tests::nft(&["flush", "chain", "inet", "ambit", "output"])).unwrap();
+        assert_eq!(leave(&pod).unwrap(), 0);
+        Held::open(&outside, &plain(), at(POD[0], 8080)).unwrap().ask().unwrap();
+    });
+}
