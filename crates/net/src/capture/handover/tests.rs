@@ -201,7 +201,7 @@ fn leaving_takes_a_damaged_table_away() {
         let (outside, pod) = (NetNs::current().unwrap(), world());
         servers(&outside, &pod);
         enrol(&pod, Dns::Captured).unwrap();
-        pod.run(|| crate::nft::tests::nft(&["flush", "chain", "inet", "ambit", "output"])).unwrap();
+        pod.run(|| nft::tests::nft(&["flush", "chain", "inet", "ambit", "output"])).unwrap();
         assert_eq!(leave(&pod).unwrap(), 0);
         Held::open(&outside, &plain(), at(POD[0], 8080)).unwrap().ask().unwrap();
     });
