@@ -14,13 +14,15 @@ import (
 
 const (
 	restartAfter = time.Second
-	// A part that ends this often is broken, and the log says why; more lines of it help nobody.
-	restartsAtMost = 20
+	// A part that ends this often, each time soon, is broken: then the whole ends, and the log says why.
+	restartsAtMost = 5
+	soon           = 30 * time.Second
 )
 
 type part struct {
 	name     string
 	argv     []string
+	started  time.Time
 	restarts int
 }
 
@@ -47,6 +49,7 @@ func (k *keeper) launch(one *part) error {
 	if err != nil {
 		return fmt.Errorf("starting %s: %w", one.name, err)
 	}
+	one.started = time.Now()
 	k.running[pid] = one
 	return nil
 }
@@ -126,12 +129,16 @@ func (k *keeper) ended(pid int, how syscall.WaitStatus) {
 		return // an orphan
 	}
 	delete(k.running, pid)
+	if time.Since(one.started) > soon {
+		one.restarts = 0
+	}
 	one.restarts++
 	fmt.Fprintf(os.Stderr, "%s: %s ended (exit status %d, signal %d)\n",
 		time.Now().Format(time.RFC3339), one.name, how.ExitStatus(), how.Signal())
 	if one.restarts > restartsAtMost {
-		fmt.Fprintf(os.Stderr, "%s has ended %d times and is not started again\n", one.name, one.restarts)
-		return
+		fmt.Fprintf(os.Stderr, "%s has ended %d times; the end of %s.log:\n%s\n",
+			one.name, one.restarts, one.name, tail(filepath.Join(k.logs, one.name+".log")))
+		os.Exit(1)
 	}
 	time.AfterFunc(restartAfter, func() {
 		if err := k.launch(one); err != nil {

@@ -228,7 +228,7 @@ func mountNode(at places, one node) error {
 		return err
 	}
 	if err := mountAll([]mounting{
-		{run, "/run", "", bind, ""},
+		{run, "/run", "", bind | syscall.MS_REC, ""},
 		{log, "/var/log", "", bind, ""},
 		{lib, "/var/lib", "", bind, ""},
 		{"tmpfs", "/opt", "tmpfs", 0, "mode=0755"},
