@@ -70,7 +70,7 @@ impl Server {
             let (server, acceptor) = (Arc::clone(&self), acceptor.clone());
             tokio::spawn(async move {
                 let _slot = slot;
-                let mut origin = Origin { peer: peer.ip(), port, alpn: String::new() };
+                let mut origin = Origin { peer: peer.ip().to_canonical(), port, alpn: String::new() };
                 match acceptor {
                     None => server.connection(stream, origin).await,
                     Some(acceptor) => {
@@ -179,11 +179,12 @@ impl Server {
     }
 
     async fn line(&self, mut stream: TcpStream, peer: SocketAddr, port: u16) -> Result<()> {
-        let host = stream.local_addr()?.to_string();
+        let here = stream.local_addr()?;
+        let host = SocketAddr::new(here.ip().to_canonical(), here.port()).to_string();
         let (read, mut write) = stream.split();
         let mut line = String::new();
         BufReader::new(read.take(LINE_MAX)).read_line(&mut line).await?;
-        let seen = Seen { host, protocol: "TCP", peer: Some(peer.ip()), port, ..Seen::default() };
+        let seen = Seen { host, protocol: "TCP", peer: Some(peer.ip().to_canonical()), port, ..Seen::default() };
         let mut text = answer::body(&self.me, &seen, 200);
         text.push_str(&format!("Echo={}\n", line.trim_end().replace(char::is_control, " ")));
         write.write_all(text.as_bytes()).await?;
