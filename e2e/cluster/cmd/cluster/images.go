@@ -29,7 +29,7 @@ import (
 
 const (
 	pauseImage = "ambit.local/pause:1"
-	dnsImage   = "ambit.local/coredns:1.14.4"
+	dnsImage   = "ambit.local/coredns:1"
 	// The name by which the conformance suite's manifests (v1.6.1) ask for their echo application.
 	suiteEcho = "registry.k8s.io/gateway-api/echo-advanced:v1.5.1"
 	busybox   = "/usr/bin/busybox"
@@ -50,6 +50,8 @@ type image struct {
 	links    map[string]string // path in the image: where it leads
 	entry    []string
 	user     string
+	// Packed only by name: large, and not what every cluster is for.
+	asked bool
 	// A certificate for nobody, as the conformance suite's manifests name it: /cert.crt, /cert.key.
 	certificate bool
 }
@@ -59,7 +61,7 @@ func images(at places) []image {
 		return image{
 			name: name, tags: []string{"ambit.local/" + name + ":dev"},
 			programs: map[string]string{"usr/local/bin/" + name: filepath.Join(at.programs, name)},
-			entry:    []string{"/usr/local/bin/" + name}, user: "0",
+			entry:    []string{"/usr/local/bin/" + name}, user: "0", asked: true,
 		}
 	}
 	return []image{
@@ -105,7 +107,7 @@ func (i image) missing() []string {
 	return missing
 }
 
-// packAll writes DIR/NAME.tar for the named images; without names for those whose programs are here.
+// packAll writes DIR/NAME.tar for the named images; without names for those of the lab whose programs are here.
 func packAll(at places, dir string, names []string) ([]image, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -113,7 +115,7 @@ func packAll(at places, dir string, names []string) ([]image, error) {
 	var packed []image
 	for _, one := range images(at) {
 		named := slices.Contains(names, one.name)
-		if len(names) > 0 && !named {
+		if !named && (one.asked || len(names) > 0) {
 			continue
 		}
 		if missing := one.missing(); len(missing) > 0 {

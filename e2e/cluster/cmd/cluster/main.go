@@ -16,7 +16,8 @@ const usage = `usage: cluster COMMAND [ARGUMENTS]
   up                     start the cluster; prints the KUBECONFIG to use
   down                   stop it and remove what it wrote
   status                 what runs
-  load [NAME...]         pack our images anew and give them to every node (all whose programs are built)
+  load [NAME...]         pack images anew and give them to every node; without names those that the lab starts with,
+                         by name also ztunnel, waypoint, istiod-lite and meshctl
   pack DIR [NAME...]     pack them into files, for another cluster
   run WHERE COMMAND...   run a command in a node ("node-1") or beside the control plane ("control")
 

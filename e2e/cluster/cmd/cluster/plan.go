@@ -1,4 +1,4 @@
-// The plan of the cluster: names, addresses and versions. Everything else asks here.
+// The plan of the cluster: names and addresses. Everything else asks here.
 //
 //	this machine | 127.0.0.1:PORT ---(the listening socket is inherited)--+
 //	-------------+------------------------------------------------------ | --------------
@@ -13,8 +13,6 @@ package main
 import "fmt"
 
 const (
-	kubernetesVersion = "v1.35.4"
-
 	controlIP   = "172.30.0.1"
 	networkBits = "24"
 	podRange    = "10.244.0.0/16"

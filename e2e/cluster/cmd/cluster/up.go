@@ -24,9 +24,6 @@ import (
 const readyWait = 5 * time.Minute
 
 func up(at places) error {
-	if given := os.Getenv("KUBECONFIG"); given != "" && given != at.kubeconfig() {
-		return useGiven(given)
-	}
 	unlock, err := lock(at)
 	if err != nil {
 		return err
@@ -76,7 +73,7 @@ func up(at places) error {
 		return fmt.Errorf("%w\nThe logs are in %s and %s; `cluster down` cleans up", err, at.state("log"),
 			at.state("node-1", "log"))
 	}
-	say("ready: Kubernetes %s, %d nodes", kubernetesVersion, len(nodes))
+	say("ready")
 	fmt.Println(at.kubeconfig())
 	return nil
 }
@@ -112,24 +109,13 @@ func becomeReady(ctx context.Context, at places, api *api, say func(string, ...a
 	return nil
 }
 
-func useGiven(kubeconfig string) error {
-	said, err := exec.Command("kubectl", "--kubeconfig", kubeconfig, "get", "nodes").CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("KUBECONFIG=%s is given, but its cluster does not answer: %w\n%s", kubeconfig, err, said)
-	}
-	fmt.Fprintf(os.Stderr, "KUBECONFIG is given: that cluster is used, and nothing is started\n%s", said)
-	fmt.Println(kubeconfig)
-	return nil
-}
-
 func preflight(at places) error {
 	if os.Geteuid() != 0 {
 		return errors.New("the lab cluster runs a real containerd and kubelet: it needs root")
 	}
 	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "ip", "nft", "iptables", "nsenter"} {
 		if _, err := exec.LookPath(name); err != nil {
-			return fmt.Errorf("%s is missing; as root: apt-get install --no-install-recommends "+
-				"containerd runc containernetworking-plugins iproute2 nftables iptables util-linux busybox-static", name)
+			return fmt.Errorf("%s is missing; `.ci/programs cluster` installs what is needed", name)
 		}
 	}
 	for _, file := range []string{filepath.Join(pluginsOfHost, "ptp"), at.bin("kube"), at.bin("coredns"), at.bin("pause")} {

@@ -1,0 +1,34 @@
+# shellcheck shell=bash
+# How the suite is built and called. The caller stands in the root of the clone and has read e2e/cluster/lib.sh.
+CONFORMANCE="$AMBIT_CACHE/cluster/bin/conformance.test"
+
+# Every feature of the mesh profiles. Named, since without a GatewayClass and a Mesh object none can be inferred.
+FEATURES=Mesh,HTTPRoute,GRPCRoute,MeshClusterIPMatching,MeshConsumerRoute,MeshHTTPRouteRewritePath,\
+MeshHTTPRouteSchemeRedirect,MeshHTTPRouteRedirectPort,MeshHTTPRouteRedirectPath,\
+MeshHTTPRouteBackendRequestHeaderModification,MeshHTTPRouteQueryParamMatching,MeshHTTPRouteNamedRouteRule,\
+HTTPRouteResponseHeaderModification,HTTPRouteParentRefPort,HTTPRoute303RedirectStatusCode,\
+HTTPRoute307RedirectStatusCode,HTTPRoute308RedirectStatusCode
+
+conformance_build() {
+  mkdir -p "$(dirname "$CONFORMANCE")"
+  CGO_ENABLED=0 go -C e2e/conformance test -c -trimpath -buildvcs=false -o "$CONFORMANCE" . >&2
+}
+
+# conformance_crds CHANNEL: the suite refuses to run with kinds of another release or of mixed channels.
+conformance_crds() {
+  local module
+  module=$(go -C e2e/conformance list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)
+  local files=() file
+  for file in "$module/config/crd/$1"/gateway.*.yaml; do
+    files+=(-f "$file")
+  done
+  "$KUBECTL" apply --server-side "${files[@]}" >&2
+  "$KUBECTL" wait --for=condition=Established --timeout=60s crd/httproutes.gateway.networking.k8s.io >&2
+}
+
+# conformance_run FLAGS...: an empty --gateway-class, since there is no Gateway here, only a mesh.
+conformance_run() {
+  "$CONFORMANCE" -test.v -test.timeout 40m -test.run TestConformance \
+    --conformance-profiles=MESH-HTTP,MESH-GRPC --gateway-class= --supported-features="$FEATURES" \
+    --cleanup-base-resources=true "$@"
+}
