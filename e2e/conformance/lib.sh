@@ -14,8 +14,9 @@ conformance_build() {
   CGO_ENABLED=0 go -C e2e/conformance test -c -trimpath -buildvcs=false -o "$CONFORMANCE" . >&2
 }
 
-# conformance_crds CHANNEL: the suite refuses to run with kinds of another release or of mixed channels.
-conformance_crds() {
+# conformance_prepare CHANNEL: what the suite wants to find. It refuses to run with kinds of another release or of mixed
+# channels.
+conformance_prepare() {
   local module
   module=$(go -C e2e/conformance list -m -f '{{.Dir}}' sigs.k8s.io/gateway-api)
   local files=() file
@@ -24,6 +25,9 @@ conformance_crds() {
   done
   "$KUBECTL" apply --server-side "${files[@]}" >&2
   "$KUBECTL" wait --for=condition=Established --timeout=60s crd/httproutes.gateway.networking.k8s.io >&2
+  "$KUBECTL" apply -f e2e/conformance/bystanders.yaml >&2
+  # Left by a run that was interrupted.
+  "$KUBECTL" delete namespace gateway-conformance-mesh gateway-conformance-mesh-consumer --ignore-not-found --timeout=120s >&2
 }
 
 # conformance_run FLAGS...: an empty --gateway-class, since there is no Gateway here, only a mesh.

@@ -81,7 +81,8 @@ mod tests {
 
     #[test]
     fn the_body_has_one_line_for_each_field() {
-        let me = Me { hostname: "echo-v1-6b-xz".into(), version: "v1".into(), cluster: String::new() };
+        let me =
+            Me { hostname: "echo-v1-6b-xz".into(), version: "v1".into(), cluster: String::new() };
         let seen = Seen {
             method: "GET".into(),
             target: "/a?b=c".into(),

@@ -48,7 +48,11 @@ enum Scheme {
 }
 
 /// Asks `count` times and hands each answer's lines to `print`.
-pub async fn ask(question: &Question, count: u32, mut print: impl FnMut(String) -> Result<()>) -> Result<()> {
+pub async fn ask(
+    question: &Question,
+    count: u32,
+    mut print: impl FnMut(String) -> Result<()>,
+) -> Result<()> {
     let target = Target::of(question)?;
     let mut line = None;
     for number in 0..count {
@@ -151,13 +155,18 @@ async fn talk(question: &Question, target: &Target) -> Result<Heard> {
     let mut body = Vec::new();
     stream.take(BODY_MAX as u64).read_to_end(&mut body).await.context("reading the answer")?;
     ensure!(!body.is_empty(), "the server hung up without an answer");
-    Ok(Heard { status: 200, headers: HeaderMap::new(), body: String::from_utf8_lossy(&body).into_owned() })
+    Ok(Heard {
+        status: 200,
+        headers: HeaderMap::new(),
+        body: String::from_utf8_lossy(&body).into_owned(),
+    })
 }
 
 async fn dial(target: &Target) -> Result<TcpStream> {
     let to = (target.host.as_str(), target.port);
-    let stream =
-        TcpStream::connect(to).await.with_context(|| format!("connecting to {}:{}", target.host, target.port))?;
+    let stream = TcpStream::connect(to)
+        .await
+        .with_context(|| format!("connecting to {}:{}", target.host, target.port))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
@@ -170,8 +179,10 @@ async fn connect(question: &Question, target: &Target) -> Result<Line> {
     }
     let protocols: &[&[u8]] = if two { &[b"h2"] } else { &[b"http/1.1"] };
     let config = tls::client(question.authority.as_deref(), protocols)?;
-    let name = ServerName::try_from(sni(question, target)).context("the URL's host is no name for TLS")?;
-    let stream = TlsConnector::from(config).connect(name, stream).await.context("the TLS handshake")?;
+    let name =
+        ServerName::try_from(sni(question, target)).context("the URL's host is no name for TLS")?;
+    let stream =
+        TlsConnector::from(config).connect(name, stream).await.context("the TLS handshake")?;
     open(stream, two).await
 }
 
@@ -179,13 +190,20 @@ async fn connect(question: &Question, target: &Target) -> Result<Line> {
 fn sni(question: &Question, target: &Target) -> String {
     let given = question.headers.iter().find(|(name, _)| *name == header::HOST);
     let given = given.and_then(|(_, value)| value.to_str().ok());
-    given.map_or_else(|| target.host.clone(), |host| host.split(':').next().unwrap_or_default().to_owned())
+    given.map_or_else(
+        || target.host.clone(),
+        |host| host.split(':').next().unwrap_or_default().to_owned(),
+    )
 }
 
-async fn open(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, two: bool) -> Result<Line> {
+async fn open(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    two: bool,
+) -> Result<Line> {
     let stream = TokioIo::new(stream);
     if two {
-        let (line, driver) = http2::handshake(TokioExecutor::new(), stream).await.context("opening HTTP/2")?;
+        let (line, driver) =
+            http2::handshake(TokioExecutor::new(), stream).await.context("opening HTTP/2")?;
         tokio::spawn(driver);
         return Ok(Line::Two(line));
     }
@@ -202,7 +220,11 @@ fn request(question: &Question, target: &Target, line: &Line) -> Result<Request<
         None => authority.to_owned(),
     };
     let calls = target.scheme == Scheme::Grpc;
-    let path = if calls { grpc::METHOD } else { question.url.path_and_query().map_or("/", |path| path.as_str()) };
+    let path = if calls {
+        grpc::METHOD
+    } else {
+        question.url.path_and_query().map_or("/", |path| path.as_str())
+    };
     let mut request = Request::new(Full::new(if calls {
         grpc::frame(&question.message)
     } else {
@@ -215,7 +237,9 @@ fn request(question: &Question, target: &Target, line: &Line) -> Result<Request<
         }
     }
     if calls {
-        request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(grpc::CONTENT_TYPE));
+        request
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static(grpc::CONTENT_TYPE));
         request.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
     }
     match line {
@@ -225,7 +249,8 @@ fn request(question: &Question, target: &Target, line: &Line) -> Result<Request<
         }
         Line::Two(_) => {
             let scheme = if target.scheme == Scheme::Https { "https" } else { "http" };
-            *request.uri_mut() = Uri::builder().scheme(scheme).authority(host).path_and_query(path).build()?;
+            *request.uri_mut() =
+                Uri::builder().scheme(scheme).authority(host).path_and_query(path).build()?;
             *request.version_mut() = Version::HTTP_2;
         }
     }
@@ -243,7 +268,12 @@ fn describe(number: u32, question: &Question, heard: &Heard, took: Duration) -> 
     let _ = writeln!(text, "[{number}] Latency={took:?}");
     let _ = writeln!(text, "[{number}] StatusCode={}", heard.status);
     for (name, value) in &heard.headers {
-        let _ = writeln!(text, "[{number}] ResponseHeader={}:{}", header_name(name.as_str()), shown(value));
+        let _ = writeln!(
+            text,
+            "[{number}] ResponseHeader={}:{}",
+            header_name(name.as_str()),
+            shown(value)
+        );
     }
     for line in heard.body.lines().filter(|line| !line.trim().is_empty()) {
         let _ = writeln!(text, "[{number} body] {line}");

@@ -62,7 +62,11 @@ impl Server {
     }
 
     /// Serves HTTP and gRPC for ever; with TLS if a configuration is given.
-    pub async fn http(self: Arc<Self>, listener: TcpListener, tls: Option<Arc<ServerConfig>>) -> Result<()> {
+    pub async fn http(
+        self: Arc<Self>,
+        listener: TcpListener,
+        tls: Option<Arc<ServerConfig>>,
+    ) -> Result<()> {
         let port = listener.local_addr()?.port();
         let acceptor = tls.map(TlsAcceptor::from);
         loop {
@@ -70,11 +74,15 @@ impl Server {
             let (server, acceptor) = (Arc::clone(&self), acceptor.clone());
             tokio::spawn(async move {
                 let _slot = slot;
-                let mut origin = Origin { peer: peer.ip().to_canonical(), port, alpn: String::new() };
+                let mut origin =
+                    Origin { peer: peer.ip().to_canonical(), port, alpn: String::new() };
                 match acceptor {
                     None => server.connection(stream, origin).await,
                     Some(acceptor) => {
-                        let Ok(Ok(stream)) = timeout(PATIENCE, acceptor.accept(stream)).await else { return };
+                        let Ok(Ok(stream)) = timeout(PATIENCE, acceptor.accept(stream)).await
+                        else {
+                            return;
+                        };
                         let agreed = stream.get_ref().1.alpn_protocol().unwrap_or_default();
                         origin.alpn = String::from_utf8_lossy(agreed).into_owned();
                         server.connection(stream, origin).await;
@@ -127,7 +135,11 @@ impl Server {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, origin: Origin) {
+    async fn connection(
+        self: Arc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        origin: Origin,
+    ) {
         let service = service_fn(move |request| {
             let (server, origin) = (Arc::clone(&self), origin.clone());
             async move {
@@ -138,12 +150,18 @@ impl Server {
             }
         });
         // An error is the client's: it left, or it did not speak HTTP.
-        let _ = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await;
+        let _ = auto::Builder::new(TokioExecutor::new())
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
     }
 
     async fn answer(&self, request: Request<Incoming>, origin: &Origin) -> Answer {
         let mut seen = seen(&request, origin);
-        let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+        let kind = request
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .map(HeaderValue::as_bytes)
+            .unwrap_or_default();
         if kind.starts_with(grpc::CONTENT_TYPE.as_bytes()) {
             seen.protocol = "GRPC";
             return self.call(request, &seen).await;
@@ -163,9 +181,8 @@ impl Server {
             return trailers_only(grpc::UNIMPLEMENTED, "there is only /proto.EchoTestService/Echo");
         }
         let body = Limited::new(request.into_body(), grpc::MESSAGE_LIMIT).collect().await;
-        let message = match body.map(|body| grpc::unframe(&body.to_bytes())) {
-            Ok(Ok(message)) => message,
-            Ok(Err(_)) | Err(_) => return trailers_only(grpc::INVALID_ARGUMENT, "the message is not readable"),
+        let Ok(Ok(message)) = body.map(|body| grpc::unframe(&body.to_bytes())) else {
+            return trailers_only(grpc::INVALID_ARGUMENT, "the message is not readable");
         };
         let mut text = answer::body(&self.me, seen, 200);
         text.push_str(&format!("Echo={}\n", message.replace(char::is_control, " ")));
@@ -174,7 +191,9 @@ impl Server {
         let mut answer = Response::new(
             Full::new(grpc::frame(&text)).with_trailers(async move { Some(Ok(trailers)) }).boxed(),
         );
-        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(grpc::CONTENT_TYPE));
+        answer
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static(grpc::CONTENT_TYPE));
         answer
     }
 
@@ -184,7 +203,13 @@ impl Server {
         let (read, mut write) = stream.split();
         let mut line = String::new();
         BufReader::new(read.take(LINE_MAX)).read_line(&mut line).await?;
-        let seen = Seen { host, protocol: "TCP", peer: Some(peer.ip().to_canonical()), port, ..Seen::default() };
+        let seen = Seen {
+            host,
+            protocol: "TCP",
+            peer: Some(peer.ip().to_canonical()),
+            port,
+            ..Seen::default()
+        };
         let mut text = answer::body(&self.me, &seen, 200);
         text.push_str(&format!("Echo={}\n", line.trim_end().replace(char::is_control, " ")));
         write.write_all(text.as_bytes()).await?;
@@ -202,7 +227,9 @@ fn seen(request: &Request<Incoming>, origin: &Origin) -> Seen {
     );
     Seen {
         method: request.method().as_str().to_owned(),
-        target: uri.path_and_query().map_or_else(|| uri.path().to_owned(), |target| target.as_str().to_owned()),
+        target: uri
+            .path_and_query()
+            .map_or_else(|| uri.path().to_owned(), |target| target.as_str().to_owned()),
         host,
         protocol: match request.version() {
             http::Version::HTTP_10 => "HTTP/1.0",
@@ -224,7 +251,9 @@ fn seen(request: &Request<Incoming>, origin: &Origin) -> Seen {
 fn plain(status: StatusCode, text: String) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(text)).boxed());
     *answer.status_mut() = status;
-    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     answer
 }
 

@@ -53,7 +53,8 @@ impl Wish {
 /// A number and a unit: `ms` or `s`.
 pub fn delay(text: &str) -> Result<Duration> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let number: u64 = digits.parse().with_context(|| format!("{text:?} is no time: 100ms and 2s are"))?;
+    let number: u64 =
+        digits.parse().with_context(|| format!("{text:?} is no time: 100ms and 2s are"))?;
     let time = match &text[digits.len()..] {
         "ms" => Duration::from_millis(number),
         "s" => Duration::from_secs(number),
@@ -65,7 +66,8 @@ pub fn delay(text: &str) -> Result<Duration> {
 
 fn code(text: &str) -> Result<(u16, u32)> {
     let (status, weight) = text.split_once(':').unwrap_or((text, "1"));
-    let status: StatusCode = status.parse().with_context(|| format!("{status:?} is no HTTP status"))?;
+    let status: StatusCode =
+        status.parse().with_context(|| format!("{status:?} is no HTTP status"))?;
     // 1xx announces another answer, which would never come.
     ensure!(!status.is_informational(), "{status} is no answer");
     Ok((status.as_u16(), weight.parse().with_context(|| format!("{weight:?} is no weight"))?))

@@ -17,7 +17,10 @@ import (
 )
 
 // Dying takes a moment when there are many pods; more than this is a process that cannot die.
-const dyingWait = 30 * time.Second
+const (
+	dyingWait  = 30 * time.Second
+	burialWait = 5 * time.Second
+)
 
 func down(at places) error {
 	unlock, err := lock(at)
@@ -56,13 +59,22 @@ func wipe(at places) error {
 
 func gone(pid int) error {
 	deadline := time.Now().Add(dyingWait)
+	var buried time.Time
 	for {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		// The kernel lets it become a zombie only when all the others are gone.
-		if err != nil || bytes.Contains(stat, []byte(") Z ")) {
+		if err != nil {
 			return nil
 		}
-		if time.Now().After(deadline) {
+		// The kernel lets it become a zombie only when all the others are gone. Whose child it is then will bury it; if
+		// that one sleeps, there is nothing more to do.
+		if bytes.Contains(stat, []byte(") Z ")) {
+			if buried.IsZero() {
+				buried = time.Now().Add(burialWait)
+			}
+			if time.Now().After(buried) {
+				return nil
+			}
+		} else if time.Now().After(deadline) {
 			return fmt.Errorf("process %d does not die within %s", pid, dyingWait)
 		}
 		time.Sleep(20 * time.Millisecond)

@@ -60,10 +60,14 @@ async fn run(cli: Cli) -> Result<()> {
         timeout: cli.timeout,
     };
     let mut out = std::io::stdout().lock();
-    ask::ask(&question, cli.count, |lines| writeln!(out, "{lines}").context("writing the answer")).await
+    ask::ask(&question, cli.count, |lines| writeln!(out, "{lines}").context("writing the answer"))
+        .await
 }
 
 fn header(text: &str) -> Result<(HeaderName, HeaderValue)> {
     let (name, value) = text.split_once(':').context("a header is NAME:VALUE")?;
-    Ok((name.trim().parse().context("the header's name")?, value.trim().parse().context("the header's value")?))
+    Ok((
+        name.trim().parse().context("the header's name")?,
+        value.trim().parse().context("the header's value")?,
+    ))
 }

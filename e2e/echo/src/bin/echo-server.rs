@@ -20,7 +20,10 @@ const GRPC_PORT: u16 = 7070;
 const LINES_PORT: u16 = 9090;
 
 #[derive(Parser)]
-#[command(version, about = "Answers with what it was asked: HTTP/1.1, HTTP/2, TLS, gRPC, and lines over TCP")]
+#[command(
+    version,
+    about = "Answers with what it was asked: HTTP/1.1, HTTP/2, TLS, gRPC, and lines over TCP"
+)]
 struct Cli {
     /// A port for HTTP/1.1 and HTTP/2 without TLS; may be given more than once
     #[arg(long)]
@@ -49,8 +52,10 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let done = runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(serve(Cli::parse())));
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let done =
+        runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(serve(Cli::parse())));
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -81,6 +86,10 @@ async fn serve(mut cli: Cli) -> Result<()> {
     let mut http: Vec<u16> = [cli.port, cli.grpc, cli.tls.clone()].concat();
     http.sort_unstable();
     http.dedup();
+    echo::say(format_args!(
+        "HTTP and gRPC on {http:?}, TLS on {:?}, lines on {:?}",
+        cli.tls, cli.tcp
+    ));
     for port in http {
         let tls = config.clone().filter(|_| cli.tls.contains(&port));
         tasks.spawn(Arc::clone(&server).http(listen(port).await?, tls));
@@ -111,6 +120,8 @@ async fn listen(port: u16) -> Result<TcpListener> {
     let both = TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await;
     match both {
         Ok(listener) => Ok(listener),
-        Err(_) => TcpListener::bind(("0.0.0.0", port)).await.with_context(|| format!("listening on port {port}")),
+        Err(_) => TcpListener::bind(("0.0.0.0", port))
+            .await
+            .with_context(|| format!("listening on port {port}")),
     }
 }
