@@ -4,6 +4,8 @@ package main
 
 import (
 	"bufio"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,6 +20,7 @@ import (
 const cgroupRoot = "/sys/fs/cgroup"
 
 type hierarchy struct {
+	name    string // of the cluster's one directory in it
 	point   string // where it is mounted
 	kind    string // cgroup or cgroup2
 	options string // which controllers; empty for version 2
@@ -27,11 +30,13 @@ type hierarchy struct {
 func (h hierarchy) alone() bool { return h.kind == "cgroup2" && h.point == cgroupRoot }
 
 func (h hierarchy) home(parts ...string) string {
-	return filepath.Join(append([]string{h.point, cgroupName}, parts...)...)
+	return filepath.Join(append([]string{h.point, h.name}, parts...)...)
 }
 
-// cgroupMounts reads this process's list of mounts.
-func cgroupMounts() ([]hierarchy, error) {
+// cgroupMounts reads this process's list of mounts. Clusters of different directories have different control groups.
+func cgroupMounts(at places) ([]hierarchy, error) {
+	sum := sha256.Sum256([]byte(at.dir))
+	name := "ambit-cluster-" + hex.EncodeToString(sum[:4])
 	file, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
@@ -48,9 +53,9 @@ func cgroupMounts() ([]hierarchy, error) {
 		}
 		switch right[0] {
 		case "cgroup2":
-			found = append(found, hierarchy{point: left[4], kind: right[0]})
+			found = append(found, hierarchy{name: name, point: left[4], kind: right[0]})
 		case "cgroup":
-			found = append(found, hierarchy{point: left[4], kind: right[0], options: controllersOf(right[2])})
+			found = append(found, hierarchy{name: name, point: left[4], kind: right[0], options: controllersOf(right[2])})
 		}
 	}
 	if len(found) == 0 && lines.Err() == nil {
@@ -68,8 +73,8 @@ func controllersOf(options string) string {
 }
 
 // enterCgroups moves this process into directories of the node's own.
-func enterCgroups(name string) error {
-	hierarchies, err := cgroupMounts()
+func enterCgroups(at places, name string) error {
+	hierarchies, err := cgroupMounts(at)
 	if err != nil {
 		return err
 	}
@@ -96,8 +101,8 @@ func enterCgroups(name string) error {
 
 // stepAside moves this process out of the node's group again, once the node has started in it: with version 2 a group
 // with processes cannot hand controllers on, and node-enter cannot be moved from inside the node.
-func stepAside() error {
-	hierarchies, err := cgroupMounts()
+func stepAside(at places) error {
+	hierarchies, err := cgroupMounts(at)
 	if err != nil {
 		return err
 	}
@@ -182,8 +187,8 @@ func handOn(dir string) error {
 }
 
 // removeCgroups removes every node's directories. Dead processes leave them a moment after they are gone.
-func removeCgroups() error {
-	hierarchies, err := cgroupMounts()
+func removeCgroups(at places) error {
+	hierarchies, err := cgroupMounts(at)
 	if err != nil {
 		return err
 	}

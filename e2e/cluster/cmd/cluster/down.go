@@ -38,7 +38,7 @@ func down(at places) error {
 			return err
 		}
 	}
-	if err := removeCgroups(); err != nil {
+	if err := removeCgroups(at); err != nil {
 		return err
 	}
 	return wipe(at)

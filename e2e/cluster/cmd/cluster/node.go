@@ -34,7 +34,7 @@ func nodeEnter(at places, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := enterCgroups(one.name); err != nil {
+	if err := enterCgroups(at, one.name); err != nil {
 		return err
 	}
 	self, err := os.Executable()
@@ -67,7 +67,7 @@ func nodeEnter(at places, args []string) error {
 			return fmt.Errorf("ip %s: %w: %s", strings.Join(command, " "), err, said)
 		}
 	}
-	if err := stepAside(); err != nil {
+	if err := stepAside(at); err != nil {
 		_ = inside.Process.Kill()
 		return err
 	}
@@ -193,7 +193,7 @@ func mountAll(mounts []mounting) error {
 }
 
 func mountNode(at places, one node) error {
-	hierarchies, err := cgroupMounts()
+	hierarchies, err := cgroupMounts(at)
 	if err != nil {
 		return err
 	}

@@ -23,9 +23,6 @@ const (
 	clusterDomain = "cluster.local"
 	apiPort       = "6443"
 	etcdURL       = "http://127.0.0.1:2379"
-
-	// One directory of this name in each hierarchy of control groups; nothing else of the machine's is touched.
-	cgroupName = "ambit-cluster"
 )
 
 type node struct {

@@ -2,6 +2,8 @@
 package main
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +20,9 @@ const listenerFD = 3
 
 // Connections through the door at once: kubectl and test suites use tens; a loop gone wild must not eat all memory.
 const doorLimit = 512
+
+// A part that has not answered by then will not; the API server's first start takes 10 s on a busy machine.
+const partWait = 2 * time.Minute
 
 func supervise(at places) error {
 	keep := newKeeper(at.state("log"))
@@ -75,7 +80,7 @@ func startControl(keep *keeper, at places) error {
 		"--listen-peer-urls=http://127.0.0.1:2380", "--unsafe-no-fsync", "--log-level=warn"); err != nil {
 		return err
 	}
-	if err := await("etcd", etcdURL+"/health"); err != nil {
+	if err := await("etcd", etcdURL+"/health", nil); err != nil {
 		return err
 	}
 	pki := func(name string) string { return at.state("pki", name) }
@@ -99,6 +104,16 @@ func startControl(keep *keeper, at places) error {
 		"--proxy-client-key-file="+pki("front-proxy-client.key"),
 		// No kube-proxy runs beside the control plane: webhooks are called at their pods' addresses.
 		"--enable-aggregator-routing=true", "--profiling=false"); err != nil {
+		return err
+	}
+	// The others would end after ten seconds without it, which is too early on a busy machine.
+	authority, err := os.ReadFile(pki("ca.crt"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(authority)
+	if err := await("kube-apiserver", "https://"+net.JoinHostPort(controlIP, apiPort)+"/livez", roots); err != nil {
 		return err
 	}
 	asUser := func(name string) []string {
@@ -129,9 +144,11 @@ func startNode(keep *keeper, at places, one node) error {
 }
 
 // await returns when a page answers 200.
-func await(name, page string) error {
-	client := http.Client{Timeout: time.Second}
-	deadline := time.Now().Add(time.Minute)
+func await(name, page string, roots *x509.CertPool) error {
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}
+	defer transport.CloseIdleConnections()
+	client := http.Client{Timeout: time.Second, Transport: transport}
+	deadline := time.Now().Add(partWait)
 	for {
 		answer, err := client.Get(page)
 		if err == nil {
@@ -143,7 +160,7 @@ func await(name, page string) error {
 			err = fmt.Errorf("it answered %s", answer.Status)
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s did not become ready within a minute: %w; see %s.log", name, err, name)
+			return fmt.Errorf("%s did not become ready within %s: %w; see %s.log", name, partWait, err, name)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
