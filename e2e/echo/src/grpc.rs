@@ -23,15 +23,20 @@ pub struct Text {
     pub message: String,
 }
 
-/// One message with its head: not compressed, and its length.
+/// One text with its head.
 #[must_use]
 pub fn frame(message: &str) -> Bytes {
-    let text = Text { message: message.to_owned() };
-    let mut out = BytesMut::with_capacity(5 + text.encoded_len());
+    frame_bytes(&Text { message: message.to_owned() }.encode_to_vec())
+}
+
+/// One message with its head: not compressed, and its length.
+#[must_use]
+pub fn frame_bytes(message: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(5 + message.len());
     out.put_u8(0);
     // What we send is far below 4 GiB.
-    out.put_u32(u32::try_from(text.encoded_len()).unwrap_or(u32::MAX));
-    out.extend_from_slice(&text.encode_to_vec());
+    out.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    out.extend_from_slice(message);
     out.freeze()
 }
 

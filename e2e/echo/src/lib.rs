@@ -10,7 +10,9 @@ use std::io::Write as _;
 
 pub mod answer;
 pub mod ask;
+pub mod basic;
 pub mod grpc;
+pub mod life;
 pub mod serve;
 pub mod tls;
 pub mod wish;

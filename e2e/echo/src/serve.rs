@@ -3,6 +3,8 @@
 //! Each connection is a task. A signal to end stops the listeners; what is being answered may end (`Server::drain`).
 
 use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -25,7 +27,8 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use crate::answer::{self, Me, Seen, header_name};
-use crate::{grpc, wish};
+use crate::basic::{Basic, Reply, TlsSeen};
+use crate::{grpc, tls, wish};
 
 /// Connections at once. Load tests open thousands; a pod's descriptors must not run out.
 const CONNECTIONS_MAX: usize = 8192;
@@ -38,10 +41,19 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 
 type Answer = Response<BoxBody<Bytes, Infallible>>;
 
+/// How a server answers.
+#[derive(Debug)]
+pub enum App {
+    /// Lines of `Name=value`.
+    Lines(Me),
+    /// JSON.
+    Basic(Basic),
+}
+
 /// What all connections share.
 #[derive(Debug)]
 pub struct Server {
-    me: Me,
+    app: App,
     busy: AtomicUsize,
     slots: Arc<Semaphore>,
 }
@@ -51,43 +63,44 @@ pub struct Server {
 struct Origin {
     peer: IpAddr,
     port: u16,
-    alpn: String,
+    tls: Option<Arc<TlsSeen>>,
+    /// HTTP/1.1 is refused.
+    only_h2: bool,
+}
+
+/// How a port is served.
+#[derive(Debug, Clone, Default)]
+pub struct Port {
+    pub tls: Option<Arc<ServerConfig>>,
+    pub only_h2: bool,
 }
 
 impl Server {
     #[must_use]
-    pub fn new(me: Me) -> Arc<Self> {
+    pub fn new(app: App) -> Arc<Self> {
         let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        Arc::new(Self { me, busy: AtomicUsize::new(0), slots })
+        Arc::new(Self { app, busy: AtomicUsize::new(0), slots })
     }
 
-    /// Serves HTTP and gRPC for ever; with TLS if a configuration is given.
-    pub async fn http(
-        self: Arc<Self>,
-        listener: TcpListener,
-        tls: Option<Arc<ServerConfig>>,
-    ) -> Result<()> {
+    /// Serves HTTP and gRPC for ever.
+    pub async fn http(self: Arc<Self>, listener: TcpListener, how: Port) -> Result<()> {
         let port = listener.local_addr()?.port();
-        let acceptor = tls.map(TlsAcceptor::from);
+        let acceptor = how.tls.map(TlsAcceptor::from);
         loop {
             let (stream, peer, slot) = self.accept(&listener).await?;
             let (server, acceptor) = (Arc::clone(&self), acceptor.clone());
+            let mut origin =
+                Origin { peer: peer.ip().to_canonical(), port, tls: None, only_h2: how.only_h2 };
             tokio::spawn(async move {
                 let _slot = slot;
-                let mut origin =
-                    Origin { peer: peer.ip().to_canonical(), port, alpn: String::new() };
-                match acceptor {
-                    None => server.connection(stream, origin).await,
-                    Some(acceptor) => {
-                        let Ok(Ok(stream)) = timeout(PATIENCE, acceptor.accept(stream)).await
-                        else {
-                            return;
-                        };
-                        let agreed = stream.get_ref().1.alpn_protocol().unwrap_or_default();
-                        origin.alpn = String::from_utf8_lossy(agreed).into_owned();
-                        server.connection(stream, origin).await;
-                    }
-                }
+                let Some(acceptor) = acceptor else {
+                    return server.connection(stream, origin).await;
+                };
+                let Ok(Ok(stream)) = timeout(PATIENCE, acceptor.accept(stream)).await else {
+                    return;
+                };
+                origin.tls = Some(Arc::new(tls::seen(stream.get_ref().1)));
+                server.connection(stream, origin).await;
             });
         }
     }
@@ -146,7 +159,8 @@ impl Server {
                 server.busy.fetch_add(1, Ordering::Relaxed);
                 let answer = server.answer(request, &origin).await;
                 server.busy.fetch_sub(1, Ordering::Relaxed);
-                Ok::<_, Infallible>(answer)
+                // An error makes the connection end without an answer.
+                answer.ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset))
             }
         });
         // An error is the client's: it left, or it did not speak HTTP.
@@ -155,7 +169,8 @@ impl Server {
             .await;
     }
 
-    async fn answer(&self, request: Request<Incoming>, origin: &Origin) -> Answer {
+    /// Nothing means to hang up.
+    async fn answer(&self, request: Request<Incoming>, origin: &Origin) -> Option<Answer> {
         let mut seen = seen(&request, origin);
         let kind = request
             .headers()
@@ -164,33 +179,58 @@ impl Server {
             .unwrap_or_default();
         if kind.starts_with(grpc::CONTENT_TYPE.as_bytes()) {
             seen.protocol = "GRPC";
-            return self.call(request, &seen).await;
+            return Some(self.call(request, &seen, origin).await);
         }
-        let wish = match wish::read(request.uri().query().unwrap_or_default()) {
-            Ok(wish) => wish,
-            Err(error) => return plain(StatusCode::BAD_REQUEST, format!("{error:#}\n")),
-        };
-        sleep(wish.delay).await;
-        let status = wish.status(fastrand::u64(0..wish.total().max(1)));
-        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
-        plain(status, answer::body(&self.me, &seen, status.as_u16()))
+        if origin.only_h2 && request.version() != http::Version::HTTP_2 {
+            return Some(plain(
+                StatusCode::BAD_REQUEST,
+                "this port speaks only HTTP/2\n".to_owned(),
+            ));
+        }
+        match &self.app {
+            App::Lines(me) => Some(lines_answer(me, &seen, request.uri()).await),
+            App::Basic(basic) => match basic.reply(&seen, origin.tls.as_deref()) {
+                Reply::HangUp { delay } => {
+                    sleep(delay).await;
+                    None
+                }
+                Reply::Answer { delay, status, headers, body } => {
+                    sleep(delay).await;
+                    let mut answer = plain(status, body);
+                    answer.headers_mut().extend(headers);
+                    Some(answer)
+                }
+            },
+        }
     }
 
-    async fn call(&self, request: Request<Incoming>, seen: &Seen) -> Answer {
-        if request.uri().path() != grpc::METHOD {
-            return trailers_only(grpc::UNIMPLEMENTED, "there is only /proto.EchoTestService/Echo");
-        }
+    async fn call(&self, request: Request<Incoming>, seen: &Seen, origin: &Origin) -> Answer {
+        let path = request.uri().path().to_owned();
         let body = Limited::new(request.into_body(), grpc::MESSAGE_LIMIT).collect().await;
-        let Ok(Ok(message)) = body.map(|body| grpc::unframe(&body.to_bytes())) else {
+        let Ok(body) = body.map(|body| body.to_bytes()) else {
             return trailers_only(grpc::INVALID_ARGUMENT, "the message is not readable");
         };
-        let mut text = answer::body(&self.me, seen, 200);
-        text.push_str(&format!("Echo={}\n", message.replace(char::is_control, " ")));
+        let framed = match &self.app {
+            App::Basic(basic) => {
+                let Some(message) = basic.call(seen, origin.tls.as_deref()) else {
+                    return trailers_only(grpc::UNIMPLEMENTED, "there is no such method");
+                };
+                grpc::frame_bytes(&message)
+            }
+            App::Lines(_) if path != grpc::METHOD => {
+                return trailers_only(grpc::UNIMPLEMENTED, "there is no such method");
+            }
+            App::Lines(me) => {
+                let Ok(message) = grpc::unframe(&body) else {
+                    return trailers_only(grpc::INVALID_ARGUMENT, "the message is not readable");
+                };
+                grpc::frame(&with_echo(answer::body(me, seen, 200), &message))
+            }
+        };
         let mut trailers = HeaderMap::new();
         trailers.insert("grpc-status", HeaderValue::from(grpc::OK));
-        let mut answer = Response::new(
-            Full::new(grpc::frame(&text)).with_trailers(async move { Some(Ok(trailers)) }).boxed(),
-        );
+        let body = Full::new(framed).with_trailers(async move { Some(Ok(trailers)) });
+        let mut answer = Response::new(body.boxed());
         answer
             .headers_mut()
             .insert(header::CONTENT_TYPE, HeaderValue::from_static(grpc::CONTENT_TYPE));
@@ -210,12 +250,30 @@ impl Server {
             port,
             ..Seen::default()
         };
-        let mut text = answer::body(&self.me, &seen, 200);
-        text.push_str(&format!("Echo={}\n", line.trim_end().replace(char::is_control, " ")));
+        let App::Lines(me) = &self.app else { return Ok(()) };
+        let text = with_echo(answer::body(me, &seen, 200), line.trim_end());
         write.write_all(text.as_bytes()).await?;
         write.shutdown().await?;
         Ok(())
     }
+}
+
+async fn lines_answer(me: &Me, seen: &Seen, uri: &Uri) -> Answer {
+    let wish = match wish::read(uri.query().unwrap_or_default()) {
+        Ok(wish) => wish,
+        Err(error) => return plain(StatusCode::BAD_REQUEST, format!("{error:#}\n")),
+    };
+    sleep(wish.delay).await;
+    let status = wish.status(fastrand::u64(0..wish.total().max(1)));
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+    plain(status, answer::body(me, seen, status.as_u16()))
+}
+
+/// The client's own words, as a last line.
+fn with_echo(mut text: String, message: &str) -> String {
+    // Writing into a String cannot fail.
+    let _ = writeln!(text, "Echo={}", message.replace(char::is_control, " "));
+    text
 }
 
 fn seen(request: &Request<Incoming>, origin: &Origin) -> Seen {
@@ -236,7 +294,7 @@ fn seen(request: &Request<Incoming>, origin: &Origin) -> Seen {
             http::Version::HTTP_2 => "HTTP/2.0",
             _ => "HTTP/1.1",
         },
-        alpn: origin.alpn.clone(),
+        alpn: origin.tls.as_ref().map(|tls| tls.negotiated_protocol.clone()).unwrap_or_default(),
         headers: request
             .headers()
             .iter()

@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::Result;
 use echo::answer::Me;
 use echo::ask::{self, Question};
-use echo::serve::Server;
+use echo::basic::{Basic, Context};
+use echo::serve::{App, Port, Server};
 use echo::tls;
 use http::{HeaderName, HeaderValue, Method};
 use rcgen::{CertifiedKey, generate_simple_self_signed};
@@ -35,16 +36,16 @@ async fn world(name: &str) -> World {
         generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
     std::fs::write(dir.join("crt"), cert.pem()).expect("a file");
     std::fs::write(dir.join("key"), signing_key.serialize_pem()).expect("a file");
-    let config = tls::server(&dir.join("crt"), &dir.join("key")).expect("a configuration");
-    let server = Server::new(Me {
+    let config = tls::server(&dir.join("crt"), &dir.join("key"), None).expect("a configuration");
+    let server = Server::new(App::Lines(Me {
         hostname: "echo-v1-6b-xz".into(),
         version: "v1".into(),
         cluster: String::new(),
-    });
+    }));
     let [(http, plain), (tls, secret), (lines, talk)] =
         [listen().await, listen().await, listen().await];
-    tokio::spawn(Arc::clone(&server).http(plain, None));
-    tokio::spawn(Arc::clone(&server).http(secret, Some(config)));
+    tokio::spawn(Arc::clone(&server).http(plain, Port::default()));
+    tokio::spawn(Arc::clone(&server).http(secret, Port { tls: Some(config), only_h2: false }));
     tokio::spawn(server.lines(talk));
     World { http, tls, lines, dir }
 }
@@ -193,4 +194,37 @@ async fn an_authority_is_held_to() {
         format!("{:#}", answers(&wrong, 1).await.expect_err("not signed by it"))
             .contains("TLS handshake")
     );
+}
+
+#[tokio::test]
+async fn the_json_application_answers_in_every_protocol() {
+    let world = world("basic").await;
+    let config = tls::server(&world.dir.join("crt"), &world.dir.join("key"), None);
+    let config = config.expect("a configuration");
+    let context = Context { pod: "pod-1".into(), ..Context::default() };
+    let server = Server::new(App::Basic(Basic::new(context, "3000".into())));
+    let [(http, plain), (h2c, two), (https, secret)] =
+        [listen().await, listen().await, listen().await];
+    tokio::spawn(Arc::clone(&server).http(plain, Port::default()));
+    tokio::spawn(Arc::clone(&server).http(two, Port { tls: None, only_h2: true }));
+    tokio::spawn(server.http(secret, Port { tls: Some(config), only_h2: false }));
+    for (url, http2, want) in [
+        (format!("http://localhost:{http}/a"), false, r#""proto": "HTTP/1.1""#),
+        (format!("http://localhost:{h2c}/a"), true, r#""proto": "HTTP/2.0""#),
+        (format!("http://localhost:{h2c}/a"), false, "StatusCode=400"),
+        (format!("https://localhost:{https}/a"), false, r#""serverName": "localhost""#),
+        (format!("https://localhost:{https}/a"), false, r#""version": "TLSv1.3""#),
+        (format!("https://localhost:{https}/a"), true, r#""negotiatedProtocol": "h2""#),
+        (format!("https://localhost:{https}/a"), false, r#""cipherSuite": "TLS_"#),
+    ] {
+        let asked = Question { http2, ..question(&url) };
+        let text = answers(&asked, 1).await.unwrap_or_else(|e| panic!("{url}: {e:#}")).concat();
+        assert!(text.contains(want), "{url}: no {want} in\n{text}");
+    }
+    // Its gRPC service is another one than our client's.
+    let wrong = answers(&question(&format!("grpc://localhost:{http}")), 1).await;
+    assert!(format!("{:#}", wrong.expect_err("there is no such method")).contains("status \"12\""));
+    let cut = question(&format!("http://localhost:{http}/retry/a?uuid=1&succeedAfter=1"));
+    assert!(answers(&cut, 1).await.is_err());
+    assert!(answers(&cut, 1).await.is_ok());
 }

@@ -36,6 +36,12 @@ const (
 	anyone    = "65532" // the user of distroless images that say "nonroot"
 )
 
+// Those of its tests of requests from outside.
+var suiteBasic = []string{
+	"ambit.local/echo-basic:dev", "registry.k8s.io/gateway-api/echo-basic:v1.5.1",
+	"registry.k8s.io/gateway-api/echo-basic:v1.6.0-dev.2", "registry.k8s.io/gateway-api/echo-basic:v1.6.0-dev.3",
+}
+
 // Without these no pod starts; the rest is imported while the kubelet begins.
 var archivesOfSystem = []string{"pause", "coredns"}
 
@@ -75,6 +81,8 @@ func images(at places) []image {
 				"usr/local/bin/server": filepath.Join(at.programs, "echo-server"),
 				"usr/local/bin/client": filepath.Join(at.programs, "echo-client"),
 			}},
+		{name: "echo-basic", tags: suiteBasic, entry: []string{"/usr/local/bin/echo-basic"}, user: "1338",
+			programs: map[string]string{"usr/local/bin/echo-basic": filepath.Join(at.programs, "echo-basic")}},
 		// For looking around: a shell with the usual small programs, and curl.
 		{name: "tools", tags: []string{"ambit.local/tools:dev"}, entry: []string{"/bin/sh"}, user: "0",
 			programs: map[string]string{"bin/busybox": busybox, "usr/bin/curl": "/usr/bin/curl"},

@@ -1,17 +1,14 @@
 //! `echo-server`: answers every request with what it was asked.
 
-use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use echo::answer::Me;
-use echo::serve::Server;
-use echo::tls;
-use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use echo::serve::{App, Port, Server};
+use echo::{life, tls};
 use tokio::task::JoinSet;
 
 /// What a server without any flag listens on, as the conformance suite's application does.
@@ -52,17 +49,8 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let done =
-        runtime.map_err(Into::into).and_then(|runtime| runtime.block_on(serve(Cli::parse())));
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            echo::say(format_args!("echo-server: {error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    let cli = Cli::parse();
+    life::run("echo-server", serve(cli))
 }
 
 async fn serve(mut cli: Cli) -> Result<()> {
@@ -75,13 +63,14 @@ async fn serve(mut cli: Cli) -> Result<()> {
     if cli.tcp.is_empty() {
         cli.tcp.push(LINES_PORT);
     }
-    let config = if cli.tls.is_empty() { None } else { Some(tls::server(&cli.crt, &cli.key)?) };
+    let config =
+        if cli.tls.is_empty() { None } else { Some(tls::server(&cli.crt, &cli.key, None)?) };
     let hostname = nix::unistd::gethostname().context("asking for the host's name")?;
-    let server = Server::new(Me {
+    let server = Server::new(App::Lines(Me {
         hostname: hostname.to_string_lossy().into_owned(),
         version: cli.label,
         cluster: cli.cluster,
-    });
+    }));
     let mut tasks = JoinSet::new();
     let mut http: Vec<u16> = [cli.port, cli.grpc, cli.tls.clone()].concat();
     http.sort_unstable();
@@ -91,37 +80,11 @@ async fn serve(mut cli: Cli) -> Result<()> {
         cli.tls, cli.tcp
     ));
     for port in http {
-        let tls = config.clone().filter(|_| cli.tls.contains(&port));
-        tasks.spawn(Arc::clone(&server).http(listen(port).await?, tls));
+        let how = Port { tls: config.clone().filter(|_| cli.tls.contains(&port)), only_h2: false };
+        tasks.spawn(Arc::clone(&server).http(life::listen(port).await?, how));
     }
     for port in cli.tcp {
-        tasks.spawn(Arc::clone(&server).lines(listen(port).await?));
+        tasks.spawn(Arc::clone(&server).lines(life::listen(port).await?));
     }
-    // As the first process of a pod it gets no default handling of signals.
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        ended = tasks.join_next() => match ended {
-            Some(ended) => ended?,
-            None => bail!("there is nothing to listen on"),
-        },
-        _ = term.recv() => finish(&server, tasks).await,
-        _ = int.recv() => finish(&server, tasks).await,
-    }
-}
-
-async fn finish(server: &Server, mut listeners: JoinSet<Result<()>>) -> Result<()> {
-    listeners.abort_all();
-    server.drain().await;
-    Ok(())
-}
-
-/// On both address families where the machine has them.
-async fn listen(port: u16) -> Result<TcpListener> {
-    let both = TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await;
-    match both {
-        Ok(listener) => Ok(listener),
-        Err(_) => TcpListener::bind(("0.0.0.0", port))
-            .await
-            .with_context(|| format!("listening on port {port}")),
-    }
+    life::until_told(&server, tasks).await
 }
