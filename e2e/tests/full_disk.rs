@@ -17,17 +17,11 @@ const INSIDE: &str = "AMBIT_E2E_SMALL_DISK";
 
 const TESTS: &[(&str, Test)] = &[("a_full_disk_costs_no_traffic_and_no_policy", full_disk)];
 
-fn main() -> ExitCode {
+fn main() -> Result<ExitCode> {
     if std::env::var_os(INSIDE).is_some() {
-        return suite::run(plan, TESTS);
+        return Ok(suite::run(plan, TESTS));
     }
-    match on_a_small_disk() {
-        Ok(code) => code,
-        Err(e) => {
-            eprintln!("cannot make a small disk: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    on_a_small_disk().context("make a small disk")
 }
 
 /// Runs this program again where its state has 16 MB of room.
