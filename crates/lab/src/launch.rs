@@ -34,6 +34,8 @@ pub struct Options {
     pub images: Vec<(String, PathBuf)>,
     /// Where `istiod-lite` and `ztunnel` are. `None`: no mesh, plain pods only.
     pub bin_dir: Option<PathBuf>,
+    /// Namespaces whose pods on one node are joined without a tunnel; `*` for all.
+    pub same_node_direct: Vec<String>,
     /// A program that calls [`crate::hidden`] first; usually the running one.
     pub helper: PathBuf,
 }
@@ -45,6 +47,7 @@ pub(crate) struct WorldConfig {
     pub(crate) info: LabInfo,
     pub(crate) images: Vec<(String, PathBuf)>,
     pub(crate) bin_dir: Option<PathBuf>,
+    pub(crate) same_node_direct: Vec<String>,
 }
 
 /// What the lab tells the front.
@@ -133,7 +136,12 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         pid: std::process::id(),
         nodes: options.nodes,
     };
-    Ok(WorldConfig { info, images, bin_dir: options.bin_dir.clone() })
+    Ok(WorldConfig {
+        info,
+        images,
+        bin_dir: options.bin_dir.clone(),
+        same_node_direct: options.same_node_direct.clone(),
+    })
 }
 
 fn run_lab(
