@@ -21,7 +21,7 @@ test: programs ## install what the tests need where that is allowed, then run th
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 unit: ## the tests that need no namespaces and no other programs
-	$(CARGO) test --locked -p model -p engine -p compile -p xds -p tidy
+	$(CARGO) test --locked -p model -p engine -p compile -p xds -p echo -p tidy
 
 e2e: programs ## real programs through the mesh, in network namespaces
 	$(CARGO) build --workspace --bins --locked
