@@ -218,7 +218,9 @@ func mountNode(at places, one node) error {
 	bind := uintptr(syscall.MS_BIND)
 	if err := mountAll([]mounting{
 		{at.bin(""), filepath.Join(run, "cluster/bin"), "", bind, ""},
+		{"", filepath.Join(run, "cluster/bin"), "", bind | syscall.MS_REMOUNT | syscall.MS_RDONLY, ""},
 		{at.state("images"), filepath.Join(run, "cluster/state/images"), "", bind, ""},
+		{"", filepath.Join(run, "cluster/state/images"), "", bind | syscall.MS_REMOUNT | syscall.MS_RDONLY, ""},
 		{"overlay", "/etc", "overlay", 0, fmt.Sprintf("lowerdir=/etc,upperdir=%s,workdir=%s",
 			filepath.Join(run, "etc/upper"), filepath.Join(run, "etc/work"))},
 	}); err != nil {
