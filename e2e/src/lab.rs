@@ -39,6 +39,7 @@ pub struct Plan {
     /// Folder that is copied first.
     from: Option<PathBuf>,
     wait_for_pods: bool,
+    drain_seconds: Option<u64>,
 }
 
 impl Default for Plan {
@@ -50,6 +51,7 @@ impl Default for Plan {
             name: None,
             from: None,
             wait_for_pods: true,
+            drain_seconds: None,
         }
     }
 }
@@ -82,6 +84,12 @@ impl Plan {
     /// Begins with a copy of a folder of YAML.
     pub fn copy_of(mut self, folder: &Path) -> Self {
         self.from = Some(folder.to_owned());
+        self
+    }
+
+    /// How long a ztunnel that is replaced keeps its connections.
+    pub fn drain_seconds(mut self, seconds: u64) -> Self {
+        self.drain_seconds = Some(seconds);
         self
     }
 
@@ -143,6 +151,9 @@ impl Lab {
         command.args(["local", "up"]).arg(self.folder.path());
         command.args(["--name", &self.name, "--nodes", &plan.nodes.to_string()]);
         command.arg("--bin-dir").arg(programs::folder()?);
+        if let Some(seconds) = plan.drain_seconds {
+            command.args(["--drain-seconds", &seconds.to_string()]);
+        }
         let mut images = plan.images.clone();
         for ours in ["meshprobe", "meshload"] {
             if !images.contains_key(ours) {

@@ -102,6 +102,14 @@ impl Connections {
         ended
     }
 
+    /// Ends every connection with this word.
+    pub fn end_all(&self, refusal: &Refusal) {
+        for stop in self.lock().values_mut().filter_map(|entry| entry.stop.take()) {
+            // The connection may have ended by itself meanwhile.
+            let _ = stop.send(refusal.clone());
+        }
+    }
+
     /// Counts the bytes of connections that live long.
     pub fn flush_metrics(&self) {
         for entry in self.lock().values() {

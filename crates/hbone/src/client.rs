@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -154,9 +154,12 @@ impl Tunnel {
         self.state.streams.load(Ordering::Relaxed)
     }
 
-    /// True when no new stream may be opened.
+    /// True when no new stream may be opened: it broke, or the peer said GOAWAY.
     pub fn is_closed(&self) -> bool {
+        // The clone has no request of its own that it could wait for, so the answer is there at once.
+        let mut asking = Context::from_waker(Waker::noop());
         self.state.closed.load(Ordering::Relaxed)
+            || matches!(self.send.clone().poll_ready(&mut asking), Poll::Ready(Err(_)))
     }
 
     /// Pings the peer, and says whether it answers in time. A tunnel that is found dead this way is not torn down: streams

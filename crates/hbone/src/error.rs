@@ -35,6 +35,11 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
+    /// The peer takes no more requests on this tunnel.
+    pub(crate) fn is_go_away(&self) -> bool {
+        matches!(self, Self::Http2(e) if e.is_go_away() && e.is_remote())
+    }
+
     /// The code for logs and metrics.
     pub fn reason(&self) -> Reason {
         match self {

@@ -86,7 +86,7 @@ struct Pooled {
     last_used: Instant,
 }
 
-/// Attempts for one stream: a pooled tunnel may be on its way out (GOAWAY in flight), a fresh one is not.
+/// Attempts for one stream: a tunnel may be on its way out (GOAWAY in flight), and rarely the next one, too.
 const ATTEMPTS: usize = 3;
 /// A CONNECT on a pooled tunnel that is not answered this long puts the tunnel in doubt: the peer's machine may be gone
 /// without a word. The peer's application may be slow as well, so that the tunnel is asked (a ping) before it is given up.
@@ -123,10 +123,11 @@ impl Pool {
                 open_or_doubt(&tunnel, target, headers, key.gateway).await
             };
             match opened {
-                // The tunnel was closing: the request was not processed, another tunnel may take it.
+                // The tunnel was closing: the request was not processed, another tunnel may take it. A fresh one can only be
+                // told to go away: it met a proxy that is just being replaced.
                 Err(
                     e @ (TunnelError::Http2(_) | TunnelError::Closed | TunnelError::Timeout { .. }),
-                ) if !fresh => {
+                ) if !fresh || e.is_go_away() => {
                     tracing::debug!(error = %e, gateway = %key.gateway, "pooled tunnel is gone, dialling anew");
                     tunnel.retire();
                     last = e;

@@ -9,6 +9,9 @@ use lab::place::DEFAULT_NAME;
 
 use crate::print::{self, Color};
 
+/// Long enough for the connections of a database pool to be renewed; nobody waits for it.
+const DRAIN_SECONDS: u64 = 600;
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder with Kubernetes YAML
@@ -25,6 +28,10 @@ pub(crate) struct Args {
     /// Where istiod-lite and ztunnel are [default: beside meshctl]
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
+    /// How long a ztunnel that is replaced (`meshctl local restart`) keeps the connections it has; what is left then is ended
+    /// with the reason `draining`
+    #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_SECONDS)]
+    drain_seconds: u64,
     /// Pods only, without the mesh
     #[arg(long, hide = true)]
     no_mesh: bool,
@@ -41,6 +48,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         nodes: args.nodes,
         images: args.images,
         bin_dir,
+        drain_seconds: args.drain_seconds,
         helper: exe,
     };
     let colored = print::on_stdout();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::mesh::STATUS_PORT;
+use crate::mesh::{DRAINING, STATUS_PORT};
 use crate::network::UNDERLAY_V4;
 use crate::status::Status;
 
@@ -43,7 +43,7 @@ struct Proxy {
 /// Fills in what the processes say about themselves.
 pub(super) fn ask(status: &mut Status) {
     let debug = istiod();
-    for process in &mut status.processes {
+    for process in status.processes.iter_mut().filter(|p| p.state != DRAINING) {
         match &process.node {
             None => {
                 process.ready = get(UNDERLAY_V4.into(), STATUS_PORT, "/readyz").is_ok();

@@ -32,10 +32,10 @@ use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::control::{Answer, Request};
+use crate::control::{Action, Answer, Request};
 use crate::dns::server::{Current, Upstream};
 use crate::launch::{Event, WorldConfig, WorldFds};
-use crate::mesh::{self, Mesh};
+use crate::mesh::{self, Control, Mesh};
 use crate::network::Network;
 use crate::objects::ObjectFiles;
 use crate::place::Place;
@@ -84,6 +84,8 @@ enum Reply {
     Answer(Answer),
     /// Ask this pod's worker how to run the command, or run it in this network namespace.
     Enter(clients::Target),
+    /// Have these supervisors do it.
+    Order(Vec<Control>, Action),
 }
 
 /// The state of everything.
@@ -202,7 +204,10 @@ impl World {
         }
         let mesh = match &config.bin_dir {
             Some(bin) => {
-                Some(mesh::start(&place, bin, &config.info.dir, &network, &processes, &events)?)
+                // Copies of every pod's listeners are kept here.
+                net::socket::raise_open_files().context("raise the limit of open files")?;
+                let (dir, drain) = (&config.info.dir, Duration::from_secs(config.drain_seconds));
+                Some(mesh::start(&place, bin, dir, &network, &processes, &events, drain)?)
             }
             None => None,
         };

@@ -1,7 +1,7 @@
 //! The agent against a ztunnel made of a few lines.
 
 use super::*;
-use nix::sys::socket::{connect, send};
+use nix::sys::socket::{connect, recv, send};
 
 /// A ztunnel's end of the line, blocking.
 struct Proxy(OwnedFd);
