@@ -13,6 +13,8 @@ const TESTS: &[(&str, Test)] = &[
     ("replaced_under_load_nothing_fails", replaced),
     ("old_connections_end_at_the_limit", limit),
     ("a_killed_proxy_makes_new_connections_wait", killed),
+    ("without_the_control_plane_everything_goes_on", control_plane_away),
+    ("what_cannot_be_replaced_goes_on", refused),
 ];
 const SOON: Duration = Duration::from_secs(20);
 /// How long a ztunnel that was replaced keeps its connections: longer than the loads last.
@@ -41,10 +43,11 @@ fn plan() -> Result<Plan> {
     Ok(Plan::new().file("app.yaml", yaml::join(&objects)).drain_seconds(DRAIN))
 }
 
-/// Requests on kept connections and on new ones, while something happens.
+/// Requests on kept connections and on new ones, and questions, while something happens.
 struct Loads {
     kept: Background,
     new: Background,
+    dns: Background,
 }
 
 impl Loads {
@@ -53,12 +56,23 @@ impl Loads {
             (seconds.to_string(), format!("{}:8080", lab.pod_ip("app/server", false)?));
         let kept = ["closed", "-n", "4", "-d", &seconds, "--to", &to];
         let new = ["connect", "-n", "4", "-d", &seconds, "--closing", "reset", "--to", &to];
-        Ok(Self { kept: start(lab, &kept)?, new: start(lab, &new)? })
+        let dns = ["dns", "-n", "2", "-d", &seconds, "--to", "10.96.0.10:53", "server.app"];
+        Ok(Self { kept: start(lab, &kept)?, new: start(lab, &new)?, dns: start(lab, &dns)? })
     }
 
-    /// Waits for their end. The results: of the kept connections, and of the new ones.
-    fn results(mut self) -> Result<(Value, Value)> {
-        Ok((result(&mut self.kept)?, result(&mut self.new)?))
+    /// Waits for their end. The results: of the kept connections, of the new ones, and of the questions.
+    fn results(mut self) -> Result<[Value; 3]> {
+        Ok([result(&mut self.kept)?, result(&mut self.new)?, result(&mut self.dns)?])
+    }
+
+    /// The same; nothing may have failed. Milliseconds without a new connection.
+    fn all_well(self) -> Result<f64> {
+        let [kept, new, dns] = self.results()?;
+        for (result, count) in [(&kept, "requests"), (&new, "connections"), (&dns, "questions")] {
+            let done = result[count].as_u64().or(result["latency"]["count"].as_u64());
+            ensure!(errors(result) == 0 && done > Some(0), "{result}");
+        }
+        gap(&new)
     }
 }
 
@@ -77,11 +91,6 @@ fn result(load: &mut Background) -> Result<Value> {
 fn errors(result: &Value) -> u64 {
     let of_kinds = result["errors"].as_object().into_iter().flatten();
     of_kinds.filter_map(|(_, count)| count.as_u64()).sum()
-}
-
-fn no_errors(result: &Value, count: &str) -> Result<()> {
-    ensure!(errors(result) == 0 && result[count].as_u64() > Some(0), "{result}");
-    Ok(())
 }
 
 fn gap(result: &Value) -> Result<f64> {
@@ -118,12 +127,12 @@ fn replaced(lab: &Lab) -> Result<()> {
         lab.meshctl(&["local", "status"])?.ok()?;
     }
     ensure!(held.is_running()?, "an old connection ended: {} {}", held.out(), held.err());
-    let (kept, new) = loads.results()?;
-    no_errors(&kept, "requests")?;
-    no_errors(&new, "connections")?;
-    let gap = gap(&new)?;
-    println!("four replacements: {gap:.0} ms without a new connection, {}", new["latency"]);
-    ensure!(gap < GAP, "{gap} ms without a new connection: {new}");
+    let gap = loads.all_well()?;
+    println!("four replacements: at most {gap:.0} ms without a new connection");
+    ensure!(gap < GAP, "{gap} ms without a new connection");
+    // The pages answer for the one that serves.
+    let ready = ["curl", "-sS", "--fail", "http://127.0.0.1:15021/healthz/ready"];
+    lab.exec("node-1", &ready)?.ok()?;
     drop(held);
     Ok(())
 }
@@ -148,13 +157,8 @@ fn limit(lab: &Lab) -> Result<()> {
 fn killed(lab: &Lab) -> Result<()> {
     for node in ["node-1", "node-2"] {
         let loads = Loads::start(lab, 6)?;
-        let pid = lab.process_id("ztunnel", Some(node))?;
-        lab.exec("node-1", &["kill", &format!("-{}", Signal::SIGKILL as i32), &pid.to_string()])?
-            .ok()?;
-        wait_until("its successor", SOON, || {
-            Ok(lab.process_id("ztunnel", Some(node)).is_ok_and(|new| new != pid))
-        })?;
-        let (_, new) = loads.results()?;
+        kill(lab, "ztunnel", node)?;
+        let [_, new, _] = loads.results()?;
         let (gap, broken) = (gap(&new)?, errors(&new));
         println!(
             "ztunnel of {node} killed: {gap:.0} ms without a new connection, {broken} of {} broke",
@@ -164,5 +168,96 @@ fn killed(lab: &Lab) -> Result<()> {
         // What was under way through the process that died, and at most that once more at the other end.
         ensure!(broken <= 8, "{new}");
     }
+    Ok(())
+}
+
+/// `kill -9`, and the wait for another process in its place.
+fn kill(lab: &Lab, name: &str, node: &str) -> Result<()> {
+    let pid = lab.process_id(name, Some(node))?;
+    let signal = format!("-{}", Signal::SIGKILL as i32);
+    lab.exec("node-1", &["kill", &signal, &pid.to_string()])?.ok()?;
+    wait_until("its successor", SOON, || {
+        Ok(lab.process_id(name, Some(node)).is_ok_and(|new| new != pid))
+    })?;
+    Ok(())
+}
+
+fn calls(lab: &Lab, from: &str, url: &str) -> Result<bool> {
+    let ran = lab.exec(from, &["curl", "-sS", "--fail", "--max-time", "8", url])?;
+    Ok(ran.is_ok())
+}
+
+fn control_plane_away(lab: &Lab) -> Result<()> {
+    let url = "http://server.app/";
+    lab.meshctl(&["local", "stop", "istiod-lite"])?.ok()?;
+    let state = lab.status()?.process("istiod-lite", None).context("no istiod-lite")?.state.clone();
+    ensure!(state == "Stopped", "{state}");
+    lab.meshctl(&["local", "stop", "istiod-lite"])?.failed_with(&["stopped already"])?;
+    // Replaced: from disk, with the keys on tmpfs.
+    let loads = Loads::start(lab, 5)?;
+    for node in ["node-1", "node-2"] {
+        replace(lab, node)?;
+    }
+    let gap = loads.all_well()?;
+    println!("replaced without a control plane: at most {gap:.0} ms without a new connection");
+    ensure!(gap < GAP, "{gap} ms without a new connection");
+    // Killed: the same.
+    for node in ["node-1", "node-2"] {
+        kill(lab, "ztunnel", node)?;
+        ensure!(calls(lab, "app/client", url)?, "no call after the proxy of {node} was killed");
+    }
+    new_pods(lab, url)?;
+    lab.meshctl(&["local", "start", "istiod-lite"])?.ok()?;
+    lab.until("the new pods to be known", || calls(lab, "app/stranger", url))?;
+    let late = format!("http://{}:8080/", lab.pod_ip("app/late", false)?);
+    lab.until("the new pod to be called", || calls(lab, "app/client", &late))?;
+    lab.remove("late.yaml")
+}
+
+/// Pods that the control plane has not heard of: one of an identity that has a certificate on its node, one of another.
+fn new_pods(lab: &Lab, url: &str) -> Result<()> {
+    let serve = ["serve", "--listen", "[::]:8080"];
+    let late = yaml::pod("app", "late", 1).account("client").image("meshload", &serve).alone();
+    let stranger = yaml::pod("app", "stranger", 1).image("meshprobe", &["pause"]).yaml();
+    lab.write("late.yaml", &yaml::join(&[late, stranger]))?;
+    lab.until("the new pods to run", || {
+        let status = lab.status()?;
+        let runs = |name| status.pod(name).is_some_and(|p| p.state == "Running" && p.captured);
+        Ok(runs("app/late") && runs("app/stranger"))
+    })?;
+    let (inbound, outbound) = (lab.access_log("node-2")?.len(), lab.access_log("node-1")?.len());
+    // The known identity calls, encrypted and under its own name.
+    ensure!(calls(lab, "app/late", url)?, "the new pod of a known identity cannot call");
+    let line = [
+        ("direction", "inbound"),
+        ("src.identity", "spiffe://cluster.local/ns/app/sa/client"),
+        ("dst.identity", "spiffe://cluster.local/ns/app/sa/server"),
+    ];
+    lab.wait_for_access("node-2", inbound, &line)?;
+    // Nobody has signed for the other.
+    ensure!(!calls(lab, "app/stranger", url)?, "an identity without a certificate called");
+    let line = [("direction", "outbound"), ("reason", "certificate_unavailable")];
+    lab.wait_for_access("node-1", outbound, &line)?;
+    // Which policies select the new pod is not known, so it is not called.
+    let late = format!("http://{}:8080/", lab.pod_ip("app/late", false)?);
+    ensure!(!calls(lab, "app/client", &late)?, "a pod was called without its policies");
+    let line = [("direction", "inbound"), ("reason", "unknown_workload")];
+    lab.wait_for_access("node-1", outbound, &line)?;
+    Ok(())
+}
+
+fn refused(lab: &Lab) -> Result<()> {
+    let restart = |args: &[&str]| lab.meshctl(&[&["local", "restart"], args].concat());
+    restart(&["ztunnel", "--node", "node-9"])?.failed_with(&["ztunnel on node-9", "node-1"])?;
+    ensure!(restart(&["waypoint"])?.code == 2, "a process that does not exist");
+    lab.meshctl(&["local", "start", "ztunnel", "--node", "node-1"])?
+        .failed_with(&["runs already"])?;
+    // The control plane has nothing to hand over: it is ended and started, and nobody waits for it.
+    let before = lab.process_id("istiod-lite", None)?;
+    restart(&["istiod-lite"])?.ok()?;
+    ensure!(
+        lab.process_id("istiod-lite", None)? != before
+            && calls(lab, "app/client", "http://server.app/")?
+    );
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use agent::access_log::Direction;
+use agent::xds_client::{XdsPhase, XdsView};
 use engine::{Candidate, OutboundFacts, OutboundPlan, Transport, plan_outbound};
 use futures_util::FutureExt as _;
 use futures_util::future::{Either, ready};
@@ -56,7 +57,7 @@ pub(crate) async fn open(
     destination: SocketAddr,
     record: &mut Record,
 ) -> Result<Connected, Refusal> {
-    let source = own_workload(worker, pod).await?;
+    let source = caller(worker, pod).await?;
     record.source = Some(source.clone());
     if is_local(&source.addresses, destination.ip()) && MESH_PORTS.contains(&destination.port()) {
         return Err(Refusal::new(
@@ -240,6 +241,28 @@ pub(crate) async fn own_workload(worker: &Worker, pod: &Pod) -> Result<Arc<Workl
             format!("the control plane has not sent pod {}/{}", pod.namespace, pod.name),
         )
     })
+}
+
+/// The pod as the source of a connection. While the control plane is away a pod that it has not named yet may call all the
+/// same, if there is a certificate for it: as the node agent described it. Not without any configuration: every destination
+/// would be a stranger, and reached in plaintext.
+async fn caller(worker: &Worker, pod: &Pod) -> Result<Arc<Workload>, Refusal> {
+    let shared = &worker.shared;
+    if let Some(workload) = pod.workload(&shared.store.load()) {
+        return Ok(workload.clone());
+    }
+    let mut view = shared.status.subscribe();
+    tokio::select! {
+        biased;
+        Ok(_) = view.wait_for(is_away) => {
+            Ok(pod.as_told(&shared.config))
+        }
+        found = own_workload(worker, pod) => found,
+    }
+}
+
+fn is_away(view: &XdsView) -> bool {
+    view.phase != XdsPhase::Empty && !view.connected && view.error.is_some()
 }
 
 async fn connect_plain(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Refusal> {

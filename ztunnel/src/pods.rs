@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent::certs::CertStore;
@@ -65,6 +65,7 @@ impl Pods {
                     namespace: info.namespace.into(),
                     netns: NetNs::from_fd(netns).map_err(|e| e.to_string())?,
                     leaving: watch::Sender::new(false),
+                    told: OnceLock::new(),
                 };
                 self.add(Arc::new(pod), handed)
             }

@@ -19,6 +19,9 @@ pub enum TunnelError {
     PeerIdentity { found: String, expected: String },
     #[error("the peer refused our certificate: {0}")]
     RefusedByPeer(String),
+    /// The same where our certificate is not at hand; see [`TunnelError::RefusedByPeer`].
+    #[error("the peer refused our certificate: {0:?}")]
+    Alert(rustls::AlertDescription),
     #[error("TLS handshake failed: {0}")]
     Handshake(String),
     #[error("HTTP/2 failed: {0}")]
@@ -45,7 +48,9 @@ impl TunnelError {
         match self {
             Self::Connect { .. } => Reason::ConnectFailed,
             Self::Timeout { .. } => Reason::ConnectTimeout,
-            Self::PeerCertificate(_) | Self::RefusedByPeer(_) => Reason::PeerCertificate,
+            Self::PeerCertificate(_) | Self::RefusedByPeer(_) | Self::Alert(_) => {
+                Reason::PeerCertificate
+            }
             Self::PeerIdentity { .. } => Reason::PeerIdentityMismatch,
             Self::Handshake(_) | Self::Http2(_) | Self::Closed => Reason::TunnelHandshake,
             Self::Refused { .. } => Reason::TunnelRefused,

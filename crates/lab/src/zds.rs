@@ -7,9 +7,10 @@
 //! wait in their queues while no ztunnel runs, and two that overlap share them. A ztunnel that sends none has the kept ones
 //! closed: beside its own they would swallow connections.
 //!
-//! Invariants: pods are told to one ztunnel, the newest; when its line breaks, to the one before, which then hears all of
-//! them anew; one message is under way at a time; a pod counts as enrolled when ztunnel said so, and a caller waits for
-//! that as long as it takes: without ztunnel the pod does not start (fail closed).
+//! Invariants: pods are told to one ztunnel, the newest; when its line breaks, every other line is cut as well, so that a
+//! ztunnel that still serves connects anew and hears everything again; one message is under way at a time; a pod counts as
+//! enrolled when ztunnel said so, and a caller waits for that as long as it takes: without ztunnel the pod does not start
+//! (fail closed).
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -147,7 +148,7 @@ impl Server {
                     Some(command) => self.obey(command).await,
                     None => return,
                 },
-                (index, why) = first_that_breaks(&self.lines) => self.lost(index, &why).await,
+                (index, why) = first_that_breaks(&self.lines) => self.lost(index, &why),
                 () = tokio::time::sleep_until(give_up.unwrap_or_else(Instant::now).into()), if give_up.is_some() => {
                     tracing::warn!("{}: no ztunnel for {} s, connections are refused", self.node, KEEP.as_secs());
                     self.close_listeners();
@@ -164,22 +165,22 @@ impl Server {
             _ => return tracing::warn!("{}: somebody connected and said no hello", self.node),
         };
         tracing::info!("{}: ztunnel connected, protocol {}", self.node, hello.version);
-        self.lines.push(line);
-        self.tell_all().await;
-    }
-
-    /// Tells the newest ztunnel everything; if that fails, the one before it, and so on.
-    async fn tell_all(&mut self) {
-        while let Some(line) = self.lines.pop() {
-            match self.snapshot(&line).await {
-                Ok(()) => {
-                    self.lines.push(line);
-                    self.alone_since = None;
-                    return;
-                }
-                Err(e) => tracing::warn!("{}: ztunnel's line: {e:#}", self.node),
+        match self.snapshot(&line).await {
+            Ok(()) => {
+                self.lines.push(line);
+                self.alone_since = None;
+            }
+            Err(e) => {
+                tracing::warn!("{}: ztunnel's line: {e:#}", self.node);
+                self.call_all_back();
             }
         }
+    }
+
+    /// Has every ztunnel that still lives connect anew; the one that serves then hears everything again. One that drains
+    /// has hung up and does not come back.
+    fn call_all_back(&mut self) {
+        self.lines.clear();
         let keeps = !self.pages.is_empty() || self.pods.values().any(|p| !p.listeners.is_empty());
         self.alone_since = keeps.then(Instant::now);
     }
@@ -194,13 +195,13 @@ impl Server {
         Ok(())
     }
 
-    async fn lost(&mut self, index: usize, why: &str) {
-        let newest = index + 1 == self.lines.len();
-        self.lines.remove(index);
-        if newest {
-            tracing::info!("{}: the line of the newest ztunnel: {why}", self.node);
-            self.tell_all().await;
+    fn lost(&mut self, index: usize, why: &str) {
+        if index + 1 < self.lines.len() {
+            self.lines.remove(index);
+            return;
         }
+        tracing::info!("{}: ztunnel's line: {why}", self.node);
+        self.call_all_back();
     }
 
     async fn obey(&mut self, command: Command) {
@@ -223,7 +224,7 @@ impl Server {
             Ok(()) => self.lines.push(line),
             Err(e) => {
                 tracing::warn!("{}: ztunnel's line: {e:#}", self.node);
-                self.tell_all().await;
+                self.call_all_back();
             }
         }
     }

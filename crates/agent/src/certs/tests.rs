@@ -260,7 +260,43 @@ async fn clocks_that_disagree_are_named() {
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(store.clone().run(stopped));
     let refusal = store.wait(&store.own, LONG).await.unwrap_err();
-    assert!(refusal.message.contains("clock is 1 h 0 min behind"), "{refusal}");
+    assert!(refusal.message.contains("clock is at least 1 h 0 min behind"), "{refusal}");
+}
+
+/// This machine's clock is set while the proxy runs, and differs from the CA's from the start.
+#[tokio::test(start_paused = true)]
+async fn two_minutes_either_way_harm_nobody() {
+    const BACKDATE: u64 = 120;
+    for skew in [-120_i64, 0, 120] {
+        let mut world = World::new(86_400);
+        let right = world.clock.clone();
+        let off = Arc::new(std::sync::atomic::AtomicI64::new(skew));
+        let (by, base) = (off.clone(), right.clone());
+        let ours: Clock = Arc::new(move || base().saturating_add_signed(by.load(Ordering::SeqCst)));
+        // As the CA does: valid from two minutes before its making.
+        let ca = Arc::get_mut(&mut world.ca).unwrap();
+        ca.clock = Arc::new(move || right() - BACKDATE);
+        world.clock = ours;
+        let store = world.start();
+        store.wait(&pod("a"), LONG).await.unwrap_or_else(|e| panic!("{skew}: {e}"));
+        let asked = world.asked().len();
+        // Set forth and back by two minutes: nothing is asked for, nothing is dropped.
+        for jump in [120, -120, -240, 0] {
+            off.store(skew + jump, Ordering::SeqCst);
+            tokio::time::sleep(TICK * 2).await;
+            assert!(store.get(&pod("a")).is_some(), "{skew} {jump}");
+            assert!(store.client_certificate().is_some(), "{skew} {jump}");
+        }
+        assert_eq!(world.asked().len(), asked, "{skew}");
+        // By two days: it says so.
+        off.store(2 * 86_400, Ordering::SeqCst);
+        world.break_ca(true);
+        tokio::time::sleep(TICK * 2).await;
+        let refusal = store.wait(&pod("a"), LONG).await.unwrap_err();
+        assert!(store.get(&pod("a")).is_none());
+        let words = format!("{refusal} {:?}", store.states());
+        assert!(words.contains("clock"), "{words}");
+    }
 }
 
 /// The real CA client: a token for the first certificate, that certificate for all others.
