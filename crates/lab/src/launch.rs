@@ -253,9 +253,13 @@ fn write_map(pid: u32, file: &str, map: &[IdRange]) -> Result<()> {
 fn subordinate_maps(pid: u32) -> bool {
     let name = User::from_uid(Uid::current()).ok().flatten().map_or_else(String::new, |u| u.name);
     let uid = getuid().as_raw();
-    let range =
-        |file: &str| ids::subordinate(&fs::read_to_string(file).unwrap_or_default(), &name, uid);
-    let (Some(uids), Some(gids)) = (range("/etc/subuid"), range("/etc/subgid")) else {
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+    let range = |file: &str, own: &str| {
+        ids::subordinate(&read(file), &name, uid)
+            .filter(|range| ids::is_mapped(&ids::parse_map(&read(own)), *range))
+    };
+    let uids = range("/etc/subuid", "/proc/self/uid_map");
+    let (Some(uids), Some(gids)) = (uids, range("/etc/subgid", "/proc/self/gid_map")) else {
         return false;
     };
     let helper = |program: &str| {
