@@ -69,7 +69,7 @@ impl Loads {
     fn all_well(self) -> Result<f64> {
         let [kept, new, dns] = self.results()?;
         for (result, count) in [(&kept, "requests"), (&new, "connections"), (&dns, "questions")] {
-            let done = result[count].as_u64().or(result["latency"]["count"].as_u64());
+            let done = result[count].as_u64().or_else(|| result["latency"]["count"].as_u64());
             ensure!(errors(result) == 0 && done > Some(0), "{result}");
         }
         gap(&new)
@@ -128,7 +128,7 @@ fn replaced(lab: &Lab) -> Result<()> {
     }
     ensure!(held.is_running()?, "an old connection ended: {} {}", held.out(), held.err());
     let gap = loads.all_well()?;
-    println!("four replacements: at most {gap:.0} ms without a new connection");
+    suite::measured(&format!("at most {gap:.0} ms without a new connection"));
     ensure!(gap < GAP, "{gap} ms without a new connection");
     // The pages answer for the one that serves.
     let ready = ["curl", "-sS", "--fail", "http://127.0.0.1:15021/healthz/ready"];
@@ -160,10 +160,8 @@ fn killed(lab: &Lab) -> Result<()> {
         kill(lab, "ztunnel", node)?;
         let [_, new, _] = loads.results()?;
         let (gap, broken) = (gap(&new)?, errors(&new));
-        println!(
-            "ztunnel of {node} killed: {gap:.0} ms without a new connection, {broken} of {} broke",
-            new["connections"]
-        );
+        let all = &new["connections"];
+        suite::measured(&format!("{node}: {gap:.0} ms without one, {broken} of {all} broke"));
         ensure!(gap < GAP_KILLED, "{gap} ms without a new connection: {new}");
         // What was under way through the process that died, and at most that once more at the other end.
         ensure!(broken <= 8, "{new}");
@@ -199,7 +197,7 @@ fn control_plane_away(lab: &Lab) -> Result<()> {
         replace(lab, node)?;
     }
     let gap = loads.all_well()?;
-    println!("replaced without a control plane: at most {gap:.0} ms without a new connection");
+    suite::measured(&format!("at most {gap:.0} ms without a new connection"));
     ensure!(gap < GAP, "{gap} ms without a new connection");
     // Killed: the same.
     for node in ["node-1", "node-2"] {

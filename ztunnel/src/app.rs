@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use agent::access_log::{self, AccessLog, Utc};
-use agent::admin::{AdminState, Certificate, CertificateInfo, Page};
+use agent::admin::{AdminState, Certificate, CertificateInfo};
 use agent::certs::CertStore;
 use agent::channel::ControlPlane;
 use agent::logging;
@@ -98,15 +98,7 @@ async fn serve(
         log,
         quit.clone(),
     );
-    let pages = Pages::start(
-        state,
-        [
-            (Page::Readiness, config.readiness_address),
-            (Page::Metrics, config.stats_address),
-            (Page::Admin, config.admin_address),
-        ],
-    )
-    .await?;
+    let pages = Pages::start(state, &config).await?;
     let pods = Pods::new(
         config.trust_domain.as_str().into(),
         commands.clone(),

@@ -19,6 +19,8 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
+use crate::config::Config;
+
 /// How often an address that is taken is tried again.
 const TRY_AGAIN: Duration = Duration::from_millis(100);
 
@@ -52,10 +54,12 @@ impl Pages {
     ///
     /// # Errors
     /// When an address is not ours, or the admin page's is not loopback.
-    pub async fn start(
-        state: AdminState,
-        addresses: [(Page, SocketAddr); 3],
-    ) -> io::Result<Arc<Self>> {
+    pub async fn start(state: AdminState, config: &Config) -> io::Result<Arc<Self>> {
+        let addresses = [
+            (Page::Readiness, config.readiness_address),
+            (Page::Metrics, config.stats_address),
+            (Page::Admin, config.admin_address),
+        ];
         let slots = addresses.map(|(page, address)| Slot { page, address, served: None }).into();
         let pages =
             Self { runtime: Handle::current(), state: Arc::new(state), slots: Mutex::new(slots) };

@@ -33,6 +33,7 @@ mod procs;
 mod reconcile;
 mod stage;
 pub mod status;
+mod supervise;
 mod upstream;
 mod world;
 mod zds;

@@ -160,9 +160,9 @@ impl Server {
     /// Tells a new ztunnel everything. From then on it is the one that is told.
     async fn greet(&mut self, line: AsyncFd<OwnedFd>) {
         let hello = tokio::time::timeout(PATIENCE, receive(&line)).await;
-        let hello = match hello.map(|h| h.map(|(packet, _)| ZdsHello::decode(&*packet))) {
-            Ok(Ok(Ok(hello))) => hello,
-            _ => return tracing::warn!("{}: somebody connected and said no hello", self.node),
+        let Ok(Ok(Ok(hello))) = hello.map(|h| h.map(|(packet, _)| ZdsHello::decode(&*packet)))
+        else {
+            return tracing::warn!("{}: somebody connected and said no hello", self.node);
         };
         tracing::info!("{}: ztunnel connected, protocol {}", self.node, hello.version);
         match self.snapshot(&line).await {

@@ -10,9 +10,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::mesh::{DRAINING, STATUS_PORT};
+use crate::mesh::STATUS_PORT;
 use crate::network::UNDERLAY_V4;
 use crate::status::Status;
+use crate::supervise::DRAINING;
 
 /// Answers come from memory, over a bridge.
 const PATIENCE: Duration = Duration::from_millis(500);

@@ -35,13 +35,14 @@ use tokio::sync::{mpsc, oneshot};
 use crate::control::{Action, Answer, Request};
 use crate::dns::server::{Current, Upstream};
 use crate::launch::{Event, WorldConfig, WorldFds};
-use crate::mesh::{self, Control, Mesh};
+use crate::mesh::{self, Mesh};
 use crate::network::Network;
 use crate::objects::ObjectFiles;
 use crate::place::Place;
 use crate::pod::worker::{Report, Shared};
 use crate::procs::Processes;
 use crate::reconcile::Key;
+use crate::supervise::Control;
 use crate::{dns, ids};
 
 /// Things that happened and wait for the owner. Senders wait when it is full.
