@@ -12,6 +12,7 @@ use serde_json::Value;
 const TESTS: &[(&str, Test)] = &[
     ("replaced_under_load_nothing_fails", replaced),
     ("old_connections_end_at_the_limit", limit),
+    ("policy_still_ends_old_connections", judged),
     ("a_killed_proxy_makes_new_connections_wait", killed),
     ("without_the_control_plane_everything_goes_on", control_plane_away),
     ("what_cannot_be_replaced_goes_on", refused),
@@ -151,6 +152,21 @@ fn limit(lab: &Lab) -> Result<()> {
     lab.wait_for_access("node-1", before, &line)?;
     wait_until("the end of the old process", SOON, || Ok(!drains()?))?;
     ensure!(held.out().contains("reset"), "{}", held.out());
+    Ok(())
+}
+
+fn judged(lab: &Lab) -> Result<()> {
+    let mut held = hold(lab)?;
+    let before = lab.access_log("node-2")?.len();
+    replace(lab, "node-2")?;
+    ensure!(held.is_running()?, "{} {}", held.out(), held.err());
+    let deny = "[{from: [{source: {namespaces: [app]}}]}]";
+    lab.write("deny.yaml", &yaml::policy("app", "deny", "server", "DENY", deny))?;
+    wait_until("the end of the old connection", SOON, || Ok(!held.is_running()?))?;
+    let line = [("direction", "inbound"), ("reason", "policy_changed")];
+    lab.wait_for_access("node-2", before, &line)?;
+    lab.remove("deny.yaml")?;
+    lab.until("calls again", || calls(lab, "app/client", "http://server.app/"))?;
     Ok(())
 }
 

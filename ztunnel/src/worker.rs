@@ -49,7 +49,8 @@ pub struct Shared {
     pub status: Arc<XdsStatus>,
     /// Connections of all workers, against `Config::max_connections`.
     pub open: AtomicUsize,
-    /// Everything that is served: connections from the moment they are accepted, tunnels, questions. The drain waits for it.
+    /// Everything that is served: listeners, connections from the moment they are accepted, tunnels, questions. The drain
+    /// waits for it.
     pub busy: AtomicUsize,
 }
 
@@ -256,6 +257,8 @@ pub(crate) async fn accept<F, R>(
     F: Fn(Arc<Worker>, Arc<Pod>, Accepted) -> R,
     R: Future<Output = ()> + Send + 'static,
 {
+    // Until the last connection has been taken there may be one more to wait for.
+    let _accepting = Busy::new(&worker.shared);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

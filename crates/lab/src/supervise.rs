@@ -31,8 +31,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const FORGIVEN_AFTER: Duration = Duration::from_secs(30);
 /// A new ztunnel reads its configuration from disk and takes the pods of its node, some milliseconds each.
 const READY_WITHIN: Duration = Duration::from_secs(30);
-/// For a process that is stopped; then it is killed.
-const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// For a process that is stopped, each time it is told; at last it is killed.
+const STOP_WITHIN: Duration = Duration::from_secs(3);
 /// What a ztunnel may take beyond its own limit for draining.
 const DRAIN_SLACK: Duration = Duration::from_secs(10);
 /// Old ztunnels of one node that drain at once. Whoever replaces more often than connections end has those of the oldest ended.
@@ -260,7 +260,7 @@ impl<B: Fn() -> Result<Start> + Send + Sync> Supervised<B> {
                     }
                 }
                 Action::Restart | Action::Stop => {
-                    end(&process, STOP_WITHIN).await;
+                    end(&process).await;
                     return Ended::Ordered(order);
                 }
             }
@@ -366,12 +366,13 @@ impl<B: Fn() -> Result<Start> + Send + Sync> Supervised<B> {
     }
 }
 
-/// Ends a process, by force after a while.
-async fn end(process: &Process, within: Duration) {
-    process.signal(Signal::SIGTERM);
-    if tokio::time::timeout(within, process.ended()).await.is_err() {
-        process.signal(Signal::SIGKILL);
-        process.ended().await;
+/// Ends a process: asks, asks for haste (a ztunnel then ends its connections with their reason), kills.
+async fn end(process: &Process) {
+    for signal in [Signal::SIGTERM, Signal::SIGTERM, Signal::SIGKILL] {
+        process.signal(signal);
+        if tokio::time::timeout(STOP_WITHIN, process.ended()).await.is_ok() {
+            return;
+        }
     }
 }
 

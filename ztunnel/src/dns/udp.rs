@@ -32,6 +32,8 @@ thread_local! {
 /// Takes questions until the pod leaves.
 pub(super) async fn serve(server: Arc<Server>, socket: Arc<UdpSocket>, replies: Arc<Replies>) {
     let pod = server.pod.clone();
+    // A question that was received is answered before the process goes.
+    let _receiving = Busy::new(&server.worker.shared);
     let left = pod.left();
     tokio::pin!(left);
     loop {
