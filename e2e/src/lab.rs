@@ -40,6 +40,7 @@ pub struct Plan {
     from: Option<PathBuf>,
     wait_for_pods: bool,
     drain_seconds: Option<u64>,
+    same_node_direct: Option<String>,
 }
 
 impl Default for Plan {
@@ -52,6 +53,7 @@ impl Default for Plan {
             from: None,
             wait_for_pods: true,
             drain_seconds: None,
+            same_node_direct: None,
         }
     }
 }
@@ -96,6 +98,12 @@ impl Plan {
     /// Returns as soon as the lab answers, with pods that may never get ready.
     pub fn not_waiting_for_pods(mut self) -> Self {
         self.wait_for_pods = false;
+        self
+    }
+
+    /// Pods of this namespace on one node are joined without a tunnel.
+    pub fn same_node_direct(mut self, namespace: &str) -> Self {
+        self.same_node_direct = Some(namespace.to_owned());
         self
     }
 
@@ -153,6 +161,9 @@ impl Lab {
         command.arg("--bin-dir").arg(programs::folder()?);
         if let Some(seconds) = plan.drain_seconds {
             command.args(["--drain-seconds", &seconds.to_string()]);
+        }
+        if let Some(namespace) = &plan.same_node_direct {
+            command.args(["--same-node-direct", namespace]);
         }
         let mut images = plan.images.clone();
         for ours in ["meshprobe", "meshload"] {

@@ -183,7 +183,7 @@ async fn stream(
 }
 
 /// The status that stock peers understand (Istio: 401 policy, 400 nonsense, 503 cannot connect).
-fn status(reason: Reason) -> StatusCode {
+pub(crate) fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::PolicyDeny
         | Reason::PolicyNoAllow
@@ -194,6 +194,21 @@ fn status(reason: Reason) -> StatusCode {
         }
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
+}
+
+/// Decides on a connection from another pod of this proxy, and makes its last hop. The record knows its ends.
+pub(crate) async fn admit_joined(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    record: &mut Record,
+    host: Option<String>,
+) -> Result<(Live, TcpStream), Refusal> {
+    let (source, destination) = (record.source_address, record.destination);
+    let call = Call { source, destination, peer: record.peer.clone(), host };
+    let workload = admit(worker, pod, &call, record).await?;
+    let app = connect_to_app(pod, &workload, &call).await?;
+    let live = Live { hbone: false, ..call.live(pod, record) };
+    Ok((live, app))
 }
 
 /// One inbound connection, as it wants to be.

@@ -15,5 +15,6 @@ pub mod pages;
 pub mod pod;
 pub mod pods;
 pub mod record;
+mod same_node;
 pub mod worker;
 pub mod zds;

@@ -28,6 +28,7 @@ use crate::connections::Connections;
 use crate::listeners::{Listeners, Role, Share, take_or_open};
 use crate::pod::{Pod, canonical};
 use crate::record::Recorder;
+use crate::same_node::SameNode;
 use crate::{dns, inbound, outbound};
 
 /// How often closed and idle tunnels are looked for.
@@ -78,6 +79,7 @@ pub struct Worker {
     pub pool: Pool,
     pub connections: Connections,
     pub recorder: Recorder,
+    pub same_node: SameNode,
     /// Places for TLS handshakes of peers that dial us.
     pub handshakes: Semaphore,
     /// Places for DNS questions that wait for a resolver.
@@ -108,8 +110,10 @@ struct Served {
 
 impl Worker {
     pub fn new(shared: Arc<Shared>, recorder: Recorder) -> Self {
+        let same_node = SameNode::new(&shared.config.same_node_direct);
         Self {
             shared,
+            same_node,
             pool: Pool::new(PoolLimits::default()),
             connections: Connections::default(),
             recorder,
@@ -145,6 +149,7 @@ impl Worker {
                     }
                     Some(Command::Remove(uid)) => {
                         if let Some(served) = pods.remove(&uid) {
+                            self.same_node.remove(&served.pod);
                             served.pod.leaving.send_replace(true);
                             self.forget(&served.pod);
                         }
@@ -152,6 +157,7 @@ impl Worker {
                     Some(Command::Drain) => {
                         going = true;
                         for (_, served) in pods.drain() {
+                            self.same_node.remove(&served.pod);
                             served.pod.leaving.send_replace(true);
                         }
                     }
@@ -187,6 +193,7 @@ impl Worker {
         let wrong = |e| format!("cannot listen in pod {}/{}: {e}", pod.namespace, pod.name);
         if !pods.contains_key(&pod.uid) {
             let listeners = self.serve(&pod, share).map_err(wrong)?;
+            self.same_node.add(&pod);
             pods.insert(pod.uid.clone(), Served { pod: pod.clone(), listeners });
         }
         pods.get(&pod.uid).map_or_else(|| Ok(Vec::new()), |s| s.listeners.copies()).map_err(wrong)

@@ -36,6 +36,8 @@ pub struct Options {
     pub bin_dir: Option<PathBuf>,
     /// Seconds that a ztunnel which was replaced keeps its connections.
     pub drain_seconds: u64,
+    /// Namespaces whose pods on one node are joined without a tunnel; `*` for all.
+    pub same_node_direct: Vec<String>,
     /// A program that calls [`crate::hidden`] first; usually the running one.
     pub helper: PathBuf,
 }
@@ -48,6 +50,7 @@ pub(crate) struct WorldConfig {
     pub(crate) images: Vec<(String, PathBuf)>,
     pub(crate) bin_dir: Option<PathBuf>,
     pub(crate) drain_seconds: u64,
+    pub(crate) same_node_direct: Vec<String>,
 }
 
 /// What the lab tells the front.
@@ -141,6 +144,7 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         images,
         bin_dir: options.bin_dir.clone(),
         drain_seconds: options.drain_seconds,
+        same_node_direct: options.same_node_direct.clone(),
     })
 }
 

@@ -43,6 +43,15 @@ pub(crate) struct Mesh {
     states: States,
 }
 
+/// What the user wants of every ztunnel.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// How long one that was replaced keeps its connections.
+    pub(crate) drain: Duration,
+    /// Namespaces, separated by commas, whose pods on one node are joined without a tunnel.
+    pub(crate) same_node_direct: String,
+}
+
 /// Tells istiod-lite which tokens are good.
 #[derive(Clone, Debug, Default)]
 struct Registry(Arc<Mutex<RegistryState>>);
@@ -72,7 +81,7 @@ impl Told {
     }
 }
 
-/// Starts everything. `drain`: how long a ztunnel that was replaced keeps its connections.
+/// Starts everything.
 pub(crate) fn start(
     place: &Place,
     bin_dir: &Path,
@@ -80,7 +89,7 @@ pub(crate) fn start(
     network: &Network,
     processes: &Processes,
     events: &mpsc::Sender<Event>,
-    drain: Duration,
+    settings: &Settings,
 ) -> Result<Mesh> {
     let states = States::default();
     let around = Around {
@@ -115,7 +124,7 @@ pub(crate) fn start(
             home,
             root: istiod_dir.join("root-cert.pem"),
             registry: registry.clone(),
-            drain,
+            settings: settings.clone(),
         };
         controls.push(ztunnel.watch_over(around.clone()));
     }
@@ -192,7 +201,7 @@ struct Ztunnel {
     home: PathBuf,
     root: PathBuf,
     registry: Registry,
-    drain: Duration,
+    settings: Settings,
 }
 
 impl Ztunnel {
@@ -202,7 +211,7 @@ impl Ztunnel {
             node: Some(self.node.clone()),
             after: Some(self.root.clone()),
             beside: true,
-            drain: self.drain,
+            drain: self.settings.drain,
         };
         supervise::watch_over(around, watched, move || self.start())
     }
@@ -224,7 +233,10 @@ impl Ztunnel {
             .arg(self.home.join("state"))
             .arg("--secret-dir")
             .arg(self.home.join("secret"));
-        command.arg("--drain-seconds").arg(self.drain.as_secs().to_string());
+        command.arg("--drain-seconds").arg(self.settings.drain.as_secs().to_string());
+        if !self.settings.same_node_direct.is_empty() {
+            command.arg("--same-node-direct").arg(&self.settings.same_node_direct);
+        }
         let (ready, say_ready) = fds::pipe()?;
         command.arg("--token-fd").arg("3").arg("--ready-fd").arg("4");
         let (files, ns) = (vec![read, say_ready], Some(self.ns.clone()));

@@ -32,6 +32,10 @@ pub(crate) struct Args {
     /// with the reason `draining`
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_SECONDS)]
     drain_seconds: u64,
+    /// Join pods of these namespaces without a tunnel when both are on one node (comma-separated, `*` for all); by default
+    /// every connection of the mesh is encrypted
+    #[arg(long, value_name = "NAMESPACE", value_delimiter = ',')]
+    same_node_direct: Vec<String>,
     /// Pods only, without the mesh
     #[arg(long, hide = true)]
     no_mesh: bool,
@@ -49,6 +53,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         images: args.images,
         bin_dir,
         drain_seconds: args.drain_seconds,
+        same_node_direct: args.same_node_direct,
         helper: exe,
     };
     let colored = print::on_stdout();

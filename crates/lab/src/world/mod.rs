@@ -35,7 +35,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::control::{Action, Answer, Request};
 use crate::dns::server::{Current, Upstream};
 use crate::launch::{Event, WorldConfig, WorldFds};
-use crate::mesh::{self, Mesh};
+use crate::mesh::{self, Mesh, Settings};
 use crate::network::Network;
 use crate::objects::ObjectFiles;
 use crate::place::Place;
@@ -207,8 +207,12 @@ impl World {
             Some(bin) => {
                 // Copies of every pod's listeners are kept here.
                 net::socket::raise_open_files().context("raise the limit of open files")?;
-                let (dir, drain) = (&config.info.dir, Duration::from_secs(config.drain_seconds));
-                Some(mesh::start(&place, bin, dir, &network, &processes, &events, drain)?)
+                let settings = Settings {
+                    drain: Duration::from_secs(config.drain_seconds),
+                    same_node_direct: config.same_node_direct.join(","),
+                };
+                let dir = &config.info.dir;
+                Some(mesh::start(&place, bin, dir, &network, &processes, &events, &settings)?)
             }
             None => None,
         };
