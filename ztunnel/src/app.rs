@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use agent::access_log::{self, AccessLog, Utc};
 use agent::admin::{self, AdminState, Certificate, CertificateInfo, Page};
@@ -284,13 +284,15 @@ async fn drain(config: &Config, commands: &[mpsc::Sender<Command>], shared: &Sha
     }
     let open = || shared.open.load(Ordering::Relaxed);
     tracing::info!(connections = open(), seconds = config.drain_seconds, "draining");
-    let quiet = async {
-        while open() > 0 {
-            tokio::time::sleep(DRAIN_LOOK).await;
+    let (begun, limit) = (Instant::now(), Duration::from_secs(config.drain_seconds));
+    loop {
+        match engine::Drain::after(begun.elapsed(), limit, open()) {
+            engine::Drain::Wait => tokio::time::sleep(DRAIN_LOOK).await,
+            engine::Drain::Done => return,
+            engine::Drain::Cut => {
+                tracing::warn!(connections = open(), "drain time is over, closing what is left");
+                return;
+            }
         }
-    };
-    let limit = Duration::from_secs(config.drain_seconds);
-    if tokio::time::timeout(limit, quiet).await.is_err() {
-        tracing::warn!(connections = open(), "drain time is over, closing what is left");
     }
 }

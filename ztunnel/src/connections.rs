@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use agent::access_log::Direction;
-use engine::{InboundFacts, Verdict, authorize};
+use engine::InboundFacts;
 use hbone::Transfer;
 use model::{Identity, Refusal, Snapshot};
 use rustc_hash::FxHashMap;
@@ -82,6 +82,7 @@ impl Connections {
             if live.direction != Direction::Inbound {
                 continue;
             }
+            // A pod that is no longer known is leaving, and its connections end with it.
             let Some(workload) = live.pod.workload(snapshot) else { continue };
             let facts = InboundFacts {
                 workload,
@@ -89,11 +90,9 @@ impl Connections {
                 source_ip: live.source.ip(),
                 peer: live.peer.as_deref(),
             };
-            if let Verdict::Deny(mut refusal) = authorize(snapshot, &facts)
+            if let Some(refusal) = engine::ended_by(snapshot, &facts)
                 && let Some(stop) = entry.stop.take()
             {
-                refusal.message = format!("no longer allowed: {}", refusal.message);
-                refusal.reason = model::Reason::PolicyChanged;
                 ended += 1;
                 // The connection may have ended by itself meanwhile.
                 let _ = stop.send(refusal);

@@ -153,7 +153,7 @@ async fn try_one(
     };
     record.hbone_address = Some(*gateway);
     let key = PoolKey {
-        source: source.uid.clone(),
+        source: pod.uid.clone(),
         source_identity: pod.identity.clone(),
         destination: candidate.workload.uid.clone(),
         gateway: *gateway,

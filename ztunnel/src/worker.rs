@@ -14,7 +14,7 @@ use agent::certs::CertStore;
 use agent::metrics::Flushed;
 use agent::store::ConfigStore;
 use hbone::{Pool, PoolLimits};
-use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Str, WorkloadUid};
+use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Str};
 use net::capture::MARK_PROXY;
 use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, TcpStream};
@@ -108,7 +108,7 @@ impl Worker {
                     Some(Command::Remove(uid)) => {
                         if let Some(pod) = pods.remove(&uid) {
                             pod.leaving.send_replace(true);
-                            self.forget(&pod);
+                            self.pool.forget_source(&pod.uid);
                         }
                     }
                     Some(Command::Drain) => {
@@ -127,13 +127,6 @@ impl Worker {
                 _ = count.tick() => self.connections.flush_metrics(),
                 _ = sweep.tick() => self.pool.sweep(Instant::now()),
             }
-        }
-    }
-
-    fn forget(&self, pod: &Pod) {
-        let snapshot = self.shared.store.load();
-        if let Some(workload) = pod.workload(&snapshot) {
-            self.pool.forget_source(&WorkloadUid(workload.uid.0.clone()));
         }
     }
 

@@ -132,7 +132,7 @@ async fn eight_at_once_and_those_with_waiting_connections_first() {
     let waiting = store.clone();
     let urgent = tokio::spawn(async move { waiting.wait(&pod("urgent"), LONG).await.is_ok() });
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(world.ca.under_way.load(Ordering::SeqCst), MAX_FETCHES);
+    assert_eq!(world.ca.under_way.load(Ordering::SeqCst), engine::MAX_REQUESTS);
     // One answer makes room for the urgent one, however many were there before.
     world.ca.gate.add_permits(1);
     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -140,7 +140,7 @@ async fn eight_at_once_and_those_with_waiting_connections_first() {
     world.ca.gate.add_permits(1000);
     assert!(urgent.await.unwrap());
     store.wait(&pod("pod39"), LONG).await.unwrap();
-    assert_eq!(world.ca.most.load(Ordering::SeqCst), MAX_FETCHES);
+    assert_eq!(world.ca.most.load(Ordering::SeqCst), engine::MAX_REQUESTS);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,0 +1,125 @@
+//! A small mesh in one thread: three nodes, two control planes, a few pods, and a scheduler that decides from a
+//! seed what happens when. The decisions are those of the real programs (`compile`, `xds`, `engine`); time,
+//! network, disk, CA and applications are made up, and go wrong: messages are late, lost and overtake each
+//! other, links are cut, processes die, drain and come back, machines reboot, clocks jump, control planes start
+//! with old knowledge, the CA fails, addresses and names are used again.
+//!
+//! Invariants: behind the purity wall, so that a seed says everything ([`run`] with the same seed takes the same steps);
+//! what must hold is judged from what users wrote ([`Violation`]), never by the decision that is checked;
+//! a [`Bug`] is planted only by a test that wants to see it found.
+
+mod check;
+mod content;
+mod control;
+mod discovery;
+mod faults;
+mod oracle;
+mod proxy;
+mod rng;
+mod traffic;
+mod world;
+
+pub use check::Violation;
+
+/// How a run is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// A bug to plant.
+    pub bug: Option<Bug>,
+    /// Whether each step is put into words.
+    pub trace: bool,
+    /// Events after which the run is stopped.
+    pub max_steps: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { bug: None, trace: false, max_steps: u64::MAX }
+    }
+}
+
+/// Bugs as somebody might make them, at the places where the real programs act on a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// An endpoint that cannot be reached by HBONE is tried in plaintext.
+    FallsBackToPlaintext,
+    /// A plaintext caller is who has its address.
+    TrustsAddresses,
+    /// A policy in flight is taken for none.
+    AllowsPending,
+    /// A new configuration is for new connections only.
+    NeverJudgesAgain,
+    /// A response is acknowledged and not all of it in force.
+    AcksUnread,
+    /// What an earlier stream had on its way is taken in.
+    OldStream,
+    /// Streams that ended are still counted.
+    LeaksStreams,
+    /// Idle tunnels are never looked at.
+    NeverSweeps,
+    /// Pods with one name share tunnels.
+    PoolsByName,
+    /// A request to the CA that failed stays under way.
+    ForgetsFailures,
+    /// A certificate is used for as long as it is there.
+    UsesExpired,
+    /// A drain has no limit.
+    DrainsForever,
+}
+
+impl Bug {
+    pub const ALL: [Self; 12] = [
+        Self::FallsBackToPlaintext,
+        Self::TrustsAddresses,
+        Self::AllowsPending,
+        Self::NeverJudgesAgain,
+        Self::AcksUnread,
+        Self::OldStream,
+        Self::LeaksStreams,
+        Self::NeverSweeps,
+        Self::PoolsByName,
+        Self::ForgetsFailures,
+        Self::UsesExpired,
+        Self::DrainsForever,
+    ];
+}
+
+/// What happened in a run, to see that runs are worth something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Contents that users wrote, and versions that proxies acknowledged.
+    pub contents: u64,
+    pub acks: u64,
+    pub calls: u64,
+    /// Connections made; let in by a proxy; let in while the proxy held exactly one content.
+    pub made: u64,
+    pub admitted: u64,
+    pub exact: u64,
+    pub denied: u64,
+    /// Waits for a policy in flight.
+    pub pending: u64,
+    /// Ended by a change of policy.
+    pub ended: u64,
+    pub probes: u64,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// `None`: everything held.
+    pub violation: Option<Violation>,
+    pub steps: u64,
+    /// Of all that happened: equal runs have equal ones.
+    pub fingerprint: u64,
+    /// Empty unless asked for.
+    pub trace: Vec<String>,
+    pub counts: Counts,
+}
+
+/// Runs one world.
+pub fn run(seed: u64, options: Options) -> Outcome {
+    let mut sim = world::Sim::new(seed, options);
+    sim.run();
+    let world::Sim { violation, steps, fingerprint, trace, counts, .. } = sim;
+    Outcome { violation, steps, fingerprint, trace, counts }
+}

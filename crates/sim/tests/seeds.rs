@@ -1,0 +1,131 @@
+//! Ten thousand small meshes, each with its own misfortunes: what must hold, holds.
+//!
+//!     cargo test -p sim --test seeds                               # all of them
+//!     AMBIT_SIM_SEEDS=4711 cargo test -p sim --test seeds          # one, with its last steps if it fails
+//!     AMBIT_SIM_SEEDS=0..1000000 cargo test -p sim --release --test seeds hold
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use sim::{Bug, Counts, Options, Outcome, Violation, run};
+
+/// What CI runs. Another range is other worlds: `AMBIT_SIM_SEEDS=10000..20000`.
+const SEEDS: Range<u64> = 0..10_000;
+/// Steps shown of a run that failed.
+const SHOWN: usize = 60;
+
+/// `4711`, `100..200`, or [`SEEDS`].
+fn seeds() -> Range<u64> {
+    let Ok(text) = std::env::var("AMBIT_SIM_SEEDS") else { return SEEDS };
+    let parsed = match text.split_once("..") {
+        Some((from, to)) => from.parse().ok().zip(to.parse().ok()).map(|(from, to)| from..to),
+        None => text.parse::<u64>().ok().map(|one| one..one + 1),
+    };
+    parsed.unwrap_or_else(|| panic!("AMBIT_SIM_SEEDS is {text:?}; it must be N or FROM..TO"))
+}
+
+/// The first seed of a range whose run fails. Runs on every core; the answer does not depend on how many.
+fn first_failure(seeds: Range<u64>, options: Options) -> (Option<u64>, Counts) {
+    let (next, failed) = (AtomicU64::new(seeds.start), AtomicU64::new(u64::MAX));
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let work = || {
+        let mut counts = Counts::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            // Seeds are handed out in order: what is left is above the failure.
+            if seed >= seeds.end.min(failed.load(Ordering::Relaxed)) {
+                return counts;
+            }
+            let outcome = run(seed, options);
+            counts = add(counts, outcome.counts);
+            if outcome.violation.is_some() {
+                failed.fetch_min(seed, Ordering::Relaxed);
+            }
+        }
+    };
+    let counts = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let counts = threads.into_iter().map(|thread| thread.join().unwrap());
+        counts.fold(Counts::default(), add)
+    });
+    let failed = failed.into_inner();
+    ((failed < u64::MAX).then_some(failed), counts)
+}
+
+fn add(a: Counts, b: Counts) -> Counts {
+    Counts {
+        contents: a.contents + b.contents,
+        acks: a.acks + b.acks,
+        calls: a.calls + b.calls,
+        made: a.made + b.made,
+        admitted: a.admitted + b.admitted,
+        exact: a.exact + b.exact,
+        denied: a.denied + b.denied,
+        pending: a.pending + b.pending,
+        ended: a.ended + b.ended,
+        probes: a.probes + b.probes,
+    }
+}
+
+/// What to tell of a failure: the seed, how to see it again, and the last steps.
+fn report(seed: u64, outcome: &Outcome) -> String {
+    let from = outcome.trace.len().saturating_sub(SHOWN);
+    format!(
+        "seed {seed}: {:?} after {} steps; to see it again:\n\n    AMBIT_SIM_SEEDS={seed} cargo test -p sim \
+         --test seeds what_must_hold_holds\n\nthe last of {} steps:\n{}\n",
+        outcome.violation,
+        outcome.steps,
+        outcome.trace.len(),
+        outcome.trace[from..].join("\n")
+    )
+}
+
+#[test]
+fn what_must_hold_holds() {
+    let (failed, counts) = first_failure(seeds(), Options::default());
+    println!("{counts:?}");
+    if let Some(seed) = failed {
+        let outcome = run(seed, Options { trace: true, ..Options::default() });
+        panic!("{}", report(seed, &outcome));
+    }
+}
+
+/// The bug is found, and as what it is.
+fn check_found(bug: Bug, violations: &[Violation]) {
+    let options = Options { bug: Some(bug), ..Options::default() };
+    let (found, _) = first_failure(SEEDS, options);
+    let seed = found.unwrap_or_else(|| panic!("{bug:?} is not found within {SEEDS:?}"));
+    let violation = run(seed, options).violation;
+    println!("{bug:?}: seed {seed}, {violation:?}");
+    assert!(violation.is_some_and(|v| violations.contains(&v)), "{bug:?}: {violation:?}");
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    use Violation::*;
+    check_found(Bug::FallsBackToPlaintext, &[PlaintextOut]);
+    check_found(Bug::TrustsAddresses, &[PlaintextIn, Denied]);
+    check_found(Bug::AllowsPending, &[Denied]);
+    check_found(Bug::NeverJudgesAgain, &[LivesOn]);
+    check_found(Bug::AcksUnread, &[NotEnforced]);
+    check_found(Bug::OldStream, &[Protocol, NotEnforced, NotConverged]);
+    check_found(Bug::LeaksStreams, &[NotConverged, Unbounded]);
+    check_found(Bug::NeverSweeps, &[DeadTunnel]);
+    check_found(Bug::PoolsByName, &[WrongTunnel]);
+    check_found(Bug::ForgetsFailures, &[NoCertificate, NotConverged, Unbounded]);
+    check_found(Bug::UsesExpired, &[Expired]);
+    check_found(Bug::DrainsForever, &[Undrained]);
+}
+
+#[test]
+fn a_seed_says_everything() {
+    for seed in SEEDS.take(50) {
+        let traced = Options { trace: true, ..Options::default() };
+        let (first, second) = (run(seed, traced), run(seed, traced));
+        assert_eq!(first, second, "seed {seed}");
+        // Looking changes nothing.
+        let untraced = run(seed, Options::default());
+        assert_eq!(Outcome { trace: Vec::new(), ..first }, untraced, "seed {seed}");
+    }
+    assert_ne!(run(0, Options::default()).fingerprint, run(1, Options::default()).fingerprint);
+}
