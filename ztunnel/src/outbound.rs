@@ -117,6 +117,10 @@ async fn first_that_connects(
 ) -> Result<Connected, Refusal> {
     let (mut last, count) = (None, candidates.len());
     for (number, candidate) in (1..).zip(candidates) {
+        // The first one is tried at once. For another the plan may be seconds old.
+        if number > 1 && !candidate.is_current(&worker.shared.store.load()) {
+            continue;
+        }
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
         let attempt = try_one(worker, pod, source, peer, &candidate, record);

@@ -194,6 +194,20 @@ impl CertStore {
         self.own_certificate(&self.lock())
     }
 
+    /// The proxy's own certificate, as soon as there is one. `why_not` hears what is in the way.
+    pub async fn own(&self, mut why_not: impl FnMut(Option<String>)) -> Arc<ClientCertificate> {
+        let mut changed = self.subscribe();
+        loop {
+            if let Some(own) = self.client_certificate() {
+                return own;
+            }
+            why_not(self.own_error());
+            // Not by a change alone: a clock that was wrong and is right again makes a certificate valid that
+            // nobody has touched. The channel cannot end: we hold the store.
+            let _ = tokio::time::timeout(engine::TICK, changed.changed()).await;
+        }
+    }
+
     /// Why the proxy has no certificate of its own, or cannot renew it.
     pub fn own_error(&self) -> Option<String> {
         self.lock().renewals.get(&self.own).and_then(|state| state.error.clone())

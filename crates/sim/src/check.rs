@@ -7,8 +7,8 @@ use xds::Kind;
 
 use crate::content::{Content, PODS, PORTS, Pod, vip};
 use crate::control::{Compiled, MAX_STREAMS_PER_NODE};
-use crate::oracle::{Denied, Request, judge};
-use crate::proxy::{Proxy, TUNNELS, own_identity};
+use crate::oracle::{Denied, Mix, Request, judge};
+use crate::proxy::{Holds, Proxy, TUNNELS, own_identity};
 use crate::traffic::Call;
 use crate::world::{Event, REPLICAS, Sim};
 
@@ -18,6 +18,9 @@ const MAX_EVENTS: usize = 1_000;
 /// Calls that are tried when everything has settled, and how long they may take.
 const PROBES: usize = 4;
 const PROBE_MS: u64 = 15_000;
+/// A stream ends with its certificate, also at the moment of a look: that often it is looked at again, so much later.
+const LOOKS: u32 = 3;
+const LOOK_MS: u64 = 5_000;
 
 /// What went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,8 +56,14 @@ pub enum Violation {
 }
 
 impl Sim {
-    fn mix_of<'a>(&'a self, proxy: &Proxy) -> Vec<&'a Content> {
-        proxy.mix.iter().map(|content| &self.contents[*content].content).collect()
+    fn mix_of<'a>(&'a self, proxy: &Proxy) -> Mix<'a> {
+        let Holds { sent, policies, addresses } = &proxy.holds;
+        let content = |content: &usize| &self.contents[*content].content;
+        Mix {
+            sent: sent.iter().map(content).collect(),
+            policies: policies.as_ref().map(content),
+            addresses: addresses.as_ref().map(content),
+        }
     }
 
     /// Plaintext leaves a pod of the mesh.
@@ -65,7 +74,7 @@ impl Sim {
             let mut pods = content.pods.iter().flatten();
             service || pods.any(|pod| pod.ip() == to.ip() && pod.enrolled)
         };
-        if !mix.is_empty() && mix.iter().all(of_mesh) {
+        if mix.places().iter().all(of_mesh) {
             self.violate(Violation::PlaintextOut, || {
                 format!("call {id} goes to {to} in plaintext")
             });
@@ -75,7 +84,7 @@ impl Sim {
     /// A proxy lets a connection in.
     pub(crate) fn check_admitted(&mut self, id: usize, proxy: usize, request: &Request) {
         let mix = self.mix_of(&self.proxies[proxy]);
-        let exact = mix.len() == 1;
+        let exact = mix.sent.len() == 1;
         let verdict = judge(&mix, request, false);
         self.counts.exact += u64::from(exact);
         self.counts.admitted += 1;
@@ -146,10 +155,15 @@ impl Sim {
             self.done = true;
             return;
         }
-        for id in 0..self.proxies.len() {
-            if self.proxies[id].alive {
-                self.check_settled(id);
+        let alive: Vec<_> = (0..self.proxies.len()).filter(|id| self.proxies[*id].alive).collect();
+        for id in alive {
+            let Some((violation, words)) = self.unsettled(id) else { continue };
+            self.looks += 1;
+            if self.looks > LOOKS {
+                return self.violate(violation, || format!("proxy {id} {words}"));
             }
+            self.probing = false;
+            return self.plan(LOOK_MS, Event::Probe);
         }
         for _ in 0..PROBES {
             self.probe();
@@ -157,25 +171,24 @@ impl Sim {
         self.plan(PROBE_MS, Event::Probe);
     }
 
-    fn check_settled(&mut self, id: usize) {
+    /// What a proxy lacks.
+    fn unsettled(&self, id: usize) -> Option<(Violation, String)> {
         let proxy = &self.proxies[id];
         if proxy.draining.is_some() {
-            return self.violate(Violation::Undrained, || format!("proxy {id} drains for ever"));
+            return Some((Violation::Undrained, "drains for ever".to_owned()));
         }
+        let lagging = |words: &str| Some((Violation::NotConverged, words.to_owned()));
         let wires = proxy.stream.and_then(|stream| Some((stream, self.streams.get(&stream)?)));
         let end = wires.and_then(|(stream, wires)| {
             let replica = &self.replicas[wires.replica];
             Some((replica.streams.get(&stream)?, replica.desired.push()))
         });
-        let Some((end, push)) = end else {
-            return self.violate(Violation::NotConverged, || format!("proxy {id} has no stream"));
-        };
-        let converged = end.connection.is_settled() && proxy.snapshot.version() == push;
+        let Some((end, push)) = end else { return lagging("has no stream") };
         if let Some(what) = differs(proxy, self.newest()) {
-            return self.violate(Violation::NotConverged, || format!("proxy {id}: {what}"));
+            return lagging(&what);
         }
-        if !converged {
-            return self.violate(Violation::NotConverged, || format!("proxy {id} is not settled"));
+        if !end.connection.is_settled() || proxy.snapshot.version() != push {
+            return lagging("is not settled");
         }
         let wall = self.wall(proxy.node);
         let wanted = proxy.pods.values().map(Pod::identity).chain([own_identity()]);
@@ -183,14 +196,13 @@ impl Sim {
             proxy.certificate(identity, wall).is_none_or(|cert| !cert.0.valid_at(wall))
         });
         if let Some(identity) = lacks {
-            return self.violate(Violation::NoCertificate, || format!("proxy {id}: {identity}"));
+            return Some((Violation::NoCertificate, format!("has none for {identity}")));
         }
         let (tunnels, keys) = (proxy.pool.tunnels().count(), proxy.pool.keys());
-        if keys > 0 || !proxy.dials.is_empty() {
-            self.violate(Violation::DeadTunnel, || {
-                format!("proxy {id} has {tunnels} tunnels of {keys} keys, and nobody calls")
-            });
-        }
+        (keys > 0 || !proxy.dials.is_empty()).then(|| {
+            let words = format!("has {tunnels} tunnels of {keys} keys, and nobody calls");
+            (Violation::DeadTunnel, words)
+        })
     }
 
     /// A call whose answer is known beforehand.
@@ -204,7 +216,7 @@ impl Sim {
         }
         let peer = source.enrolled.then(|| source.identity());
         let request = Request { to, port, source: source.ip(), peer };
-        let expected = !target.enrolled || judge(&[content], &request, false).is_ok();
+        let expected = !target.enrolled || judge(&Mix::of(content), &request, false).is_ok();
         self.counts.probes += 1;
         self.call(from, to, port, Some(expected));
     }

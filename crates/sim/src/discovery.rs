@@ -13,7 +13,7 @@ use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::Bug;
 use crate::check::Violation;
 use crate::control::Replica;
-use crate::proxy::{Cert, own_identity};
+use crate::proxy::{Cert, Holds, own_identity};
 use crate::world::{EPOCH, Event, Place, Sim};
 
 /// Requests that may wait for the wire (the real proxy says the same).
@@ -70,10 +70,13 @@ impl Sim {
         if !proxy.alive || proxy.stream.is_some() {
             return;
         }
-        // Without a certificate it waits; a new one brings it back here.
+        // Without a certificate it waits; a new one brings it back here, or the next look at the clock.
         let own = proxy.certificate(&own_identity(), wall);
         self.proxies[id].waits_for_certificate = own.is_none();
-        let (proxy, Some(own)) = (&self.proxies[id], own) else { return };
+        let (proxy, Some(own)) = (&self.proxies[id], own) else {
+            let tick = u64::try_from(engine::TICK.as_millis()).unwrap_or(u64::MAX);
+            return self.plan(tick, Event::Connect { proxy: id });
+        };
         let (node, replica) = (proxy.node, self.rng.index(self.replicas.len()));
         let cut = self.cut_until(Place::Node(node), Place::Replica(replica)).is_some();
         let stream = self.id();
@@ -189,7 +192,7 @@ impl Sim {
     fn lose(&mut self, stream: usize, id: usize, response: DeltaDiscoveryResponse) {
         let kind = response.type_url;
         self.note(5, || format!("proxy {id} loses a response of {kind}"));
-        self.proxies[id].holed = true;
+        self.proxies[id].missed();
         let (type_url, response_nonce) = (kind, response.nonce);
         let made_up = DeltaDiscoveryRequest { type_url, response_nonce, ..Default::default() };
         // Nor are its requests fast, so that it stays without for a while.
@@ -205,7 +208,8 @@ impl Sim {
     /// Puts a response into force, judges what lives, and then answers: as the real proxy does.
     fn apply(&mut self, stream: usize, id: usize, response: DeltaDiscoveryResponse) {
         let content = self.pushes.get(&response.system_version_info).copied();
-        let marker = response.type_url == Kind::Marker.type_url();
+        let kind = Kind::from_type_url(&response.type_url);
+        let marker = kind == Some(Kind::Marker);
         let forgets = self.has(Bug::AcksUnread) && self.rng.chance(10);
         let proxy = &mut self.proxies[id];
         let mut batch = proxy.client.handle(response);
@@ -223,12 +227,12 @@ impl Sim {
         if !changes.is_empty() {
             proxy.snapshot = Arc::new(proxy.snapshot.with(changes));
         }
-        if let Some(content) = content {
-            if version.is_some() {
-                (proxy.mix, proxy.holed) = (vec![content], false);
-            } else if !marker {
-                proxy.mixed_with(content);
+        match (content, kind) {
+            (Some(content), _) if version.is_some() => {
+                (proxy.holds, proxy.holed) = (Holds::exactly(content), false);
             }
+            (Some(content), Some(kind)) if !marker => proxy.took(kind, content),
+            _ => {}
         }
         let holed = proxy.holed;
         self.note(6, || {

@@ -313,7 +313,7 @@ impl Sim {
         }
         let newest = self.contents.len() - 1;
         let behind = if self.rng.chance(30) { self.rng.index(3) } else { 0 };
-        let knows = newest.saturating_sub(behind);
+        let knows = newest.saturating_sub(behind).max(1);
         self.note(51, || format!("replica {replica} starts with content {knows}"));
         self.replicas[replica] = self.new_replica(knows);
         self.plan(500, Event::Learn { replica, content: newest });

@@ -43,6 +43,8 @@ impl Default for Options {
 pub enum Bug {
     /// An endpoint that cannot be reached by HBONE is tried in plaintext.
     FallsBackToPlaintext,
+    /// A second endpoint is tried as it was planned, however long ago.
+    KeepsThePlan,
     /// A plaintext caller is who has its address.
     TrustsAddresses,
     /// A policy in flight is taken for none.
@@ -68,8 +70,9 @@ pub enum Bug {
 }
 
 impl Bug {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::FallsBackToPlaintext,
+        Self::KeepsThePlan,
         Self::TrustsAddresses,
         Self::AllowsPending,
         Self::NeverJudgesAgain,

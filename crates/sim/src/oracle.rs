@@ -1,15 +1,38 @@
 //! May they? Answered a second time, from what users wrote and not from what the mesh made of it.
 //!
-//! A proxy that is between two acknowledged versions holds of each object one of the versions that it was
-//! sent since the older one: two types travel one after the other, and nothing promises that they arrive at
-//! once. So a question is asked of a *mix* of contents, and the answer is yes when some choice of versions says
-//! yes. Of an acknowledged version the mix holds that one content, and the answer is exact.
+//! A proxy that is between two acknowledged versions holds a *mix*: addresses of one version, and policies of another,
+//! with those that are to be removed still there; nothing promises that two types arrive at once. Of an
+//! acknowledged version the mix is that one content, and the answer is exact. Where the control plane is wrong
+//! about what it sent, each object may be of any version since, and the answer is no only if all say no.
 
 use std::net::IpAddr;
 
 use model::Identity;
 
 use crate::content::{AppMode, Content, Mode, NAMESPACES, PORTS, Pod, Policy, Rule, Scope, Who};
+
+/// What a proxy holds.
+#[derive(Clone, Debug)]
+pub(crate) struct Mix<'a> {
+    /// What it was sent since the last acknowledged content, with that one.
+    pub(crate) sent: Vec<&'a Content>,
+    /// The content that its policies are of, but for those that are to be removed. `None`: of any that it was sent.
+    pub(crate) policies: Option<&'a Content>,
+    /// The same of its addresses, removals included.
+    pub(crate) addresses: Option<&'a Content>,
+}
+
+impl<'a> Mix<'a> {
+    /// One content and nothing else.
+    pub(crate) fn of(content: &'a Content) -> Self {
+        Self { sent: vec![content], policies: Some(content), addresses: Some(content) }
+    }
+
+    /// The contents that addresses may be of.
+    pub(crate) fn places(&self) -> Vec<&'a Content> {
+        self.addresses.map_or_else(|| self.sent.clone(), |one| vec![one])
+    }
+}
 
 /// A connection that arrives at a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,9 +57,9 @@ pub(crate) enum Denied {
 
 /// What the contents of a mix say of a request. `lives`: it was let in before, and a policy that it needs and that
 /// is in flight does not end it.
-pub(crate) fn judge(mix: &[&Content], request: &Request, lives: bool) -> Result<(), Denied> {
+pub(crate) fn judge(mix: &Mix<'_>, request: &Request, lives: bool) -> Result<(), Denied> {
     let mut worst = Denied::Unknown;
-    for at in mix {
+    for at in mix.places() {
         let Some(pod) = &at.pods[request.to] else { continue };
         if request.peer.is_none() && !plaintext_taken(mix, at, pod, request.port) {
             worst = Denied::Plaintext;
@@ -50,14 +73,21 @@ pub(crate) fn judge(mix: &[&Content], request: &Request, lives: bool) -> Result<
     Err(worst)
 }
 
-/// Whether the pod takes plaintext on this port: its labels are those of `at`, the objects of some content.
-fn plaintext_taken(mix: &[&Content], at: &Content, pod: &Pod, port: u16) -> bool {
+/// Whether the pod takes plaintext on this port. Its labels are those of `at`; what they refer to is as the
+/// policies are, or on its way out.
+fn plaintext_taken(mix: &Mix<'_>, at: &Content, pod: &Pod, port: u16) -> bool {
     let place = mode_of(at, pod);
-    mix.iter().any(|content| !demands(content, place, pod.namespace, port))
+    let takes = |content: &Content| !demands(content, place, pod.namespace, port);
+    match mix.policies {
+        Some(now) if place == ModeOf::Wider || now.app_mode[pod.namespace].is_some() => {
+            takes(now) || takes(at)
+        }
+        _ => mix.sent.iter().any(|content| takes(content)) || takes(at),
+    }
 }
 
 /// Which PeerAuthentication decides about a pod.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum ModeOf {
     App,
     Wider,
@@ -98,13 +128,7 @@ enum Effect {
     Asks,
 }
 
-fn policies_allow(
-    mix: &[&Content],
-    at: &Content,
-    pod: &Pod,
-    request: &Request,
-    lives: bool,
-) -> bool {
+fn policies_allow(mix: &Mix<'_>, at: &Content, pod: &Pod, request: &Request, lives: bool) -> bool {
     let (mut may_allow, mut may_be_free) = (false, true);
     for key in keys(mix) {
         let effects = effects(mix, (at, pod), request, &key, lives);
@@ -119,9 +143,9 @@ fn policies_allow(
 
 type Key = (&'static str, String);
 
-fn keys(mix: &[&Content]) -> Vec<Key> {
-    let mut keys: Vec<_> =
-        mix.iter().flat_map(|content| policies(content)).map(|(k, _)| k).collect();
+fn keys(mix: &Mix<'_>) -> Vec<Key> {
+    let contents = mix.sent.iter().copied().chain(mix.policies);
+    let mut keys: Vec<_> = contents.flat_map(policies).map(|(key, _)| key).collect();
     keys.sort_unstable();
     keys.dedup();
     keys
@@ -135,7 +159,7 @@ fn policies(content: &Content) -> impl Iterator<Item = (Key, &Policy)> {
 /// What each version of one object does; a selector selects as `at` says. An object that the pod refers to and that
 /// is not there does nothing for what lives, and lets nothing new in.
 fn effects(
-    mix: &[&Content],
+    mix: &Mix<'_>,
     (at, pod): (&Content, &Pod),
     request: &Request,
     key: &Key,
@@ -146,7 +170,7 @@ fn effects(
         found.map(|(_, policy)| policy.clone())
     };
     let selected = of(at).is_some_and(|policy| policy.scope == Scope::App(pod.namespace, pod.app));
-    let effect = |content: &&Content| {
+    let effect = |content: &Content| {
         let Some(policy) = of(content) else {
             return if selected && !lives { Effect::Denies } else { Effect::Nothing };
         };
@@ -163,7 +187,10 @@ fn effects(
             (true, false, false) => Effect::Asks,
         }
     };
-    mix.iter().map(effect).collect()
+    match mix.policies.filter(|now| of(now).is_some()) {
+        Some(now) => vec![effect(now)],
+        None => mix.sent.iter().copied().chain(mix.policies).map(effect).collect(),
+    }
 }
 
 fn rule_matches(rule: &Rule, request: &Request) -> bool {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use engine::{BookLimits, Carrier, PoolBook, Renewals, Rotation};
 use model::{Change, Identity, Snapshot, Workload};
+use xds::Kind;
 use xds::client::{Client, Saved};
 use xds::codec::Defaults;
 use xds::discovery::Node;
@@ -17,8 +18,27 @@ use xds::discovery::Node;
 use crate::content::{Pod, node_name};
 use crate::oracle::Request;
 
-/// Contents that a proxy may hold a part of: those it was sent since the last acknowledged one, with it.
-pub(crate) type Mix = Vec<usize>;
+/// What a proxy holds, by the numbers of contents: see [`crate::oracle::Mix`].
+#[derive(Clone, Debug)]
+pub(crate) struct Holds {
+    pub(crate) sent: Vec<usize>,
+    pub(crate) policies: Option<usize>,
+    pub(crate) addresses: Option<usize>,
+}
+
+impl Holds {
+    /// This content and nothing else.
+    pub(crate) fn exactly(content: usize) -> Self {
+        Self { sent: vec![content], policies: Some(content), addresses: Some(content) }
+    }
+}
+
+impl Default for Holds {
+    /// The first content, which has nothing in it.
+    fn default() -> Self {
+        Self::exactly(0)
+    }
+}
 
 /// A proxy gives up streams above this; small, so that the limit is met.
 pub(crate) const STREAMS: usize = 2;
@@ -33,7 +53,7 @@ const SPARE: Duration = Duration::from_secs(10);
 pub(crate) struct Disk {
     pub(crate) saved: Vec<Saved>,
     pub(crate) version: model::ConfigVersion,
-    pub(crate) mix: Mix,
+    pub(crate) holds: Holds,
 }
 
 /// A certificate: its dates, and the pod whose identity it states is its key in the map.
@@ -102,7 +122,7 @@ pub(crate) struct Proxy {
     pub(crate) draining: Option<u64>,
     pub(crate) client: Client,
     pub(crate) snapshot: Arc<Snapshot>,
-    pub(crate) mix: Mix,
+    pub(crate) holds: Holds,
     pub(crate) stream: Option<usize>,
     /// No stream is tried before there is a certificate to show.
     pub(crate) waits_for_certificate: bool,
@@ -142,7 +162,7 @@ impl Proxy {
             draining: None,
             client,
             snapshot: Arc::new(Snapshot::default().with(changes)),
-            mix: disk.mix.clone(),
+            holds: disk.holds.clone(),
             stream: None,
             waits_for_certificate: false,
             renewals: Renewals::new(own_identity()),
@@ -198,14 +218,25 @@ impl Proxy {
     pub(crate) fn to_disk(&self) -> Disk {
         let held = self.client.held();
         let saved = held.save(&self.snapshot).collect();
-        Disk { saved, version: self.snapshot.version(), mix: self.mix.clone() }
+        Disk { saved, version: self.snapshot.version(), holds: self.holds.clone() }
     }
 
-    /// A part of this content may be in force from now on.
-    pub(crate) fn mixed_with(&mut self, content: usize) {
-        if !self.mix.contains(&content) {
-            self.mix.push(content);
+    /// A response of this content is in force.
+    pub(crate) fn took(&mut self, kind: Kind, content: usize) {
+        if !self.holds.sent.contains(&content) {
+            self.holds.sent.push(content);
         }
+        match kind {
+            Kind::Authorization if !self.holed => self.holds.policies = Some(content),
+            Kind::Address if !self.holed => self.holds.addresses = Some(content),
+            _ => {}
+        }
+    }
+
+    /// A response did not arrive, and the control plane thinks that it did.
+    pub(crate) fn missed(&mut self) {
+        self.holed = true;
+        (self.holds.policies, self.holds.addresses) = (None, None);
     }
 }
 

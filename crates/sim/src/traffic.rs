@@ -25,6 +25,7 @@ const ATTEMPTS: u32 = 3;
 /// The real proxy's waits, in milliseconds: for a policy in flight, for a dial, and for a tunnel in doubt.
 const POLICY_MS: u64 = 1_000;
 const DIAL_MS: u64 = 10_000;
+const BEFORE_ANOTHER_MS: u64 = 3_000;
 const DOUBT_MS: u64 = 2_000;
 
 /// A connection that is being made.
@@ -169,10 +170,14 @@ impl Sim {
     }
 
     fn next_candidate(&mut self, id: usize) {
+        let keeps = self.has(Bug::KeepsThePlan);
         let Some(call) = self.calls.get_mut(&id) else { return };
         let (Some(candidate), Some(proxy)) = (call.candidates.pop_front(), call.proxy) else {
             return self.refused(id, "no candidate is left");
         };
+        if !keeps && !candidate.is_current(&self.proxies[proxy].snapshot) {
+            return self.next_candidate(id);
+        }
         (call.target, call.tunnel) = (candidate.target, None);
         let Transport::Hbone { gateway, expected } = candidate.transport else {
             self.check_plaintext_out(id, proxy, candidate.target);
@@ -248,7 +253,10 @@ impl Sim {
                 let cut = self.cut_to(node, key.gateway.ip());
                 if cut || self.lost() {
                     let result = Err("no answer");
-                    return self.plan(DIAL_MS, Event::Dialled { call: id, result });
+                    // Who has another endpoint to try waits less.
+                    let last = self.calls.get(&id).is_none_or(|call| call.candidates.is_empty());
+                    let limit = if last { DIAL_MS } else { BEFORE_ANOTHER_MS };
+                    return self.plan(limit, Event::Dialled { call: id, result });
                 }
                 let latency = self.latency();
                 return self.plan(latency, Event::Dial { call: id });

@@ -180,7 +180,7 @@ pub(crate) struct Sim {
     planned: u64,
     pub(crate) steps: u64,
     pub(crate) born: u32,
-    /// Everything that users ever wrote; the last is what they want.
+    /// Everything that users ever wrote: first nothing, and the last is what they want.
     pub(crate) contents: Vec<Compiled>,
     /// Which content a push is of.
     pub(crate) pushes: BTreeMap<String, usize>,
@@ -201,6 +201,8 @@ pub(crate) struct Sim {
     pub(crate) quiet: bool,
     pub(crate) done: bool,
     pub(crate) probing: bool,
+    /// At what has not settled.
+    pub(crate) looks: u32,
     pub(crate) violation: Option<Violation>,
     pub(crate) trace: Vec<String>,
     pub(crate) fingerprint: u64,
@@ -211,6 +213,7 @@ impl Sim {
     pub(crate) fn new(seed: u64, options: Options) -> Self {
         let mut rng = Rng::new(seed);
         let mut born = 0;
+        let empty = Compiled::new(Content::default());
         let first = Compiled::new(Content::first(&mut rng, &mut born));
         let life = rng.between(120, 1800);
         let mut sim = Self {
@@ -221,7 +224,7 @@ impl Sim {
             planned: 0,
             steps: 0,
             born,
-            contents: vec![first],
+            contents: vec![empty, first],
             pushes: BTreeMap::new(),
             replicas: Vec::new(),
             epochs: 0,
@@ -237,6 +240,7 @@ impl Sim {
             quiet: false,
             done: false,
             probing: false,
+            looks: 0,
             violation: None,
             trace: Vec::new(),
             fingerprint: 0,
@@ -248,7 +252,7 @@ impl Sim {
 
     fn begin(&mut self) {
         for _ in 0..REPLICAS {
-            let replica = self.new_replica(0);
+            let replica = self.new_replica(1);
             self.replicas.push(replica);
         }
         for node in 0..NODES {

@@ -263,6 +263,30 @@ async fn clocks_that_disagree_are_named() {
     assert!(refusal.message.contains("clock is 1 h 0 min behind"), "{refusal}");
 }
 
+/// The clock jumps beyond the end of the certificate and back before anybody has looked: nothing changes in the store,
+/// and still who waits for the certificate gets it.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_right_again_is_noticed() {
+    let world = World::new(86_400);
+    let (ahead, right) = (Arc::new(AtomicUsize::new(0)), world.clock.clone());
+    let by = ahead.clone();
+    let clock: Clock = Arc::new(move || right() + by.load(Ordering::SeqCst) as u64);
+    let ca = world.ca.ca.lock().unwrap().clone();
+    let cp = Arc::new(control_plane(world.dir.path(), &ca, "https://127.0.0.1:1"));
+    let store = CertStore::with(cp, world.ca.clone(), clock);
+    let (_stop, stopped) = watch::channel(false);
+    tokio::spawn(store.clone().run(stopped));
+    store.wait(&store.own, LONG).await.unwrap();
+    ahead.store(200_000, Ordering::SeqCst);
+    let waiting = store.clone();
+    let waiting = tokio::spawn(async move { waiting.own(|_| ()).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!waiting.is_finished(), "expired by this clock");
+    ahead.store(0, Ordering::SeqCst);
+    let found = tokio::time::timeout(Duration::from_secs(120), waiting).await;
+    found.expect("noticed within two looks").unwrap();
+}
+
 /// The real CA client: a token for the first certificate, that certificate for all others.
 #[tokio::test]
 async fn a_token_is_used_once() {
