@@ -215,7 +215,8 @@ impl Content {
             // A name belongs to one namespace.
             namespace: place % 2,
             account: rng.index(2),
-            app: rng.index(2),
+            // Mostly that of its namespace's Service.
+            app: if rng.chance(75) { place % 2 } else { rng.index(2) },
             node: rng.index(NODES),
             address: 1,
             enrolled: rng.chance(80),

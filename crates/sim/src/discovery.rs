@@ -10,11 +10,11 @@ use model::{Change, Identity};
 use xds::Kind;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-use crate::Bug;
 use crate::check::Violation;
 use crate::control::Replica;
 use crate::proxy::{Cert, Holds, own_identity};
 use crate::world::{EPOCH, Event, Place, Sim};
+use crate::{Bug, Fault};
 
 /// Requests that may wait for the wire (the real proxy says the same).
 const MAX_REQUESTS: usize = 32;
@@ -181,7 +181,7 @@ impl Sim {
         if !proxy.alive || (proxy.stream != Some(stream) && !self.has(Bug::OldStream)) {
             return;
         }
-        if !self.quiet && self.rng.chance(1) {
+        if self.rng.chance(1) && !self.spared(Fault::Missed) {
             return self.lose(stream, id, response);
         }
         self.apply(stream, id, response);

@@ -6,12 +6,13 @@ use std::collections::BTreeSet;
 use engine::Drain;
 use std::time::Duration;
 
-use crate::Bug;
+use crate::check::Violation;
 use crate::content::{NODES, Pod};
 use crate::control::Compiled;
 use crate::discovery::{End, KEEPALIVE_MS};
 use crate::proxy::Proxy;
 use crate::world::{Event, Place, REPLICAS, Sim};
+use crate::{Bug, Fault};
 
 /// How often a proxy looks for tunnels to give back (the real one's interval).
 const SWEEP_MS: u64 = 15_000;
@@ -195,6 +196,9 @@ impl Sim {
         let of_proxy = |conn: &&crate::traffic::Conn| conn.proxies.contains(&Some(id));
         let open = self.conns.values().filter(of_proxy).count();
         let waited = Duration::from_millis(self.now - since);
+        if waited > DRAIN + Duration::from_secs(1) {
+            return self.violate(Violation::Undrained, || format!("proxy {id} since {waited:?}"));
+        }
         let limit = if self.has(Bug::DrainsForever) { Duration::MAX } else { DRAIN };
         match Drain::after(waited, limit, open) {
             Drain::Wait => self.plan(500, Event::DrainLook { proxy: id }),
@@ -214,35 +218,48 @@ impl Sim {
         self.plan(again, Event::Fault);
         let (node, replica) = (self.rng.index(NODES), self.rng.index(REPLICAS));
         let lasts = self.rng.between(100, 40_000);
-        match self.rng.below(9) {
-            0 => {
+        let fault = Fault::ALL[self.rng.index(Fault::PLANNED)];
+        if self.spared(fault) {
+            return;
+        }
+        match fault {
+            Fault::Kill => {
                 if let Some(proxy) = self.machines[node].proxy {
                     self.kill(proxy);
                     self.plan(lasts / 4, Event::Start { node });
                 }
             }
-            1 | 2 => self.replace(node),
-            3 => {
+            Fault::Replace => self.replace(node),
+            Fault::CutNodes => {
                 let other = (node + 1) % NODES;
                 self.cut(Place::Node(node), Place::Node(other), lasts);
             }
-            4 => self.cut(Place::Node(node), Place::Replica(replica), lasts),
-            5 => self.replica_down(replica, lasts),
-            6 => {
+            Fault::CutReplica => self.cut(Place::Node(node), Place::Replica(replica), lasts),
+            Fault::StopReplica => self.replica_down(replica, lasts),
+            Fault::BreakCa => {
                 self.note(46, || format!("the CA at replica {replica} breaks"));
                 self.replicas[replica].signs = false;
                 self.plan(lasts, Event::SignAgain { replica });
             }
-            7 => {
-                let far = self.rng.chance(30);
-                let by = if far { self.rng.between(1, 7_200) } else { self.rng.between(1, 120) };
-                let by = i64::try_from(by).unwrap_or(0);
-                let by = if self.rng.chance(50) { by } else { -by };
-                self.set_clock(node, by);
-                self.plan(lasts, Event::ClockBack { node, by: 0 });
-            }
-            _ => self.reboot(node, lasts / 4),
+            Fault::Clock => self.jump(node, lasts),
+            Fault::Reboot => self.reboot(node, lasts / 4),
+            Fault::Late | Fault::Lost | Fault::Missed => {}
         }
+    }
+
+    /// Whether this kind of fault is left out.
+    pub(crate) fn spared(&self, fault: Fault) -> bool {
+        self.quiet || self.options.without & fault.bit() != 0
+    }
+
+    /// A clock is set wrong, mostly within what must be harmless, and is right again after a while.
+    fn jump(&mut self, node: usize, lasts: u64) {
+        let far = self.rng.chance(30);
+        let by = if far { self.rng.between(1, 7_200) } else { self.rng.between(1, 120) };
+        let by = i64::try_from(by).unwrap_or(0);
+        let by = if self.rng.chance(50) { by } else { -by };
+        self.set_clock(node, by);
+        self.plan(lasts, Event::ClockBack { node, by: 0 });
     }
 
     pub(crate) fn set_clock(&mut self, node: usize, by: i64) {

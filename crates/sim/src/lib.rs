@@ -22,19 +22,58 @@ mod world;
 pub use check::Violation;
 
 /// How a run is made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// A bug to plant.
     pub bug: Option<Bug>,
     /// Whether each step is put into words.
     pub trace: bool,
-    /// Events after which the run is stopped.
-    pub max_steps: u64,
+    /// Kinds of faults that are left out, as the sum of their [`Fault::bit`]s.
+    pub without: u32,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self { bug: None, trace: false, max_steps: u64::MAX }
+/// Kinds of misfortune.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A proxy dies, and is started again.
+    Kill,
+    /// A proxy is replaced by another that starts beside it.
+    Replace,
+    CutNodes,
+    CutReplica,
+    /// A control plane ends; the next one may know less.
+    StopReplica,
+    BreakCa,
+    Clock,
+    /// A machine starts anew, without what was in memory.
+    Reboot,
+    /// Messages that take seconds.
+    Late,
+    Lost,
+    /// A response that a control plane believes to have arrived.
+    Missed,
+}
+
+impl Fault {
+    pub const ALL: [Self; 11] = [
+        Self::Kill,
+        Self::Replace,
+        Self::CutNodes,
+        Self::CutReplica,
+        Self::StopReplica,
+        Self::BreakCa,
+        Self::Clock,
+        Self::Reboot,
+        Self::Late,
+        Self::Lost,
+        Self::Missed,
+    ];
+    /// The first so many happen at a moment; the others befall messages.
+    const PLANNED: usize = 8;
+
+    /// For [`Options::without`].
+    pub const fn bit(self) -> u32 {
+        1 << self as u32
     }
 }
 

@@ -71,7 +71,8 @@ impl Sim {
         }
         let again = self.rng.between(200, 4_000);
         self.plan(again, Event::Call);
-        let (from, to) = (self.rng.index(PODS), self.rng.index(PODS + 2));
+        let from = self.rng.index(PODS);
+        let to = if self.rng.chance(40) { PODS + self.rng.index(2) } else { self.rng.index(PODS) };
         let port = PORTS[self.rng.index(2)];
         self.call(from, to, port, None);
     }

@@ -13,7 +13,7 @@ use crate::discovery::{End, Stream};
 use crate::proxy::{Disk, Proxy, Secrets};
 use crate::rng::Rng;
 use crate::traffic::{Call, Conn};
-use crate::{Bug, Options};
+use crate::{Bug, Fault, Options};
 
 pub(crate) const REPLICAS: usize = 2;
 /// The wall clock's second at the beginning: far from 0, as clocks are.
@@ -282,7 +282,7 @@ impl Sim {
             if self.steps > MAX_EVENTS {
                 self.violate(Violation::Unbounded, || "events without end".to_owned());
             }
-            if self.violation.is_some() || self.done || self.steps >= self.options.max_steps {
+            if self.violation.is_some() || self.done {
                 return;
             }
         }
@@ -314,7 +314,7 @@ impl Sim {
 
     /// How long a message takes: mostly little, sometimes long, so that others overtake it.
     pub(crate) fn latency(&mut self) -> Time {
-        if !self.quiet && self.rng.chance(5) {
+        if self.rng.chance(5) && !self.spared(Fault::Late) {
             self.rng.between(100, 4_000)
         } else {
             self.rng.between(1, 20)
@@ -323,7 +323,7 @@ impl Sim {
 
     /// Whether a message is lost on its way.
     pub(crate) fn lost(&mut self) -> bool {
-        !self.quiet && self.rng.chance(3)
+        self.rng.chance(5) && !self.spared(Fault::Lost)
     }
 
     /// Until when nothing passes between two places.

@@ -7,12 +7,13 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use sim::{Bug, Counts, Options, Outcome, Violation, run};
+use sim::{Bug, Counts, Fault, Options, Outcome, Violation, run};
 
 /// What CI runs. Another range is other worlds: `AMBIT_SIM_SEEDS=10000..20000`.
 const SEEDS: Range<u64> = 0..10_000;
 /// Steps shown of a run that failed.
 const SHOWN: usize = 60;
+/// The same when that one seed was asked for.
 const ALL_SHOWN: usize = 5_000;
 
 /// `4711`, `100..200`, or [`SEEDS`].
@@ -23,6 +24,12 @@ fn seeds() -> Range<u64> {
         None => text.parse::<u64>().ok().map(|one| one..one + 1),
     };
     parsed.unwrap_or_else(|| panic!("AMBIT_SIM_SEEDS is {text:?}; it must be N or FROM..TO"))
+}
+
+/// Faults to leave out, as a failure names them.
+fn without() -> u32 {
+    let text = std::env::var("AMBIT_SIM_WITHOUT").unwrap_or_default();
+    if text.is_empty() { 0 } else { text.parse().expect("AMBIT_SIM_WITHOUT is a number") }
 }
 
 /// The first seed of a range whose run fails. Runs on every core; the answer does not depend on how many.
@@ -68,15 +75,32 @@ fn add(a: Counts, b: Counts) -> Counts {
     }
 }
 
+/// The same failure with as few kinds of faults as it takes.
+fn shrink(seed: u64, mut options: Options) -> Options {
+    let violation = run(seed, options).violation;
+    for fault in Fault::ALL {
+        let fewer = Options { without: options.without | fault.bit(), ..options };
+        if run(seed, fewer).violation == violation {
+            options = fewer;
+        }
+    }
+    options
+}
+
 /// What to tell of a failure: the seed, how to see it again, and the last steps.
-fn report(seed: u64, outcome: &Outcome) -> String {
-    let one = seeds().end - seeds().start == 1;
-    let from = outcome.trace.len().saturating_sub(if one { ALL_SHOWN } else { SHOWN });
+fn report(seed: u64, options: Options) -> String {
+    let Options { without, .. } = shrink(seed, options);
+    let outcome = run(seed, Options { trace: true, without, ..options });
+    let shown = if seeds().count() == 1 { ALL_SHOWN } else { SHOWN };
+    let from = outcome.trace.len().saturating_sub(shown);
+    let needs: Vec<_> = Fault::ALL.into_iter().filter(|f| without & f.bit() == 0).collect();
     format!(
-        "seed {seed}: {:?} after {} steps; to see it again:\n\n    AMBIT_SIM_SEEDS={seed} cargo test -p sim \
-         --test seeds what_must_hold_holds\n\nthe last of {} steps:\n{}\n",
+        "seed {seed}: {:?}; it takes {needs:?} and {} steps. To see all of them:\n\n    AMBIT_SIM_SEEDS={seed} \
+         AMBIT_SIM_WITHOUT={without} cargo test -p sim --test seeds what_must_hold_holds\n\n\
+         the last {} lines of {}:\n{}\n",
         outcome.violation,
         outcome.steps,
+        outcome.trace.len() - from,
         outcome.trace.len(),
         outcome.trace[from..].join("\n")
     )
@@ -84,11 +108,11 @@ fn report(seed: u64, outcome: &Outcome) -> String {
 
 #[test]
 fn what_must_hold_holds() {
-    let (failed, counts) = first_failure(seeds(), Options::default());
+    let options = Options { without: without(), ..Options::default() };
+    let (failed, counts) = first_failure(seeds(), options);
     println!("{counts:?}");
     if let Some(seed) = failed {
-        let outcome = run(seed, Options { trace: true, ..Options::default() });
-        panic!("{}", report(seed, &outcome));
+        panic!("{}", report(seed, options));
     }
 }
 
