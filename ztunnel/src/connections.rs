@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::pod::Pod;
 use crate::record::Counted;
+use crate::worker::Shared;
 
 /// What a connection is, for the list and for judging it again.
 #[derive(Debug)]
@@ -26,7 +27,16 @@ pub struct Live {
     pub peer: Option<Arc<Identity>>,
     pub hbone: bool,
     pub started: Instant,
+    /// The publication of the configuration that let it in.
+    pub judged: u64,
     pub moved: Arc<Transfer>,
+}
+
+impl Live {
+    /// Two pods of this proxy, and no tunnel between them.
+    fn is_joined(&self) -> bool {
+        self.peer.is_some() && !self.hbone
+    }
 }
 
 /// The table. One per worker; locked for a moment by its own thread and by the admin page.
@@ -41,6 +51,27 @@ struct Entry {
     live: Arc<Live>,
     counted: Arc<Counted>,
     stop: Option<oneshot::Sender<Refusal>>,
+}
+
+impl Entry {
+    /// Ends the connection if it is no longer allowed.
+    fn judge(&mut self, snapshot: &Snapshot) -> Option<()> {
+        let live = &self.live;
+        if live.direction != Direction::Inbound {
+            return None;
+        }
+        // A pod that is no longer known is leaving, and its connections end with it.
+        let workload = live.pod.workload(snapshot)?;
+        let facts = InboundFacts {
+            workload,
+            destination: live.destination,
+            source_ip: live.source.ip(),
+            peer: live.peer.as_deref(),
+        };
+        let refusal = engine::ended_by(snapshot, &facts, live.is_joined())?;
+        // The connection may have ended by itself meanwhile.
+        self.stop.take()?.send(refusal).ok()
+    }
 }
 
 /// Keeps a connection in the table until dropped.
@@ -59,46 +90,31 @@ impl Drop for Registered<'_> {
 }
 
 impl Connections {
-    /// Adds a connection; the receiver fires when it must end.
+    /// Adds a connection; the receiver fires when it must end. That may be at once: between the verdict and this moment
+    /// the application was called, and whoever judged what lives meanwhile did not see this one.
     pub fn register<'a>(
         &'a self,
         live: Arc<Live>,
         counted: Arc<Counted>,
-        total: &'a AtomicUsize,
+        shared: &'a Shared,
     ) -> (Registered<'a>, oneshot::Receiver<Refusal>) {
-        total.fetch_add(1, Ordering::Relaxed);
+        shared.open.fetch_add(1, Ordering::Relaxed);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (stop, stopped) = oneshot::channel();
-        self.lock().insert(id, Entry { live, counted, stop: Some(stop) });
-        (Registered { connections: self, total, id }, stopped)
+        let judged = live.judged;
+        let mut table = self.lock();
+        let entry = table.entry(id).or_insert(Entry { live, counted, stop: Some(stop) });
+        if judged != shared.store.generation() {
+            entry.judge(&shared.store.load());
+        }
+        drop(table);
+        (Registered { connections: self, total: &shared.open, id }, stopped)
     }
 
     /// Judges every inbound connection again and ends those that are no longer allowed. A decision that
     /// waits for a policy in flight does not end what lives (DESIGN invariant 3).
     pub fn judge_again(&self, snapshot: &Snapshot) -> usize {
-        let mut ended = 0;
-        for entry in self.lock().values_mut() {
-            let live = &entry.live;
-            if live.direction != Direction::Inbound {
-                continue;
-            }
-            // A pod that is no longer known is leaving, and its connections end with it.
-            let Some(workload) = live.pod.workload(snapshot) else { continue };
-            let facts = InboundFacts {
-                workload,
-                destination: live.destination,
-                source_ip: live.source.ip(),
-                peer: live.peer.as_deref(),
-            };
-            if let Some(refusal) = engine::ended_by(snapshot, &facts)
-                && let Some(stop) = entry.stop.take()
-            {
-                ended += 1;
-                // The connection may have ended by itself meanwhile.
-                let _ = stop.send(refusal);
-            }
-        }
-        ended
+        self.lock().values_mut().filter_map(|entry| entry.judge(snapshot)).count()
     }
 
     /// Counts the bytes of connections that live long.

@@ -170,7 +170,7 @@ async fn stream(
 }
 
 /// The status that stock peers understand (Istio: 401 policy, 400 nonsense, 503 cannot connect).
-fn status(reason: Reason) -> StatusCode {
+pub(crate) fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::PolicyDeny
         | Reason::PolicyNoAllow
@@ -181,6 +181,21 @@ fn status(reason: Reason) -> StatusCode {
         }
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
+}
+
+/// Decides on a connection from another pod of this proxy, and makes its last hop. The record knows its ends.
+pub(crate) async fn admit_joined(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    record: &mut Record,
+    host: Option<String>,
+) -> Result<(Live, TcpStream), Refusal> {
+    let (source, destination) = (record.source_address, record.destination);
+    let call = Call { source, destination, peer: record.peer.clone(), host };
+    let workload = admit(worker, pod, &call, record).await?;
+    let app = connect_to_app(pod, &workload, &call).await?;
+    let live = Live { hbone: false, ..call.live(pod, record) };
+    Ok((live, app))
 }
 
 /// One inbound connection, as it wants to be.
@@ -202,6 +217,7 @@ impl Call {
             peer: self.peer.clone(),
             hbone: self.peer.is_some(),
             started: record.started,
+            judged: record.judged,
             moved: record.moved.clone(),
         }
     }
@@ -220,6 +236,7 @@ async fn admit(
     let mut changed = worker.shared.store.subscribe();
     loop {
         let verdict = {
+            record.judged = worker.shared.store.generation();
             let snapshot = worker.shared.store.load();
             record.version = snapshot.version();
             let Some(workload) = pod.workload(&snapshot).cloned() else {

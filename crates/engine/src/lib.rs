@@ -15,7 +15,7 @@ mod pool;
 mod renewals;
 mod rotate;
 
-pub use authz::{Allowed, InboundFacts, Verdict, authorize, dry_run_matches};
+pub use authz::{Allowed, InboundFacts, Verdict, authorize, demands_mutual_tls, dry_run_matches};
 pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
 pub use live::{Drain, ended_by};
 pub use outbound::{

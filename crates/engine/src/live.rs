@@ -5,19 +5,27 @@ use std::time::Duration;
 
 use model::{Reason, Refusal, Snapshot};
 
-use crate::authz::{InboundFacts, Verdict, authorize};
+use crate::authz::{InboundFacts, Verdict, authorize, demands_mutual_tls};
 
 /// Why a live connection must end under this configuration. `None`: it goes on. A decision that waits for a policy
-/// in flight does not end what lives.
-pub fn ended_by(snapshot: &Snapshot, facts: &InboundFacts<'_>) -> Option<Refusal> {
-    match authorize(snapshot, facts) {
-        Verdict::Deny(mut refusal) => {
-            refusal.message = format!("no longer allowed: {}", refusal.message);
-            refusal.reason = Reason::PolicyChanged;
-            Some(refusal)
+/// in flight does not end what lives. `joined`: its ends were joined on their node without a tunnel, which mutual TLS
+/// that is demanded since does not allow.
+pub fn ended_by(snapshot: &Snapshot, facts: &InboundFacts<'_>, joined: bool) -> Option<Refusal> {
+    let words = match authorize(snapshot, facts) {
+        Verdict::Pending(_) => return None,
+        Verdict::Deny(refusal) => {
+            let message = format!("no longer allowed: {}", refusal.message);
+            return Some(Refusal { message, reason: Reason::PolicyChanged, ..refusal });
         }
-        Verdict::Allow(_) | Verdict::Pending(_) => None,
-    }
+        Verdict::Allow(_) if joined && demands_mutual_tls(snapshot, facts) => {
+            let (namespace, name) = (&facts.workload.namespace, &facts.workload.name);
+            format!(
+                "{namespace}/{name} demands mutual TLS now, and both ends were joined on their node"
+            )
+        }
+        Verdict::Allow(_) => return None,
+    };
+    Some(Refusal::new(Reason::PolicyChanged, format!("no longer allowed: {words}")))
 }
 
 /// Where a drain stands: the process takes nothing new, and waits for what lives.
@@ -79,11 +87,12 @@ mod tests {
                 source_ip: [10, 0, 0, 2].into(),
                 peer: None,
             };
-            let ended = ended_by(&Snapshot::default().with(changes), &facts);
+            let ended = ended_by(&Snapshot::default().with(changes), &facts, true);
             assert_eq!(ended.map(|refusal| refusal.reason), want);
         };
         check(vec![policy(Action::Deny)], Some(Reason::PolicyChanged));
         check(vec![policy(Action::Allow)], None);
+        // In flight: also of what was joined nobody knows yet whether mutual TLS is demanded.
         check(vec![], None);
     }
 

@@ -181,7 +181,9 @@ impl Sim {
         if !proxy.alive || (proxy.stream != Some(stream) && !self.has(Bug::OldStream)) {
             return;
         }
-        if self.rng.chance(1) && !self.spared(Fault::Missed) {
+        // Policies more often: what refers to one that is missing must wait.
+        let policies = response.type_url == Kind::Authorization.type_url();
+        if self.rng.chance(if policies { 8 } else { 1 }) && !self.spared(Fault::Missed) {
             return self.lose(stream, id, response);
         }
         self.apply(stream, id, response);
@@ -257,6 +259,7 @@ impl Sim {
 
     /// A new configuration is in force.
     fn published(&mut self, id: usize) {
+        self.proxies[id].generation += 1;
         if !self.has(Bug::NeverJudgesAgain) {
             self.judge_again(id);
         }

@@ -90,6 +90,8 @@ pub enum Bug {
     AllowsPending,
     /// A new configuration is for new connections only.
     NeverJudgesAgain,
+    /// What changes while an application is called is not seen by its connection.
+    ForgetsTheGap,
     /// A response is acknowledged and not all of it in force.
     AcksUnread,
     /// What an earlier stream had on its way is taken in.
@@ -109,12 +111,13 @@ pub enum Bug {
 }
 
 impl Bug {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::FallsBackToPlaintext,
         Self::KeepsThePlan,
         Self::TrustsAddresses,
         Self::AllowsPending,
         Self::NeverJudgesAgain,
+        Self::ForgetsTheGap,
         Self::AcksUnread,
         Self::OldStream,
         Self::LeaksStreams,

@@ -123,6 +123,8 @@ pub(crate) struct Proxy {
     pub(crate) client: Client,
     pub(crate) snapshot: Arc<Snapshot>,
     pub(crate) holds: Holds,
+    /// Counts what was put into force.
+    pub(crate) generation: u64,
     pub(crate) stream: Option<usize>,
     /// No stream is tried before there is a certificate to show.
     pub(crate) waits_for_certificate: bool,
@@ -163,6 +165,7 @@ impl Proxy {
             client,
             snapshot: Arc::new(Snapshot::default().with(changes)),
             holds: disk.holds.clone(),
+            generation: 0,
             stream: None,
             waits_for_certificate: false,
             renewals: Renewals::new(own_identity()),

@@ -41,6 +41,8 @@ pub(crate) struct Call {
     tunnel: Option<Tunnel>,
     /// At the other end: the pod, the proxy that judges, and since when it does.
     asked: Option<(u32, usize, u64)>,
+    /// What was let in, and under which publication: its application is being called.
+    admitted: Option<(Request, u64)>,
     /// The answer that a probe must get.
     pub(crate) expected: Option<bool>,
 }
@@ -101,6 +103,7 @@ impl Sim {
             target: destination,
             tunnel: None,
             asked: None,
+            admitted: None,
             expected,
         };
         self.calls.insert(id, call);
@@ -457,8 +460,8 @@ impl Sim {
         };
         let waits = self.has(Bug::AllowsPending);
         match authorize(&of.snapshot, &facts) {
-            Verdict::Allow(_) => self.admitted(id, proxy, born, request),
-            Verdict::Pending(_) if waits => self.admitted(id, proxy, born, request),
+            Verdict::Allow(_) => self.admitted(id, proxy, request),
+            Verdict::Pending(_) if waits => self.admitted(id, proxy, request),
             Verdict::Pending(_) if self.now < since + POLICY_MS => {
                 if self.now == since {
                     self.plan(POLICY_MS, Event::Waited { call: id });
@@ -485,16 +488,40 @@ impl Sim {
         }
     }
 
-    fn admitted(&mut self, id: usize, proxy: usize, born: u32, mut request: Request) {
-        let Some(call) = self.calls.get(&id) else { return };
-        let (destination, wire) = (call.target, call.tunnel.as_ref().and_then(|t| t.wire.clone()));
+    fn admitted(&mut self, id: usize, proxy: usize, mut request: Request) {
+        let generation = self.proxies[proxy].generation;
+        let Some(call) = self.calls.get_mut(&id) else { return };
+        let wire = call.tunnel.as_ref().and_then(|tunnel| tunnel.wire.clone());
         // What really came, whatever the proxy takes it for.
-        request.peer = wire.as_ref().map(|wire| wire.0.peer.clone());
+        request.peer = wire.map(|wire| wire.0.peer.clone());
+        call.admitted = Some((request.clone(), generation));
         self.check_admitted(id, proxy, &request);
-        let Some(pod) = self.proxies[proxy].pods.get(&born).cloned() else { return };
-        let live = Live { pod, request, destination };
+        let latency = self.latency();
+        self.plan(latency, Event::Serve { call: id });
+    }
+
+    /// The application has answered: from now on the connection is among those that are judged again. Whoever was
+    /// judging while it was called did not see it.
+    pub(crate) fn serve(&mut self, id: usize) {
+        let Some(call) = self.calls.get(&id) else { return };
+        let (Some((born, proxy, _)), Some((request, generation))) = (call.asked, &call.admitted)
+        else {
+            return;
+        };
+        let of = &self.proxies[proxy];
+        let Some(pod) = of.pods.get(&born).filter(|pod| of.alive && self.runs(pod)).cloned() else {
+            return self.refused(id, "the pod is gone");
+        };
+        let live = Live { pod, request: request.clone(), destination: call.target };
+        let changed = *generation != of.generation;
         self.proxies[proxy].live.insert(id, live);
         self.made(id, Some(proxy), born);
+        if changed {
+            if !self.has(Bug::ForgetsTheGap) {
+                self.judge_again(proxy);
+            }
+            self.check_live(proxy);
+        }
     }
 
     fn made(&mut self, id: usize, proxy: Option<usize>, to: u32) {
@@ -553,7 +580,7 @@ impl Sim {
                 source_ip: live.request.source,
                 peer: live.request.peer.as_ref(),
             };
-            ended.extend(ended_by(&proxy.snapshot, &facts).map(|_| *conn));
+            ended.extend(ended_by(&proxy.snapshot, &facts, false).map(|_| *conn));
         }
         for conn in ended {
             self.counts.ended += 1;

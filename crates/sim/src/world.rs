@@ -86,6 +86,10 @@ pub(crate) enum Event {
     Waited {
         call: usize,
     },
+    /// The application answers its proxy.
+    Serve {
+        call: usize,
+    },
     Answer {
         call: usize,
         yes: bool,
@@ -394,6 +398,7 @@ impl Sim {
             Event::Dialled { call, result } => self.dialled(call, result),
             Event::Arrive { call } => self.arrive(call),
             Event::Waited { call } => self.waited(call),
+            Event::Serve { call } => self.serve(call),
             Event::Answer { call, yes } => self.answer(call, yes),
             Event::Doubt { call } => self.doubt(call),
             Event::Close { conn } => self.close(conn),

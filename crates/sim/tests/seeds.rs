@@ -134,6 +134,7 @@ fn planted_bugs_are_found() {
     check_found(Bug::TrustsAddresses, &[PlaintextIn, Denied]);
     check_found(Bug::AllowsPending, &[Denied]);
     check_found(Bug::NeverJudgesAgain, &[LivesOn]);
+    check_found(Bug::ForgetsTheGap, &[LivesOn]);
     check_found(Bug::AcksUnread, &[NotEnforced]);
     check_found(Bug::OldStream, &[Protocol, NotEnforced, NotConverged]);
     check_found(Bug::LeaksStreams, &[NotConverged, Unbounded]);
