@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use agent::access_log::Direction;
+use agent::store::ConfigStore;
 use engine::InboundFacts;
 use hbone::Transfer;
 use model::{Identity, Refusal, Snapshot};
@@ -14,7 +15,6 @@ use tokio::sync::oneshot;
 
 use crate::pod::Pod;
 use crate::record::Counted;
-use crate::worker::Shared;
 
 /// What a connection is, for the list and for judging it again.
 #[derive(Debug)]
@@ -96,19 +96,20 @@ impl Connections {
         &'a self,
         live: Arc<Live>,
         counted: Arc<Counted>,
-        shared: &'a Shared,
+        store: &ConfigStore,
+        total: &'a AtomicUsize,
     ) -> (Registered<'a>, oneshot::Receiver<Refusal>) {
-        shared.open.fetch_add(1, Ordering::Relaxed);
+        total.fetch_add(1, Ordering::Relaxed);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (stop, stopped) = oneshot::channel();
         let judged = live.judged;
         let mut table = self.lock();
         let entry = table.entry(id).or_insert(Entry { live, counted, stop: Some(stop) });
-        if judged != shared.store.generation() {
-            entry.judge(&shared.store.load());
+        if judged != store.generation() {
+            entry.judge(&store.load());
         }
         drop(table);
-        (Registered { connections: self, total: &shared.open, id }, stopped)
+        (Registered { connections: self, total, id }, stopped)
     }
 
     /// Judges every inbound connection again and ends those that are no longer allowed. A decision that
@@ -131,5 +132,80 @@ impl Connections {
 
     fn lock(&self) -> MutexGuard<'_, FxHashMap<u64, Entry>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use agent::access_log::AccessLog;
+    use agent::metrics::Metrics;
+    use model::{Action, Change, Policy, PolicyKey, Provenance, Reason, Rule, Scope, Workload};
+    use net::NetNs;
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::record::{Record, Recorder};
+
+    fn pod() -> Arc<Pod> {
+        Arc::new(Pod {
+            uid: "1".into(),
+            name: "web".into(),
+            namespace: "shop".into(),
+            identity: Identity::new("cluster.local", "shop", "web"),
+            netns: NetNs::current().unwrap(),
+            leaving: watch::Sender::new(false),
+        })
+    }
+
+    fn deny() -> Change {
+        Change::SetPolicy(Arc::new(Policy {
+            key: PolicyKey { namespace: "shop".into(), name: "nobody".into() },
+            scope: Scope::Namespace,
+            action: Action::Deny,
+            rules: [Rule::default()].into(),
+            dry_run: false,
+            provenance: Provenance::default(),
+        }))
+    }
+
+    #[test]
+    fn what_changed_between_the_verdict_and_the_table_is_not_missed() {
+        let web = Workload {
+            addresses: [[10, 0, 0, 1].into()].into(),
+            ..Workload::named("web", "shop", "web")
+        };
+        let check = |before: Vec<Change>, meanwhile: Vec<Change>, want: Option<Reason>| {
+            let (store, open) = (ConfigStore::default(), AtomicUsize::new(0));
+            let known = [Change::SetWorkload(Arc::new(web.clone()))].into_iter().chain(before);
+            store.publish(store.load().with(known));
+            let judged = store.generation();
+            if !meanwhile.is_empty() {
+                store.publish(store.load().with(meanwhile));
+            }
+            let (pod, source) = (pod(), ([10, 0, 0, 2], 4711).into());
+            let peer = Arc::new(Identity::new("cluster.local", "shop", "client"));
+            let mut record = Record::tunnelled(&pod, source, peer.clone());
+            let recorder = Recorder::new(Metrics::new("ztunnel", "0"), AccessLog::off());
+            let live = Live {
+                pod,
+                direction: Direction::Inbound,
+                source,
+                destination: ([10, 0, 0, 1], 80).into(),
+                peer: Some(peer),
+                hbone: true,
+                started: record.started,
+                judged,
+                moved: record.moved.clone(),
+            };
+            let connections = Connections::default();
+            let counted = recorder.opened(&mut record, true);
+            let (_registered, mut stop) =
+                connections.register(Arc::new(live), counted, &store, &open);
+            assert_eq!(stop.try_recv().ok().map(|refusal| refusal.reason), want);
+        };
+        check(vec![], vec![], None);
+        check(vec![], vec![deny()], Some(Reason::PolicyChanged));
+        // Its own verdict is not doubted.
+        check(vec![deny()], vec![], None);
     }
 }

@@ -374,7 +374,8 @@ fn relay<'a>(
     let moved = live.moved.clone();
     let first_is_client = !matches!(ends, Ends::Accepted(..));
     let counted = worker.recorder.opened(record, first_is_client);
-    let (registered, stop) = worker.connections.register(Arc::new(live), counted, shared);
+    let (registered, stop) =
+        worker.connections.register(Arc::new(live), counted, &shared.store, &shared.open);
     let (relaying, slot) = match ends {
         Ends::Sockets(a, b) => (Either::Left(relay_tcp(a, b, moved, stop)), None),
         Ends::Tunnel(tcp, stream) => {

@@ -58,7 +58,7 @@ impl Sim {
         if let Some(old) = old {
             let gone = !same(old, new);
             if gone {
-                let of_pod = |conn: &crate::traffic::Conn| conn.pods.contains(&old.born);
+                let of_pod = |conn: &crate::arrival::Conn| conn.pods.contains(&old.born);
                 let ids: Vec<_> =
                     self.conns.iter().filter(|(_, c)| of_pod(c)).map(|(id, _)| *id).collect();
                 ids.into_iter().for_each(|id| self.close(id));
@@ -168,7 +168,7 @@ impl Sim {
         if self.machines[self.proxies[id].node].proxy == Some(id) {
             self.machines[self.proxies[id].node].proxy = None;
         }
-        let of_proxy = |conn: &crate::traffic::Conn| conn.proxies.contains(&Some(id));
+        let of_proxy = |conn: &crate::arrival::Conn| conn.proxies.contains(&Some(id));
         let ids: Vec<_> = self.conns.iter().filter(|(_, c)| of_proxy(c)).map(|(i, _)| *i).collect();
         ids.into_iter().for_each(|conn| self.close(conn));
         self.close_tunnels(|wire| wire.client == id || wire.server == id);
@@ -193,7 +193,7 @@ impl Sim {
         let Some(since) = self.proxies[id].draining.filter(|_| self.proxies[id].alive) else {
             return;
         };
-        let of_proxy = |conn: &&crate::traffic::Conn| conn.proxies.contains(&Some(id));
+        let of_proxy = |conn: &&crate::arrival::Conn| conn.proxies.contains(&Some(id));
         let open = self.conns.values().filter(of_proxy).count();
         let waited = Duration::from_millis(self.now - since);
         if waited > DRAIN + Duration::from_secs(1) {
@@ -288,7 +288,7 @@ impl Sim {
                 self.plan(lasts, Event::Enrol { born: *born });
             }
         }
-        let gone = |conn: &crate::traffic::Conn| conn.pods.iter().any(|pod| here.contains(pod));
+        let gone = |conn: &crate::arrival::Conn| conn.pods.iter().any(|pod| here.contains(pod));
         let ids: Vec<_> = self.conns.iter().filter(|(_, c)| gone(c)).map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.close(id));
         self.plan(lasts, Event::Start { node });

@@ -8,6 +8,7 @@
 //! what must hold is judged from what users wrote ([`Violation`]), never by the decision that is checked;
 //! a [`Bug`] is planted only by a test that wants to see it found.
 
+mod arrival;
 mod check;
 mod content;
 mod control;

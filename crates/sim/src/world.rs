@@ -6,13 +6,14 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use engine::Rotation;
 use model::Identity;
 
+use crate::arrival::Conn;
 use crate::check::Violation;
 use crate::content::{Content, NODES};
 use crate::control::{Compiled, Replica};
 use crate::discovery::{End, Stream};
 use crate::proxy::{Disk, Proxy, Secrets};
 use crate::rng::Rng;
-use crate::traffic::{Call, Conn};
+use crate::traffic::Call;
 use crate::{Bug, Fault, Options};
 
 pub(crate) const REPLICAS: usize = 2;
