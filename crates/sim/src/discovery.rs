@@ -302,7 +302,9 @@ impl Sim {
             End::Proxy => {}
         }
         let open = self.replicas[replica].streams.contains_key(&stream);
-        if !open && self.proxies[proxy].stream != Some(stream) && !self.has(Bug::OldStream) {
+        let wires = self.streams.get(&stream);
+        let read = self.has(Bug::OldStream) && wires.is_some_and(|wires| !wires.down.is_empty());
+        if !open && self.proxies[proxy].stream != Some(stream) && !read {
             self.streams.remove(&stream);
         }
     }

@@ -53,7 +53,9 @@ fn first_failure(seeds: Range<u64>, options: Options) -> (Option<u64>, Counts) {
     };
     let counts = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-        let counts = threads.into_iter().map(|thread| thread.join().unwrap());
+        let counts = threads.into_iter().map(|thread| {
+            thread.join().unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))
+        });
         counts.fold(Counts::default(), add)
     });
     let failed = failed.into_inner();
@@ -117,32 +119,51 @@ fn what_must_hold_holds() {
 }
 
 /// The bug is found, and as what it is.
-fn check_found(bug: Bug, violations: &[Violation]) {
+fn check_found(bug: Bug, violations: &[Violation]) -> u64 {
     let options = Options { bug: Some(bug), ..Options::default() };
     let (found, _) = first_failure(SEEDS, options);
     let seed = found.unwrap_or_else(|| panic!("{bug:?} is not found within {SEEDS:?}"));
     let violation = run(seed, options).violation;
-    println!("{bug:?}: seed {seed}, {violation:?}");
     assert!(violation.is_some_and(|v| violations.contains(&v)), "{bug:?}: {violation:?}");
+    seed
 }
 
 #[test]
 fn planted_bugs_are_found() {
     use Violation::*;
-    check_found(Bug::FallsBackToPlaintext, &[PlaintextOut]);
-    check_found(Bug::KeepsThePlan, &[PlaintextOut]);
-    check_found(Bug::TrustsAddresses, &[PlaintextIn, Denied]);
-    check_found(Bug::AllowsPending, &[Denied]);
-    check_found(Bug::NeverJudgesAgain, &[LivesOn]);
-    check_found(Bug::ForgetsTheGap, &[LivesOn]);
-    check_found(Bug::AcksUnread, &[NotEnforced]);
-    check_found(Bug::OldStream, &[Protocol, NotEnforced, NotConverged]);
-    check_found(Bug::LeaksStreams, &[NotConverged, Unbounded]);
-    check_found(Bug::NeverSweeps, &[DeadTunnel]);
-    check_found(Bug::PoolsByName, &[WrongTunnel]);
-    check_found(Bug::ForgetsFailures, &[NoCertificate, NotConverged, Unbounded]);
-    check_found(Bug::UsesExpired, &[Expired]);
-    check_found(Bug::DrainsForever, &[Undrained]);
+    let bugs: [(Bug, &[Violation]); Bug::ALL.len()] = [
+        (Bug::FallsBackToPlaintext, &[PlaintextOut]),
+        (Bug::KeepsThePlan, &[PlaintextOut]),
+        (Bug::TrustsAddresses, &[PlaintextIn, Denied]),
+        (Bug::AllowsPending, &[Denied]),
+        (Bug::NeverJudgesAgain, &[LivesOn]),
+        (Bug::ForgetsTheGap, &[LivesOn]),
+        (Bug::AcksUnread, &[NotEnforced]),
+        (Bug::OldStream, &[Protocol, NotEnforced, NotConverged]),
+        (Bug::LeaksStreams, &[NotConverged, Unbounded]),
+        (Bug::NeverSweeps, &[DeadTunnel]),
+        (Bug::PoolsByName, &[WrongTunnel]),
+        (Bug::ForgetsFailures, &[NoCertificate, NotConverged, Unbounded]),
+        (Bug::UsesExpired, &[Expired]),
+        (Bug::DrainsForever, &[Undrained]),
+    ];
+    for bug in Bug::ALL {
+        let (_, violations) = bugs.iter().find(|(b, _)| *b == bug).expect("listed");
+        println!("{bug:?}: seed {}", check_found(bug, violations));
+    }
+}
+
+/// A failure is told with the faults that it takes, and only these.
+#[test]
+fn a_failure_is_shrunk() {
+    let options = Options { bug: Some(Bug::DrainsForever), ..Options::default() };
+    let seed = first_failure(SEEDS, options).0.expect("found");
+    let shrunk = shrink(seed, options);
+    assert_eq!(shrunk.without & Fault::Replace.bit(), 0, "no drain without a replacement");
+    assert_ne!(shrunk.without & Fault::Clock.bit(), 0, "clocks have nothing to do with it");
+    let words = report(seed, options);
+    assert!(words.contains(&format!("AMBIT_SIM_SEEDS={seed} ")), "{words}");
+    assert!(words.contains("VIOLATION Undrained"), "{words}");
 }
 
 #[test]
