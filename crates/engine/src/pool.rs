@@ -268,7 +268,7 @@ mod tests {
         let mut book = book();
         let (main, spare, used) = (Wire::with(0), Wire::with(0), Wire::with(1));
         book.dialled(&"k", Ok(spare), s(0));
-        book.dialled(&"k", Ok(main.clone()), s(1));
+        book.dialled(&"k", Ok(main), s(1));
         book.dialled(&"u", Ok(used.clone()), s(0));
         let waiting = book.queue(&"w");
         let count = |book: &PoolBook<_, _, ()>| (book.tunnels().count(), book.keys());
