@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use agent::access_log::{self, AccessLog, Utc};
 use agent::admin::{AdminState, Certificate, CertificateInfo};
@@ -328,26 +328,33 @@ async fn drain(
     tell(commands, || Command::Drain).await;
     let open = || shared.open.load(Ordering::Relaxed);
     tracing::info!(connections = open(), seconds = config.drain_seconds, "draining");
-    let quiet = async {
-        while shared.busy.load(Ordering::Relaxed) > 0 {
-            tokio::time::sleep(DRAIN_LOOK).await;
-        }
-    };
-    let mut quiet = std::pin::pin!(quiet);
-    let limit = Duration::from_secs(config.drain_seconds);
-    let why = tokio::select! {
-        () = &mut quiet => return Ok(()),
-        () = tokio::time::sleep(limit) => {
-            format!("this proxy goes, and {} s (--drain-seconds) are over", config.drain_seconds)
-        }
-        told = wait_for_end(quit) => {
-            told?;
-            "this proxy goes, and was told to go at once".to_owned()
+    let (begun, limit) = (Instant::now(), Duration::from_secs(config.drain_seconds));
+    let busy = || shared.busy.load(Ordering::Relaxed);
+    let mut told = std::pin::pin!(wait_for_end(quit));
+    let why = loop {
+        match engine::Drain::after(begun.elapsed(), limit, busy()) {
+            engine::Drain::Done => return Ok(()),
+            engine::Drain::Cut => {
+                let seconds = config.drain_seconds;
+                break format!("this proxy goes, and {seconds} s (--drain-seconds) are over");
+            }
+            engine::Drain::Wait => tokio::select! {
+                () = tokio::time::sleep(DRAIN_LOOK) => {}
+                told = &mut told => {
+                    told?;
+                    break "this proxy goes, and was told to go at once".to_owned();
+                }
+            },
         }
     };
     tracing::warn!(connections = open(), "{why}: ending what is left");
     tell(commands, || Command::End(Refusal::new(Reason::Draining, why.clone()))).await;
     // Only tunnels without streams are left after it, and what connects at this moment.
+    let quiet = async {
+        while busy() > 0 {
+            tokio::time::sleep(DRAIN_LOOK).await;
+        }
+    };
     let _ = tokio::time::timeout(LAST_WORDS, quiet).await;
     Ok(())
 }

@@ -230,6 +230,7 @@ impl Call {
             peer: self.peer.clone(),
             hbone: self.peer.is_some(),
             started: record.started,
+            judged: record.judged,
             moved: record.moved.clone(),
         }
     }
@@ -248,6 +249,7 @@ async fn admit(
     let mut changed = worker.shared.store.subscribe();
     loop {
         let verdict = {
+            record.judged = worker.shared.store.generation();
             let snapshot = worker.shared.store.load();
             record.version = snapshot.version();
             let Some(workload) = pod.workload(&snapshot).cloned() else {

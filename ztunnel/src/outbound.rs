@@ -114,6 +114,7 @@ pub(crate) fn live(pod: &Arc<Pod>, ends: &Ends, record: &Record) -> Live {
         peer: None,
         hbone: matches!(ends, Ends::Tunnel(..)),
         started: record.started,
+        judged: record.judged,
         moved: record.moved.clone(),
     }
 }
@@ -143,6 +144,10 @@ async fn first_that_connects(
 ) -> Result<Connected, Refusal> {
     let (mut last, count) = (None, candidates.len());
     for (number, candidate) in (1..).zip(candidates) {
+        // The first one is tried at once. For another the plan may be seconds old.
+        if number > 1 && !candidate.is_current(&client.worker.shared.store.load()) {
+            continue;
+        }
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
         let attempt = try_one(client, &candidate, record);
@@ -183,7 +188,7 @@ async fn try_one(
     }
     record.hbone_address = Some(*gateway);
     let key = PoolKey {
-        source: source.uid.clone(),
+        source: pod.uid.clone(),
         source_identity: pod.identity.clone(),
         destination: candidate.workload.uid.clone(),
         gateway: *gateway,
@@ -392,7 +397,8 @@ fn relay<'a>(
     let moved = live.moved.clone();
     let first_is_client = !matches!(ends, Ends::Accepted(..));
     let counted = worker.recorder.opened(record, first_is_client);
-    let (registered, stop) = worker.connections.register(Arc::new(live), counted, &shared.open);
+    let (registered, stop) =
+        worker.connections.register(Arc::new(live), counted, &shared.store, &shared.open);
     let (relaying, slot) = match ends {
         Ends::Sockets(a, b) => (Either::Left(relay_tcp(a, b, moved, stop)), None),
         Ends::Tunnel(tcp, stream) => {

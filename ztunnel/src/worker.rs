@@ -17,7 +17,7 @@ use agent::store::ConfigStore;
 use agent::xds_client::XdsStatus;
 use futures_util::FutureExt as _;
 use hbone::{Pool, PoolLimits};
-use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Refusal, Str, WorkloadUid};
+use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Refusal, Str};
 use net::capture::MARK_PROXY;
 use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, TcpStream};
@@ -151,7 +151,7 @@ impl Worker {
                         if let Some(served) = pods.remove(&uid) {
                             self.same_node.remove(&served.pod);
                             served.pod.leaving.send_replace(true);
-                            self.forget(&served.pod);
+                            self.pool.forget_source(&served.pod.uid);
                         }
                     }
                     Some(Command::Drain) => {
@@ -173,13 +173,6 @@ impl Worker {
                 _ = count.tick() => self.connections.flush_metrics(),
                 _ = sweep.tick() => self.pool.sweep(Instant::now()),
             }
-        }
-    }
-
-    fn forget(&self, pod: &Pod) {
-        let snapshot = self.shared.store.load();
-        if let Some(workload) = pod.workload(&snapshot) {
-            self.pool.forget_source(&WorkloadUid(workload.uid.0.clone()));
         }
     }
 

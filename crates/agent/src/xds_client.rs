@@ -123,16 +123,9 @@ impl Session {
 
     /// Waits for the certificate that the control plane wants to see.
     async fn own_certificate(&self) -> Arc<ClientCertificate> {
-        let mut changed = self.certs.subscribe();
-        loop {
-            if let Some(own) = self.certs.client_certificate() {
-                return own;
-            }
-            let why = self.certs.own_error();
-            self.status.update(|view| view.error = Some(waiting_for_certificate(why)));
-            // Cannot end: we hold the store.
-            let _ = changed.changed().await;
-        }
+        let waiting =
+            |why| self.status.update(|view| view.error = Some(waiting_for_certificate(why)));
+        self.certs.own(waiting).await
     }
 
     /// One stream from its opening to its end.

@@ -124,7 +124,7 @@ async fn double_echo() -> SocketAddr {
 
 fn key(gateway: SocketAddr, expected: &str) -> PoolKey {
     PoolKey {
-        source: WorkloadUid("a".into()),
+        source: "a".into(),
         source_identity: id("client"),
         destination: WorkloadUid("b".into()),
         gateway,
@@ -228,7 +228,7 @@ async fn wrong_identities_are_refused_on_both_sides() {
 
     // The server refuses us: with TLS 1.3 we learn of it after our own handshake is done.
     let mut k = key(gateway, "server");
-    k.source = WorkloadUid("foreign".into());
+    k.source = "foreign".into();
     assert!(go(k, foreign.credentials(&id("server"))).await.is_err());
     // Not yet valid and expired: the server's clock says so, and ours.
     for (from, until, want) in [
@@ -236,13 +236,13 @@ async fn wrong_identities_are_refused_on_both_sides() {
         (-7200, -3630, "expired 1 h 0 min ago, by this machine's clock too"),
     ] {
         let mut k = key(gateway, "server");
-        k.source = WorkloadUid(want.into());
+        k.source = want.into();
         let refused = go(k, ca.with_times(&id("client"), from, until)).await.unwrap_err();
         assert_eq!(refused.reason(), Reason::PeerCertificate, "{refused}");
         assert!(refused.to_string().contains(want), "{refused}");
     }
     let mut k = key(gateway, "server");
-    k.source = WorkloadUid("domain".into());
+    k.source = "domain".into();
     let elsewhere = ca.credentials(&Identity::new("other.domain", "shop", "client"));
     assert!(go(k, elsewhere).await.is_err());
 }
@@ -265,6 +265,26 @@ async fn a_refusal_names_its_reason_and_a_dead_gateway_fails_once_for_all() {
     for result in futures_util::future::join_all(calls).await {
         assert_eq!(result.unwrap_err().reason(), Reason::ConnectFailed);
     }
+}
+
+/// A pod that is made anew under its old name is the same workload with the same identity, in another network: it must
+/// not speak through what its predecessor left.
+#[tokio::test]
+async fn a_new_pod_of_an_old_name_dials_its_own_tunnel() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    let old = key(gateway, "server");
+    let new = PoolKey { source: "a, born later".into(), ..old.clone() };
+    call(&pool, &old, &client, target, b"x".to_vec()).await.unwrap();
+    call(&pool, &new, &client, target, b"x".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2);
+    pool.forget_source(&old.source);
+    assert_eq!(pool.stats().tunnels, 1, "only the old one's is forgotten");
+    call(&pool, &new, &client, target, b"x".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2);
 }
 
 /// Forwards to `gateway`. The first connection stops moving once `frozen` is told, and stays open: a machine that is gone.
