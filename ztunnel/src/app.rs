@@ -9,7 +9,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use agent::access_log::{self, AccessLog, Utc};
 use agent::admin::{self, AdminState, Certificate, CertificateInfo, Page};
 use agent::certs::CertStore;
-use agent::channel::ControlPlane;
+use agent::control_plane::{
+    Anchors, CERTIFICATE_LIFETIME, ControlPlane, Login, Proxy, RootCert, Server,
+};
 use agent::logging;
 use agent::metrics::Metrics;
 use agent::readiness::Readiness;
@@ -51,6 +53,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         open_files = files,
         "ztunnel starts"
     );
+    for warning in config.istio.iter().flat_map(|seam| &seam.warnings) {
+        tracing::warn!("{warning}");
+    }
     // Control plane, certificates and the admin pages: away from the threads that move bytes.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(config, token, log))
@@ -126,17 +131,34 @@ fn read_token(fd: i32) -> anyhow::Result<String> {
 }
 
 fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPlane {
-    ControlPlane {
+    let own = Server {
         address: config.xds_address.clone(),
-        server_name: config.xds_server_name.clone(),
-        root_cert: config.root_cert.clone(),
-        node: config.node.clone(),
+        name: config.xds_server_name.clone(),
+        root: RootCert::File(config.root_cert.clone()),
+        headers: Vec::new(),
+    };
+    let control_plane = ControlPlane {
+        xds: own.clone(),
+        ca: own,
+        login: Login::Certificate { bootstrap_token },
+        anchors: Anchors::RootFile,
+        proxy: Proxy::of_node(&config.node),
         cluster: config.cluster.as_str().into(),
         network: config.network.as_str().into(),
         trust_domain: config.trust_domain.as_str().into(),
+        certificate_lifetime: CERTIFICATE_LIFETIME,
         state_dir: config.state_dir.clone(),
         secret_dir: config.secret_dir.clone(),
-        bootstrap_token,
+    };
+    let Some(seam) = config.istio.as_deref().cloned() else { return control_plane };
+    ControlPlane {
+        xds: seam.xds,
+        ca: seam.ca,
+        login: Login::Token(seam.token),
+        anchors: Anchors::CaAnswer,
+        proxy: seam.proxy,
+        certificate_lifetime: seam.certificate_lifetime,
+        ..control_plane
     }
 }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::istio::Seam;
+
 /// Configuration of `ztunnel proxy`.
 #[derive(Args, Clone, Debug)]
 pub struct Config {
@@ -73,9 +75,17 @@ pub struct Config {
     /// Address where readiness (15021) is served.
     #[arg(long, env = "READINESS_ADDR", default_value = "[::]:15021")]
     pub readiness_address: std::net::SocketAddr,
+    /// Started the way Istio's DaemonSet starts its proxy: another login, and istio-cni's capture in the pods.
+    #[arg(skip)]
+    pub istio: Option<Box<Seam>>,
 }
 
 impl Config {
+    /// How connections of the pods come to our listeners.
+    pub fn capture(&self) -> Capture {
+        if self.istio.is_some() { Capture::Redirect } else { Capture::Tproxy }
+    }
+
     /// Data threads to start. The applications need cores too, and fewer threads share tunnels better:
     /// on two cores, one thread took 17 to 30 % less CPU per small request than two. More than 8 on one
     /// node gained nothing in Istio's experience, and every thread costs listeners in every pod.
@@ -83,6 +93,16 @@ impl Config {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.unwrap_or_else(|| cores.div_ceil(2).min(8)).clamp(1, 64)
     }
+}
+
+/// How connections of the pods come to our listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capture {
+    /// By our own rules (`net::capture`): an accepted socket's local address is where the client wanted to go.
+    Tproxy,
+    /// By istio-cni's rules: the destination is rewritten, connection tracking knows the original one, and answers to
+    /// connections in a client's name come back by the mark that those rules put on the connection.
+    Redirect,
 }
 
 /// How long a new connection waits for what is still on its way.

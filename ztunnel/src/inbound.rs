@@ -14,7 +14,7 @@ use net::socket::{ConnectOpts, SourcePorts};
 use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 
-use crate::config::{Waits, is_local};
+use crate::config::{Capture, Waits, is_local};
 use crate::connections::Live;
 use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, finish, own_workload};
 use crate::pod::Pod;
@@ -39,7 +39,7 @@ async fn plaintext(
     let tcp = ResetOnDrop(Some(tcp));
     let call = Call { source: peer, destination, peer: None, host: None };
     let workload = admit(worker, pod, &call, record).await?;
-    let app = connect_to_app(pod, &workload, &call).await?;
+    let app = connect_to_app(worker, pod, &workload, &call).await?;
     Ok((call.live(pod, record), Ends::Sockets(tcp.take(), app)))
 }
 
@@ -152,7 +152,7 @@ async fn stream(
     let call = Call { source, destination, peer: Some(peer), host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
-        let app = connect_to_app(pod, &workload, &call).await?;
+        let app = connect_to_app(worker, pod, &workload, &call).await?;
         Ok::<_, Refusal>((workload, app))
     };
     let (workload, app) = match admitted.await {
@@ -278,7 +278,12 @@ fn called_service(snapshot: &Snapshot, workload: &Workload, call: &Call) -> Opti
 }
 
 /// The last hop, in the client's name: the application sees who called.
-async fn connect_to_app(pod: &Pod, workload: &Workload, call: &Call) -> Result<TcpStream, Refusal> {
+async fn connect_to_app(
+    worker: &Worker,
+    pod: &Pod,
+    workload: &Workload,
+    call: &Call,
+) -> Result<TcpStream, Refusal> {
     let to = call.destination;
     // `authorize` has refused these already; the socket must not depend on that.
     if MESH_PORTS.contains(&to.port()) || !is_local(&workload.addresses, to.ip()) {
@@ -289,7 +294,11 @@ async fn connect_to_app(pod: &Pod, workload: &Workload, call: &Call) -> Result<T
     // family cannot be impersonated.
     let foreign = !is_local(&workload.addresses, from) && from.is_ipv4() == to.is_ipv4();
     let opts = ConnectOpts {
-        mark: Some(if foreign { MARK_TO_APP } else { MARK_PROXY }),
+        mark: Some(match worker.shared.config.capture() {
+            Capture::Tproxy if foreign => MARK_TO_APP,
+            // istio-cni's rules know one mark and tell the answers by the connection's.
+            Capture::Tproxy | Capture::Redirect => MARK_PROXY,
+        }),
         transparent_source: foreign.then_some(from),
         source_ports: SourcePorts::OutsideEphemeral,
         nodelay: true,

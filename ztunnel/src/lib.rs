@@ -9,6 +9,7 @@ pub mod config;
 pub mod connections;
 pub mod dns;
 mod inbound;
+pub mod istio;
 mod outbound;
 pub mod pod;
 pub mod pods;

@@ -24,7 +24,8 @@ use tokio::time::Instant;
 mod material;
 
 use crate::ca_client::{CaClient, Issuer};
-use crate::channel::{ClientCertificate, ControlPlane, span};
+use crate::channel::{ClientCertificate, span};
+use crate::control_plane::ControlPlane;
 use crate::metrics::Metrics;
 use material::{KeyRequest, Material};
 
@@ -46,7 +47,8 @@ pub struct CertStore {
     control_plane: Arc<ControlPlane>,
     issuer: Arc<dyn Issuer>,
     clock: Clock,
-    own: Identity,
+    /// Whom the proxy itself is, where it needs a certificate to ask for others.
+    own: Option<Identity>,
     /// What data threads read.
     current: ArcSwap<HashMap<Identity, Arc<Credentials>>>,
     entries: Mutex<Entries>,
@@ -113,7 +115,7 @@ impl CertStore {
 
     /// With another CA and another clock.
     fn with(control_plane: Arc<ControlPlane>, issuer: Arc<dyn Issuer>, clock: Clock) -> Arc<Self> {
-        let own = control_plane.proxy_identity();
+        let own = control_plane.own_identity();
         let dir = &control_plane.secret_dir;
         if let Err(e) = material::make_secret_dir(dir) {
             tracing::warn!(
@@ -122,7 +124,7 @@ impl CertStore {
             );
         }
         let roots = control_plane.roots().unwrap_or_default();
-        let found = material::read_all(dir, &roots, clock());
+        let found = material::read_all(dir, control_plane.anchors(&roots), clock());
         tracing::debug!("{} certificates found in {}", found.len(), dir.display());
         let entries = Entries {
             by_identity: HashMap::new(),
@@ -140,7 +142,9 @@ impl CertStore {
             changed: watch::Sender::new(0),
             metrics: OnceLock::new(),
         });
-        store.prefetch(&own);
+        if let Some(own) = own {
+            store.prefetch(&own);
+        }
         store
     }
 
@@ -158,7 +162,7 @@ impl CertStore {
 
     /// The last workload with this identity has left.
     pub fn forget(&self, identity: &Identity) {
-        if *identity == self.own {
+        if self.is_own(identity) {
             return;
         }
         let mut entries = self.lock();
@@ -213,12 +217,13 @@ impl CertStore {
 
     /// Why the proxy has no certificate of its own, or cannot renew it.
     pub fn own_error(&self) -> Option<String> {
-        self.lock().by_identity.get(&self.own).and_then(|entry| entry.error.clone())
+        self.lock().by_identity.get(self.own.as_ref()?).and_then(|entry| entry.error.clone())
     }
 
     /// The control plane does not accept our certificate: get another one, valid or not.
     pub fn own_refused(&self) {
-        if let Some(entry) = self.lock().by_identity.get_mut(&self.own)
+        let Some(own) = &self.own else { return };
+        if let Some(entry) = self.lock().by_identity.get_mut(own)
             // Two sides that disagree must not renew without a pause.
             && entry.since.elapsed() > TICK
             && entry.backoff.failures == 0
@@ -292,11 +297,11 @@ impl CertStore {
                 // Without its own certificate the proxy cannot ask for others.
                 !entry.in_flight
                     && entry.due <= instant
-                    && (own.is_some() || **identity == self.own)
+                    && (own.is_some() || self.own.is_none() || self.is_own(identity))
             })
             .collect();
         due.sort_by_key(|(identity, entry)| {
-            (**identity != self.own, !entry.urgent, entry.material.is_some(), entry.due)
+            (!self.is_own(identity), !entry.urgent, entry.material.is_some(), entry.due)
         });
         for (identity, entry) in due.into_iter().take(MAX_FETCHES.saturating_sub(fetches.len())) {
             entry.in_flight = true;
@@ -320,7 +325,8 @@ impl CertStore {
                 let chain = issuer.issue(identity.clone(), request.csr.clone(), own).await;
                 let chain = chain.map_err(|e| e.to_string())?;
                 let roots = control_plane.roots().map_err(|e| e.to_string())?;
-                let material = Material::issued(&identity, &request, &chain, &roots, clock())?;
+                let anchors = control_plane.anchors(&roots);
+                let material = Material::issued(&identity, &request, &chain, anchors, clock())?;
                 if let Err(e) = material.write(&control_plane.secret_dir) {
                     tracing::warn!(%identity, "the certificate is not kept for a restart: {e}");
                 }
@@ -388,10 +394,7 @@ impl CertStore {
         if entries.roots == roots {
             return;
         }
-        tracing::info!(
-            "{} changed: all certificates are renewed",
-            self.control_plane.root_cert.display()
-        );
+        tracing::info!("{} changed: all certificates are renewed", self.control_plane.ca.root);
         entries.roots = roots;
         for entry in entries.by_identity.values_mut() {
             entry.stale = true;
@@ -400,8 +403,12 @@ impl CertStore {
     }
 
     fn own_certificate(&self, entries: &Entries) -> Option<Arc<ClientCertificate>> {
-        let material = entries.by_identity.get(&self.own)?.material.as_ref()?;
+        let material = entries.by_identity.get(self.own.as_ref()?)?.material.as_ref()?;
         (material.credentials.not_after() > (self.clock)()).then(|| material.client.clone())
+    }
+
+    fn is_own(&self, identity: &Identity) -> bool {
+        self.own.as_ref() == Some(identity)
     }
 
     /// Puts the certificates into force.
@@ -426,12 +433,13 @@ impl CertStore {
         let entries = self.lock();
         let error_of =
             |identity| entries.by_identity.get(identity).and_then(|e| e.error.as_deref());
-        let own = self.own_certificate(&entries);
-        let why = match (error_of(identity), own, error_of(&self.own)) {
+        let may_ask = self.own.is_none() || self.own_certificate(&entries).is_some();
+        let own_error = self.own.as_ref().and_then(error_of);
+        let why = match (error_of(identity), may_ask, own_error) {
             (Some(error), _, _) => error.to_owned(),
-            (None, None, Some(error)) => format!("the proxy itself has none: {error}"),
-            (None, None, None) => "the proxy itself has none yet".to_owned(),
-            (None, Some(_), _) => "the CA has not answered yet".to_owned(),
+            (None, false, Some(error)) => format!("the proxy itself has none: {error}"),
+            (None, false, None) => "the proxy itself has none yet".to_owned(),
+            (None, true, _) => "the CA has not answered yet".to_owned(),
         };
         let waited = waited.as_secs_f32();
         let message = format!("no certificate for {identity} within {waited} s: {why}");

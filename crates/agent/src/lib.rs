@@ -5,6 +5,7 @@ pub mod admin;
 pub mod ca_client;
 pub mod certs;
 pub mod channel;
+pub mod control_plane;
 pub mod disk;
 pub mod logging;
 pub mod metrics;
