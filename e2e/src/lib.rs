@@ -15,6 +15,7 @@ pub mod lab;
 pub mod leftovers;
 pub mod programs;
 pub mod status;
+pub mod stock;
 pub mod suite;
 pub mod wire;
 pub mod yaml;

@@ -22,8 +22,9 @@ use xds::zds::{Ack, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse, Zd
 
 /// A packet carries one message; the largest has three names of at most 253 bytes.
 const MAX_PACKET: usize = 4096;
-/// Pause before the next attempt to reach the agent.
-const RECONNECT: Duration = Duration::from_millis(200);
+/// Pauses before the next attempts to reach the agent. Pods that start wait for us, so the longest is short.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What the agent wants.
 #[derive(Debug)]
@@ -45,30 +46,67 @@ pub enum PodEvent {
 /// Runs until the process ends, on a thread of its own. `handle` acts on an event and returns the
 /// error to tell the agent.
 pub fn run(path: &Path, mut handle: impl FnMut(PodEvent) -> Result<(), String>) {
-    let mut complained = false;
+    let (mut pause, mut complaint) = (FIRST_PAUSE, String::new());
     loop {
         match serve(path, &mut handle) {
-            Ok(()) => tracing::info!("the node agent closed the line, connecting again"),
-            Err(e) if complained => tracing::debug!(error = %e, "node agent"),
+            Ok(()) => {
+                tracing::info!("the node agent closed the line, connecting again");
+                (pause, complaint) = (FIRST_PAUSE, String::new());
+            }
+            // The same again and again says nothing new.
+            Err(e) if complaint == e.to_string() => tracing::debug!(error = %e, "node agent"),
             Err(e) => {
                 tracing::warn!(socket = %path.display(), error = %e, "no line to the node agent, trying on");
-                complained = true;
+                complaint = e.to_string();
             }
         }
-        std::thread::sleep(RECONNECT);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
+/// One line to the agent, from hello to its end. An error when the agent never said a word.
 fn serve(path: &Path, handle: &mut impl FnMut(PodEvent) -> Result<(), String>) -> io::Result<()> {
     let line = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(line.as_raw_fd(), &UnixAddr::new(path)?)?;
     let hello = ZdsHello { version: Version::V1.into() };
     send(line.as_raw_fd(), &hello.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+    let first = match receive(&line) {
+        Ok(Some(first)) => first,
+        // One that closes with our hello unread resets the line.
+        Ok(None) => return Err(refused()),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(refused()),
+        Err(e) => return Err(e),
+    };
     tracing::info!(socket = %path.display(), "connected to the node agent");
+    match converse(&line, first, handle) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidData => Err(e),
+        Err(e) => {
+            tracing::warn!(error = %e, "the line to the node agent broke");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
 
+/// An agent that takes us names pods, or says that there are none.
+fn refused() -> io::Error {
+    let words = "the agent closed the line after our hello, which says that this proxy speaks ZDS version V1: it speaks \
+                 another version, or serves another proxy";
+    io::Error::new(io::ErrorKind::Unsupported, words)
+}
+
+type Packet = (Vec<u8>, Option<OwnedFd>);
+
+fn converse(
+    line: &OwnedFd,
+    first: Packet,
+    handle: &mut impl FnMut(PodEvent) -> Result<(), String>,
+) -> io::Result<()> {
     // Uids named before `SnapshotSent`; `None` after it.
     let mut named = Some(HashSet::new());
-    while let Some((packet, fd)) = receive(&line)? {
+    let mut next = Some(first);
+    while let Some((packet, fd)) = next {
         let result = match WorkloadRequest::decode(&*packet) {
             Ok(request) => match event(request, fd, &mut named) {
                 Ok(Some(event)) => handle(event),
@@ -84,6 +122,7 @@ fn serve(path: &Path, handle: &mut impl FnMut(PodEvent) -> Result<(), String>) -
         let answer =
             WorkloadResponse { payload: Some(workload_response::Payload::Ack(Ack { error })) };
         send(line.as_raw_fd(), &answer.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+        next = receive(line)?;
     }
     Ok(())
 }
@@ -116,7 +155,7 @@ fn event(
 }
 
 /// One packet and the descriptor beside it. `None` when the agent closed.
-fn receive(line: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+fn receive(line: &OwnedFd) -> io::Result<Option<Packet>> {
     let mut buffer = vec![0; MAX_PACKET];
     let mut control = nix::cmsg_space!([i32; 4]);
     let mut parts = [IoSliceMut::new(&mut buffer)];

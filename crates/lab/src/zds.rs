@@ -24,8 +24,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use xds::zds::workload_request::Payload;
 use xds::zds::{
-    AddWorkload, DelWorkload, SnapshotSent, WorkloadInfo, WorkloadRequest, WorkloadResponse,
-    ZdsHello, workload_response,
+    AddWorkload, DelWorkload, SnapshotSent, Version, WorkloadInfo, WorkloadRequest,
+    WorkloadResponse, ZdsHello, workload_response,
 };
 
 use crate::fds::watched;
@@ -154,7 +154,13 @@ impl Server {
     async fn serve(&mut self, line: &AsyncFd<OwnedFd>) -> Result<()> {
         let hello = receive(line).await.context("hello")?;
         let hello = ZdsHello::decode(&*hello).context("hello")?;
-        tracing::info!("{}: ztunnel connected, protocol {}", self.node, hello.version);
+        if hello.version != i32::from(Version::V1) {
+            bail!(
+                "ztunnel speaks ZDS version {}, this node agent V1: start programs of one release",
+                hello.version
+            );
+        }
+        tracing::info!("{}: ztunnel connected", self.node);
         for uid in self.pods.keys().cloned().collect::<Vec<_>>() {
             self.add(line, &uid).await?;
         }
