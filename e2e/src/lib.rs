@@ -9,6 +9,7 @@
 
 pub mod access_log;
 pub mod authority;
+pub mod collector;
 pub mod command;
 pub mod envoy;
 pub mod lab;

@@ -1,12 +1,12 @@
 //! Our ztunnel where Istio's would be: its environment and files, its control plane's protocols, its node agent's ZDS and
 //! its node agent's redirection. Nothing of our own control plane or lab runs here.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::stock::istiod::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
+use e2e::stock::two::{Two, VIP, identity};
 use e2e::stock::world::{self, HERE, TOKEN};
 use e2e::stock::{Node, Pod, Resource, World, inside};
 use e2e::suite::{self, Alone};
@@ -26,68 +26,12 @@ const TESTS: &[(&str, Alone)] = &[
     ("another_version_of_zds_is_named", another_version_of_zds),
     ("what_is_not_supported_is_refused", what_is_not_supported_is_refused),
 ];
-const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 20);
 
 fn main() -> ExitCode {
     match inside::enter() {
         Ok(()) => suite::run_alone(TESTS),
         Err(code) => code,
     }
-}
-
-/// Two nodes, a client on one, a server on the other.
-struct Two {
-    world: World,
-    one: Node,
-    two: Node,
-    client: Pod,
-    server: Pod,
-    _app: Background,
-}
-
-impl Two {
-    fn start() -> Result<Self> {
-        let mut world = World::new()?;
-        let (mut one, mut two) = (world.node("node-1")?, world.node("node-2")?);
-        let client = world.pod(&one, "client", true)?;
-        let server = world.pod(&two, "server", true)?;
-        let mut workload = server.workload(&two.name, true);
-        let ports = xds::workload::PortList {
-            ports: vec![xds::workload::Port {
-                service_port: 80,
-                target_port: 8080,
-                app_protocol: 0,
-            }],
-        };
-        workload.services.insert(format!("app/{}", world::hostname("server")), ports);
-        world.istiod.set(Resource::workload(workload));
-        world.istiod.set(Resource::service(world::service("server", VIP, 80, 8080)));
-        let app = server.start("meshload", &["all", "--listen", "[::]:8080", "--body", "100"])?;
-        for (node, pod) in [(&mut one, &client), (&mut two, &server)] {
-            node.start()?;
-            node.agent.accept()?;
-            ensure!(!node.is_ready()?, "ready before it knows its pods");
-            node.agent.add(pod)?;
-            node.agent.all_sent()?;
-        }
-        let two = Self { world, one, two, client, server, _app: app };
-        for node in [&two.one, &two.two] {
-            wait_until("ztunnel to be ready", SOON, || node.is_ready())?;
-        }
-        Ok(two)
-    }
-
-    /// `curl` from the client; what the server says about who called must be the client's address.
-    fn call(&self, host: &str, from: IpAddr) -> Result<()> {
-        let ran = self.client.curl(&format!("http://{host}/who"))?;
-        let said = ran.ok().with_context(|| format!("{}\n{}", self.one.log(), self.two.log()))?;
-        ensure!(said.contains(&format!("{from}")), "{said} should name {from}");
-        Ok(())
-    }
-}
-
-fn identity(account: &str) -> String {
-    format!("spiffe://cluster.local/ns/app/sa/{account}")
 }
 
 fn curl_through_two_ztunnels() -> Result<()> {

@@ -16,6 +16,7 @@ use agent::logging;
 use agent::metrics::Metrics;
 use agent::readiness::Readiness;
 use agent::store::ConfigStore;
+use agent::trace::{TraceSettings, Tracer};
 use agent::xds_client::{XdsPhase, XdsStatus, XdsView, run_xds};
 use anyhow::{Context, bail, ensure};
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,6 +45,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         other => bail!("--log-format is text or json, not {other:?}"),
     };
     let log = logging::start(log_format, &config.log_level)?;
+    let traces = traces(&config)?;
     let files = net::socket::raise_open_files().context("reading the limit of open files")?;
     let token = config.token_fd.map(read_token).transpose()?;
     tracing::info!(
@@ -58,12 +60,13 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     }
     // Control plane, certificates and the admin pages: away from the threads that move bytes.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(config, token, log))
+    runtime.block_on(serve(config, token, traces, log))
 }
 
 async fn serve(
     config: Config,
     token: Option<String>,
+    traces: Option<TraceSettings>,
     log: logging::LogControl,
 ) -> anyhow::Result<()> {
     let readiness = Readiness::new();
@@ -81,7 +84,12 @@ async fn serve(
         certs: certs.clone(),
         open: AtomicUsize::new(0),
     });
-    let (workers, commands) = start_workers(&shared, &metrics, &lines)?;
+    let (stop, stopped) = watch::channel(false);
+    let tracer = match traces {
+        Some(traces) => Tracer::start(traces, metrics.spans(), stopped.clone()),
+        None => Tracer::off(),
+    };
+    let (workers, commands) = start_workers(&shared, &metrics, &lines, &tracer)?;
     let pods = Pods::new(
         config.trust_domain.as_str().into(),
         commands.clone(),
@@ -89,7 +97,6 @@ async fn serve(
         metrics.clone(),
         pods_named,
     );
-    let (stop, stopped) = watch::channel(false);
     tokio::spawn(certs.clone().run(stopped.clone()));
     let status = Arc::new(XdsStatus::new(metrics.clone()));
     tokio::spawn(run_xds(control_plane, store.clone(), certs.clone(), status.clone(), stopped));
@@ -110,6 +117,7 @@ async fn serve(
     wait_for_end(&quit).await?;
     drain(&config, &commands, &shared).await;
     stop.send_replace(true);
+    tracer.ended().await;
     lines.flush(LAST_LINES);
     Ok(())
 }
@@ -162,6 +170,25 @@ fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPla
     }
 }
 
+/// Where spans go and what they say of this proxy; `None` while tracing is off.
+fn traces(config: &Config) -> anyhow::Result<Option<TraceSettings>> {
+    let settings = config.traces.text().settings().map_err(anyhow::Error::msg)?;
+    Ok(settings.map(|mut settings| {
+        let own = [
+            ("service.version", env!("CARGO_PKG_VERSION")),
+            ("k8s.node.name", &config.node),
+            ("k8s.cluster.name", &config.cluster),
+        ];
+        for (key, value) in own {
+            // What the user says of it counts more.
+            if !settings.resource.iter().any(|(known, _)| known == key) {
+                settings.resource.push((key.to_owned(), value.to_owned()));
+            }
+        }
+        settings
+    }))
+}
+
 fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
     let format = match config.access_log.as_str() {
         "off" => return Ok(AccessLog::off()),
@@ -180,10 +207,11 @@ fn start_workers(
     shared: &Arc<Shared>,
     metrics: &Metrics,
     lines: &AccessLog,
+    tracer: &Tracer,
 ) -> anyhow::Result<Workers> {
     let (mut workers, mut commands) = (Vec::new(), Vec::new());
     for index in 0..shared.config.worker_threads() {
-        let recorder = Recorder::new(metrics.clone(), lines.clone());
+        let recorder = Recorder::new(metrics.clone(), lines.clone(), tracer.clone());
         let worker = Arc::new(Worker::new(shared.clone(), recorder));
         let (send, receive) = mpsc::channel(COMMANDS);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -225,6 +253,7 @@ fn pages(
             "drainSeconds": config.drain_seconds,
             "dnsProxy": config.dns_proxy,
             "accessLog": config.access_log,
+            "traces": config.traces.endpoint,
         }),
         quit: Box::new(move || quit.notify_one()),
     }

@@ -24,6 +24,7 @@ use crate::worker::{Accepted, Worker};
 /// Serves a plaintext connection to the pod.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Inbound, &pod, &accepted);
+    worker.recorder.trace(&mut record, None);
     let connected = Box::pin(plaintext(&worker, &pod, accepted, &mut record)).await;
     finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
@@ -120,6 +121,8 @@ async fn serve_stream(
     incoming: Incoming,
 ) {
     let mut record = Record::tunnelled(&pod, source, peer.clone());
+    let parent = incoming.headers.traceparent.as_ref().map(|header| header.as_bytes());
+    worker.recorder.trace(&mut record, parent);
     let connected = Box::pin(stream(&worker, &pod, source, peer, incoming, &mut record)).await;
     finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);

@@ -16,7 +16,7 @@ use std::time::Duration;
 use agent::control_plane::{CERTIFICATE_LIFETIME, Proxy, RootCert, Server, Token};
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 
-use crate::config::Config;
+use crate::config::{Config, Traces};
 pub use values::EnvError;
 use values::{duration, endpoint, truth, workers};
 
@@ -143,6 +143,7 @@ pub fn config(
         admin_address: SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)),
         stats_address: SocketAddr::new(any, 15020),
         readiness_address: SocketAddr::new(any, 15021),
+        traces: env.traces(),
         istio: Some(Box::new(seam)),
     })
 }
@@ -260,6 +261,20 @@ impl Env {
             ip: ip.transpose()?,
             metadata: self.0.iter().filter_map(meta).collect(),
         })
+    }
+
+    fn traces(&self) -> Traces {
+        let own = |name| self.or(name, "").to_owned();
+        Traces {
+            endpoint: own("OTEL_EXPORTER_OTLP_ENDPOINT"),
+            protocol: own("OTEL_EXPORTER_OTLP_PROTOCOL"),
+            headers: own("OTEL_EXPORTER_OTLP_HEADERS"),
+            certificate: own("OTEL_EXPORTER_OTLP_CERTIFICATE"),
+            service_name: self.or("OTEL_SERVICE_NAME", "ztunnel").to_owned(),
+            resource: own("OTEL_RESOURCE_ATTRIBUTES"),
+            sampler: own("OTEL_TRACES_SAMPLER"),
+            sampler_arg: own("OTEL_TRACES_SAMPLER_ARG"),
+        }
     }
 
     fn cluster(&self) -> String {

@@ -22,17 +22,19 @@ use xds::zds::{Ack, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse, Zd
 
 /// A packet carries one message; the largest has three names of at most 253 bytes.
 const MAX_PACKET: usize = 4096;
+/// Pods that an agent may name: ten times what a node is built for. A broken agent must not fill the memory.
+const MAX_NAMED: usize = 10_000;
 /// Pauses before the next attempts to reach the agent. Pods that start wait for us, so the longest is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What the agent wants.
+/// What the agent wants. `F` is the pod's network namespace.
 #[derive(Debug)]
-pub enum PodEvent {
+pub enum PodEvent<F = OwnedFd> {
     Add {
         uid: String,
         info: WorkloadInfo,
-        netns: OwnedFd,
+        netns: F,
     },
     Remove {
         uid: String,
@@ -103,17 +105,13 @@ fn converse(
     first: Packet,
     handle: &mut impl FnMut(PodEvent) -> Result<(), String>,
 ) -> io::Result<()> {
-    // Uids named before `SnapshotSent`; `None` after it.
-    let mut named = Some(HashSet::new());
+    let mut snapshot = Snapshot::default();
     let mut next = Some(first);
     while let Some((packet, fd)) = next {
-        let result = match WorkloadRequest::decode(&*packet) {
-            Ok(request) => match event(request, fd, &mut named) {
-                Ok(Some(event)) => handle(event),
-                Ok(None) => Ok(()),
-                Err(e) => Err(e),
-            },
-            Err(e) => Err(format!("message not understood: {e}")),
+        let result = match snapshot.read(&packet, fd) {
+            Ok(Some(event)) => handle(event),
+            Ok(None) => Ok(()),
+            Err(e) => Err(e),
         };
         let error = result.err().unwrap_or_default();
         if !error.is_empty() {
@@ -127,30 +125,64 @@ fn converse(
     Ok(())
 }
 
-fn event(
-    request: WorkloadRequest,
-    fd: Option<OwnedFd>,
-    named: &mut Option<HashSet<String>>,
-) -> Result<Option<PodEvent>, String> {
-    let mut name = |uid: &str| {
-        if let Some(named) = named.as_mut() {
-            named.insert(uid.to_owned());
+/// What one line's messages mean: a snapshot of all pods first, then changes.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Uids named before `SnapshotSent`; `None` after it.
+    named: Option<HashSet<String>>,
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self { named: Some(HashSet::new()) }
+    }
+}
+
+impl Snapshot {
+    /// Reads a message of the agent. The error is for the agent.
+    pub fn read<F>(
+        &mut self,
+        packet: &[u8],
+        netns: Option<F>,
+    ) -> Result<Option<PodEvent<F>>, String> {
+        let request =
+            WorkloadRequest::decode(packet).map_err(|e| format!("message not understood: {e}"))?;
+        match request.payload {
+            Some(Payload::Add(add)) => {
+                self.name(&add.uid)?;
+                let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
+                let netns = netns.ok_or("AddWorkload without a network namespace")?;
+                Ok(Some(PodEvent::Add { uid: add.uid, info, netns }))
+            }
+            Some(Payload::Keep(keep)) => {
+                self.name(&keep.uid)?;
+                Ok(None)
+            }
+            Some(Payload::Del(del)) => {
+                if let Some(named) = &mut self.named {
+                    named.remove(&del.uid);
+                }
+                Ok(Some(PodEvent::Remove { uid: del.uid }))
+            }
+            Some(Payload::SnapshotSent(_)) => {
+                Ok(self.named.take().map(|uids| PodEvent::Only { uids }))
+            }
+            None => {
+                Err("message of a kind that this proxy does not know (it speaks ZDS V1)".into())
+            }
         }
-    };
-    match request.payload {
-        Some(Payload::Add(add)) => {
-            name(&add.uid);
-            let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
-            let netns = fd.ok_or("AddWorkload without a network namespace")?;
-            Ok(Some(PodEvent::Add { uid: add.uid, info, netns }))
+    }
+
+    fn name(&mut self, uid: &str) -> Result<(), String> {
+        if uid.is_empty() {
+            return Err("a pod without a uid".to_owned());
         }
-        Some(Payload::Keep(keep)) => {
-            name(&keep.uid);
-            Ok(None)
+        let Some(named) = &mut self.named else { return Ok(()) };
+        if named.len() >= MAX_NAMED && !named.contains(uid) {
+            return Err(format!("more than {MAX_NAMED} pods on one node"));
         }
-        Some(Payload::Del(del)) => Ok(Some(PodEvent::Remove { uid: del.uid })),
-        Some(Payload::SnapshotSent(_)) => Ok(named.take().map(|uids| PodEvent::Only { uids })),
-        None => Err("empty message".into()),
+        named.insert(uid.to_owned());
+        Ok(())
     }
 }
 

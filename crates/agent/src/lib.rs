@@ -1,4 +1,4 @@
-//! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log.
+//! What the proxies share: xDS and CA clients, certificates, admin, metrics, access log, traces.
 
 pub mod access_log;
 pub mod admin;
@@ -13,4 +13,5 @@ pub mod readiness;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod trace;
 pub mod xds_client;

@@ -11,6 +11,7 @@
 pub mod cni;
 pub mod inside;
 pub mod istiod;
+pub mod two;
 pub mod world;
 
 pub use cni::NodeAgent;

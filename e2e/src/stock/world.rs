@@ -236,7 +236,12 @@ impl Node {
     }
 
     pub fn start(&mut self) -> Result<()> {
-        let command = self.container(&[])?;
+        self.start_with(&[])
+    }
+
+    /// With more variables than the chart's.
+    pub fn start_with(&mut self, more: &[(&str, &str)]) -> Result<()> {
+        let command = self.container(more)?;
         self.ztunnel = Some(self.ns.run(|| Background::start(command))??);
         Ok(())
     }
@@ -279,10 +284,19 @@ impl Node {
 
     /// Whether `/healthz/ready` says 200.
     pub fn is_ready(&self) -> Result<bool> {
-        let url = format!("http://{}:15021/healthz/ready", self.ip);
+        Ok(self.page(15021, "healthz/ready")?.is_ok())
+    }
+
+    /// The metrics page.
+    pub fn metrics(&self) -> Result<String> {
+        Ok(self.page(15020, "metrics")?.ok()?.to_owned())
+    }
+
+    fn page(&self, port: u16, path: &str) -> Result<Ran> {
+        let url = format!("http://{}:{port}/{path}", self.ip);
         let mut command = Command::new(programs::find("curl")?);
         command.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "5", &url]);
-        Ok(command::run(command, "", SOON)?.is_ok())
+        command::run(command, "", SOON)
     }
 }
 
