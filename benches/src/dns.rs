@@ -72,7 +72,7 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     let rate = quantiles.count as f64 / took;
     lines::result(json!({
         "mode": "dns", "name": plan.name, "sockets": plan.sockets, "fresh": plan.fresh, "seconds": took,
-        "questions_per_second": rate, "latency": quantiles, "errors": load.errors,
+        "questions": quantiles.count, "questions_per_second": rate, "latency": quantiles, "errors": load.errors,
     }))
 }
 

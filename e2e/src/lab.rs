@@ -39,6 +39,7 @@ pub struct Plan {
     /// Folder that is copied first.
     from: Option<PathBuf>,
     wait_for_pods: bool,
+    same_node_direct: Option<String>,
 }
 
 impl Default for Plan {
@@ -50,6 +51,7 @@ impl Default for Plan {
             name: None,
             from: None,
             wait_for_pods: true,
+            same_node_direct: None,
         }
     }
 }
@@ -88,6 +90,12 @@ impl Plan {
     /// Returns as soon as the lab answers, with pods that may never get ready.
     pub fn not_waiting_for_pods(mut self) -> Self {
         self.wait_for_pods = false;
+        self
+    }
+
+    /// Pods of this namespace on one node are joined without a tunnel.
+    pub fn same_node_direct(mut self, namespace: &str) -> Self {
+        self.same_node_direct = Some(namespace.to_owned());
         self
     }
 
@@ -143,6 +151,9 @@ impl Lab {
         command.args(["local", "up"]).arg(self.folder.path());
         command.args(["--name", &self.name, "--nodes", &plan.nodes.to_string()]);
         command.arg("--bin-dir").arg(programs::folder()?);
+        if let Some(namespace) = &plan.same_node_direct {
+            command.args(["--same-node-direct", namespace]);
+        }
         let mut images = plan.images.clone();
         for ours in ["meshprobe", "meshload"] {
             if !images.contains_key(ours) {

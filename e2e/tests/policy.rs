@@ -26,6 +26,7 @@ const TESTS: &[(&str, Test)] = &[
     ("an_allow_policy_without_rules_denies_all", allow_nothing),
     ("http_rules_fail_closed", http_rules),
     ("a_deny_closes_what_lives_and_healing_works", live_deny),
+    ("a_deny_ends_an_iperf3_run", deny_under_load),
     ("can_names_the_rule", can_names_the_rule),
 ];
 
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
 
 fn plan() -> Result<Plan> {
     programs::find("curl")?;
+    let iperf = programs::path_of("iperf3")?;
     let idle =
         |namespace, name| yaml::pod(namespace, name, 1).image("meshprobe", &["pause"]).yaml();
     let serve = ["all", "--listen", "[::]:8080"];
@@ -51,6 +53,8 @@ fn plan() -> Result<Plan> {
         // Policies of `server` must not touch its neighbour.
         yaml::pod("app", "free", 2).image("meshload", &serve).ready_on(8080).yaml(),
         yaml::service("app", "free", "free", &[("http", 80, "8080")]),
+        yaml::pod("app", "iperf", 2).command(&[&iperf, "-s", "-p", "5201"]).ready_on(5201).yaml(),
+        yaml::service("app", "iperf", "iperf", &[("iperf", 5201, "5201")]),
     ];
     Ok(Plan::new().file("app.yaml", yaml::join(&objects)))
 }
@@ -236,6 +240,35 @@ fn live_deny(lab: &Lab) -> Result<()> {
     lab.until("the call to work again", || may(lab, CALLS[1]))?;
     ensure!(twin.is_running()?, "the twin was allowed all the time: {} {}", twin.out(), twin.err());
     twin.end()?;
+    Ok(())
+}
+
+/// A connection that is never idle ends like one that is: the buffers on the way are full when the policy comes.
+fn deny_under_load(lab: &Lab) -> Result<()> {
+    // Longer than the test waits, so that only the policy can end it.
+    let argv = ["iperf3", "-c", "iperf", "-p", "5201", "-t", "60", "-i", "0.2", "--forceflush"];
+    for direction in [&[][..], &["-R"]] {
+        let mut run = lab.exec_in_background("app/client", &[&argv[..], direction].concat())?;
+        wait_until("bytes to flow", SOON, || {
+            ensure!(run.is_running()?, "it ended: {} {}", run.out(), run.err());
+            Ok(run.out().contains("bits/sec"))
+        })?;
+        let before = lab.access_log("node-2")?.len();
+        let began = Instant::now();
+        let rules = "[{from: [{source: {principals: [cluster.local/ns/app/sa/client]}}]}]";
+        lab.write("policy.yaml", &yaml::policy("app", "deny", "iperf", "DENY", rules))?;
+        wait_until("the run to end", SOON, || Ok(!run.is_running()?))?;
+        let took = began.elapsed();
+        run.wait(SOON)?.failed()?;
+        ensure!(took < LIVE_DENY, "the run went on for {took:?}");
+        let line = [("reason", "policy_changed"), ("src.workload", "client")];
+        lab.wait_for_access("node-2", before, &line)?;
+        lab.remove("policy.yaml")?;
+        // The twin: the same run, shorter, comes to its end without the policy.
+        let short = ["iperf3", "-c", "iperf", "-p", "5201", "-n", "1M"];
+        let argv = [&short[..], direction].concat();
+        lab.until("a run without the policy", || Ok(lab.exec("app/client", &argv)?.is_ok()))?;
+    }
     Ok(())
 }
 

@@ -46,6 +46,11 @@ pub struct Config {
     /// questions come here at all is the node agent's choice.
     #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
     pub dns_proxy: bool,
+    /// Namespaces (comma-separated, `*` for all) whose pods on this node are joined without a tunnel when they call each
+    /// other: both ends must be listed, and a PeerAuthentication that demands mutual TLS goes first. Default: none, every
+    /// connection is encrypted.
+    #[arg(long, env = "SAME_NODE_DIRECT", value_delimiter = ',', value_name = "NAMESPACE")]
+    pub same_node_direct: Vec<String>,
     /// The zone of the cluster's own names.
     #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,

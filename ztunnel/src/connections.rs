@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use agent::access_log::Direction;
-use engine::{InboundFacts, Verdict, authorize};
+use engine::{InboundFacts, Verdict, authorize, demands_mutual_tls};
 use hbone::Transfer;
-use model::{Identity, Refusal, Snapshot};
+use model::{Identity, Reason, Refusal, Snapshot, Workload};
 use rustc_hash::FxHashMap;
 use tokio::sync::oneshot;
 
@@ -27,6 +27,25 @@ pub struct Live {
     pub hbone: bool,
     pub started: Instant,
     pub moved: Arc<Transfer>,
+}
+
+impl Live {
+    /// Two pods of this proxy were joined, which mutual TLS demanded since does not allow.
+    fn lacks_mutual_tls(
+        &self,
+        snapshot: &Snapshot,
+        workload: &Workload,
+        facts: &InboundFacts<'_>,
+    ) -> Option<Refusal> {
+        let joined = self.peer.is_some() && !self.hbone;
+        (joined && demands_mutual_tls(snapshot, facts)).then(|| {
+            let (namespace, name) = (&workload.namespace, &workload.name);
+            let words = format!(
+                "{namespace}/{name} demands mutual TLS now, and both ends were joined on their node"
+            );
+            Refusal::new(Reason::MtlsRequired, words)
+        })
+    }
 }
 
 /// The table. One per worker; locked for a moment by its own thread and by the admin page.
@@ -89,11 +108,15 @@ impl Connections {
                 source_ip: live.source.ip(),
                 peer: live.peer.as_deref(),
             };
-            if let Verdict::Deny(mut refusal) = authorize(snapshot, &facts)
+            let refusal = match authorize(snapshot, &facts) {
+                Verdict::Deny(refusal) => Some(refusal),
+                _ => live.lacks_mutual_tls(snapshot, workload, &facts),
+            };
+            if let Some(mut refusal) = refusal
                 && let Some(stop) = entry.stop.take()
             {
                 refusal.message = format!("no longer allowed: {}", refusal.message);
-                refusal.reason = model::Reason::PolicyChanged;
+                refusal.reason = Reason::PolicyChanged;
                 ended += 1;
                 // The connection may have ended by itself meanwhile.
                 let _ = stop.send(refusal);

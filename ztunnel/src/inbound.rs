@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use agent::access_log::Direction;
+use agent::trace::SpanContext;
 use engine::{Allowed, InboundFacts, Verdict, authorize};
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
 use http::StatusCode;
@@ -121,8 +122,8 @@ async fn serve_stream(
     incoming: Incoming,
 ) {
     let mut record = Record::tunnelled(&pod, source, peer.clone());
-    let parent = incoming.headers.traceparent.as_ref().map(|header| header.as_bytes());
-    worker.recorder.trace(&mut record, parent);
+    let parent = incoming.headers.traceparent.as_ref();
+    worker.recorder.trace(&mut record, parent.and_then(|h| SpanContext::parse(h.as_bytes())));
     let connected = Box::pin(stream(&worker, &pod, source, peer, incoming, &mut record)).await;
     finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
@@ -173,7 +174,7 @@ async fn stream(
 }
 
 /// The status that stock peers understand (Istio: 401 policy, 400 nonsense, 503 cannot connect).
-fn status(reason: Reason) -> StatusCode {
+pub(crate) fn status(reason: Reason) -> StatusCode {
     match reason {
         Reason::PolicyDeny
         | Reason::PolicyNoAllow
@@ -184,6 +185,21 @@ fn status(reason: Reason) -> StatusCode {
         }
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
+}
+
+/// Decides on a connection from another pod of this proxy, and makes its last hop. The record knows its ends.
+pub(crate) async fn admit_joined(
+    worker: &Worker,
+    pod: &Arc<Pod>,
+    record: &mut Record,
+    host: Option<String>,
+) -> Result<(Live, TcpStream), Refusal> {
+    let (source, destination) = (record.source_address, record.destination);
+    let call = Call { source, destination, peer: record.peer.clone(), host };
+    let workload = admit(worker, pod, &call, record).await?;
+    let app = connect_to_app(worker, pod, &workload, &call).await?;
+    let live = Live { hbone: false, ..call.live(pod, record) };
+    Ok((live, app))
 }
 
 /// One inbound connection, as it wants to be.

@@ -112,7 +112,7 @@ pub fn config(
     let seam = env.seam(resolv_conf)?;
     let zds_socket = PathBuf::from(env.or("INPOD_UDS", ZDS_SOCKET));
     // The one place of the node that the DaemonSet mounts, and on a tmpfs of the node.
-    let home = zds_socket.parent().unwrap_or(Path::new("/")).join("ambit");
+    let home = zds_socket.parent().unwrap_or_else(|| Path::new("/")).join("ambit");
     let folder = |name, sub| env.get(name).map_or_else(|| home.join(sub), PathBuf::from);
     let any: IpAddr = if env.truth("IPV6_ENABLED", true)? {
         Ipv6Addr::UNSPECIFIED.into()
@@ -133,6 +133,7 @@ pub fn config(
         network: env.or("NETWORK", "").to_owned(),
         trust_domain: env.or("TRUST_DOMAIN", "cluster.local").to_owned(),
         dns_proxy: env.truth("ISTIO_META_DNS_CAPTURE", true)?,
+        same_node_direct: env.list("SAME_NODE_DIRECT"),
         cluster_domain: env.or("CLUSTER_DOMAIN", "cluster.local").to_owned(),
         workers: env.workers()?,
         max_connections: env.number("MAX_CONNECTIONS", 200_000)?,
@@ -164,6 +165,11 @@ impl Env {
     fn needed(&self, name: &'static str, what: &str) -> Result<String, EnvError> {
         let found = self.get(name).map(str::to_owned);
         found.ok_or_else(|| EnvError::missing(name, what))
+    }
+
+    fn list(&self, name: &str) -> Vec<String> {
+        let parts = self.or(name, "").split(',').map(str::trim);
+        parts.filter(|part| !part.is_empty()).map(str::to_owned).collect()
     }
 
     fn truth(&self, name: &str, default: bool) -> Result<bool, EnvError> {
@@ -338,7 +344,10 @@ impl Env {
 fn nameserver(resolv_conf: &str) -> SocketAddr {
     let server = |line: &str| line.trim().strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok();
     let found = resolv_conf.lines().find_map(server);
-    SocketAddr::new(found.unwrap_or(Ipv4Addr::LOCALHOST.into()), net::capture::RESOLVER_PORT)
+    SocketAddr::new(
+        found.unwrap_or_else(|| Ipv4Addr::LOCALHOST.into()),
+        net::capture::RESOLVER_PORT,
+    )
 }
 
 /// The variables about one server.

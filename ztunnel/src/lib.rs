@@ -14,5 +14,6 @@ mod outbound;
 pub mod pod;
 pub mod pods;
 pub mod record;
+mod same_node;
 pub mod worker;
 pub mod zds;

@@ -10,6 +10,7 @@ use engine::{Candidate, OutboundFacts, OutboundPlan, Transport, plan_outbound};
 use futures_util::FutureExt as _;
 use futures_util::future::{Either, ready};
 use hbone::{ConnectHeaders, Credentials, Ended, PoolKey, TunnelError, relay_tcp, relay_tunnel};
+use http::StatusCode;
 use model::{MESH_PORTS, Reason, Refusal, Workload};
 use net::capture::MARK_PROXY;
 use net::socket::{ConnectOpts, SourcePorts};
@@ -17,8 +18,10 @@ use tokio::net::TcpStream;
 
 use crate::config::{Waits, is_local};
 use crate::connections::Live;
+use crate::inbound;
 use crate::pod::Pod;
 use crate::record::Record;
+use crate::same_node::{self, Joined};
 use crate::worker::{Accepted, Worker};
 
 /// Serves one connection from the application to its end.
@@ -42,20 +45,30 @@ async fn connect(
     let Accepted { tcp, peer, destination, .. } = accepted;
     // A refusal must look like one: the application gets a RST, not an empty answer.
     let tcp = ResetOnDrop(Some(tcp));
-    let ends = match open(worker, pod, peer, destination, record).await? {
+    let ends = match reach(worker, pod, peer, destination, record, Joining::Allowed).await? {
         Connected::Plain(target) => Ends::Sockets(tcp.take(), target),
         Connected::Tunnel(stream) => Ends::Tunnel(tcp.take(), stream),
+        Connected::Joined(joined) => Ends::Joined(tcp.take(), joined),
     };
     Ok((live(pod, &ends, record), ends))
 }
 
+/// Whether a server on this node may be reached without a tunnel. A connection that this proxy makes for itself takes the
+/// tunnel: only a relay can end both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Joining {
+    Allowed,
+    Never,
+}
+
 /// Decides where a connection of the pod goes, and makes it. The record learns what is found out on the way.
-pub(crate) async fn open(
+pub(crate) async fn reach(
     worker: &Worker,
     pod: &Pod,
     peer: SocketAddr,
     destination: SocketAddr,
     record: &mut Record,
+    joining: Joining,
 ) -> Result<Connected, Refusal> {
     let source = own_workload(worker, pod).await?;
     record.source = Some(source.clone());
@@ -76,10 +89,15 @@ pub(crate) async fn open(
         OutboundPlan::Passthrough => connect_plain(pod, destination).await.map(Connected::Plain),
         OutboundPlan::Connect { service, candidates } => {
             record.service = service;
-            let connected =
-                first_that_connects(worker, pod, &source, peer, candidates, record).await?;
-            if let Connected::Tunnel(stream) = &connected {
-                record.peer = Some(Arc::new(stream.peer.clone()));
+            let client = Client { worker, pod, source: &source, address: peer, joining };
+            let connected = first_that_connects(&client, candidates, record).await?;
+            match &connected {
+                Connected::Plain(_) => {}
+                Connected::Tunnel(stream) => record.peer = Some(Arc::new(stream.peer.clone())),
+                Connected::Joined(joined) => {
+                    record.peer = Some(Arc::new(joined.live.pod.identity.clone()));
+                    record.same_node = true;
+                }
             }
             Ok(connected)
         }
@@ -104,15 +122,22 @@ pub(crate) fn live(pod: &Arc<Pod>, ends: &Ends, record: &Record) -> Live {
 pub(crate) enum Connected {
     Plain(TcpStream),
     Tunnel(hbone::TunnelStream),
+    Joined(Box<Joined>),
+}
+
+/// Who wants to be connected.
+struct Client<'a> {
+    worker: &'a Worker,
+    pod: &'a Pod,
+    source: &'a Arc<Workload>,
+    address: SocketAddr,
+    joining: Joining,
 }
 
 /// Tries the candidates in order. Going on is safe: until a candidate has said yes, no application byte
 /// has left (DESIGN invariant 8).
 async fn first_that_connects(
-    worker: &Worker,
-    pod: &Pod,
-    source: &Arc<Workload>,
-    peer: SocketAddr,
+    client: &Client<'_>,
     candidates: Vec<Candidate>,
     record: &mut Record,
 ) -> Result<Connected, Refusal> {
@@ -120,7 +145,7 @@ async fn first_that_connects(
     for (number, candidate) in (1..).zip(candidates) {
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
-        let attempt = try_one(worker, pod, source, peer, &candidate, record);
+        let attempt = try_one(client, &candidate, record);
         let result = if number < count {
             let limited = tokio::time::timeout(Waits::BEFORE_ANOTHER, attempt).await;
             limited.unwrap_or_else(|_| Err(Failed::next(too_slow(&candidate))))
@@ -141,17 +166,21 @@ async fn first_that_connects(
 }
 
 async fn try_one(
-    worker: &Worker,
-    pod: &Pod,
-    source: &Arc<Workload>,
-    peer: SocketAddr,
+    client: &Client<'_>,
     candidate: &Candidate,
     record: &mut Record,
 ) -> Result<Connected, Failed> {
+    let Client { worker, pod, source, address, joining } = *client;
     let Transport::Hbone { gateway, expected } = &candidate.transport else {
         let connected = connect_plain(pod, candidate.target).await;
         return connected.map(Connected::Plain).map_err(Failed::next);
     };
+    if joining == Joining::Allowed
+        && let Some(joined) = same_node::join(worker, pod, address, candidate, record).await
+    {
+        record.hbone_address = None;
+        return joined.map(Connected::Joined).map_err(Failed::of);
+    }
     record.hbone_address = Some(*gateway);
     let key = PoolKey {
         source: source.uid.clone(),
@@ -160,7 +189,7 @@ async fn try_one(
         gateway: *gateway,
         expected: expected.clone(),
     };
-    let headers = connect_headers(source, peer, record, candidate);
+    let headers = connect_headers(source, address, record, candidate);
     open_tunnel(worker, pod, &headers, candidate, key).await.map(Connected::Tunnel)
 }
 
@@ -179,6 +208,11 @@ struct Failed {
 impl Failed {
     fn next(refusal: Refusal) -> Self {
         Self { refusal, last: false }
+    }
+
+    /// The same word that a tunnel would have brought as a status.
+    fn of(refusal: Refusal) -> Self {
+        Self { last: inbound::status(refusal.reason) == StatusCode::UNAUTHORIZED, refusal }
     }
 }
 
@@ -291,6 +325,8 @@ pub(crate) async fn connect_from(
 pub(crate) enum Ends {
     Sockets(TcpStream, TcpStream),
     Tunnel(TcpStream, hbone::TunnelStream),
+    /// Two pods of this proxy.
+    Joined(TcpStream, Box<Joined>),
     /// The server end of a tunnel.
     Accepted(TcpStream, h2::SendStream<bytes::Bytes>, h2::RecvStream),
 }
@@ -325,7 +361,11 @@ fn relay<'a>(
     let limit = shared.config.max_connections;
     if shared.open.load(Ordering::Relaxed) >= limit {
         let words = format!("{limit} connections are open (--max-connections)");
-        return Err(Refusal::new(Reason::Limit, words));
+        let refusal = Refusal::new(Reason::Limit, words);
+        if let Ends::Joined(_, joined) = ends {
+            same_node::refuse(worker, *joined, refusal.clone());
+        }
+        return Err(refusal);
     }
     let moved = live.moved.clone();
     let first_is_client = !matches!(ends, Ends::Accepted(..));
@@ -335,10 +375,15 @@ fn relay<'a>(
         Ends::Sockets(a, b) => (Either::Left(relay_tcp(a, b, moved, stop)), None),
         Ends::Tunnel(tcp, stream) => {
             let (send, receive, slot) = stream.split();
-            (Either::Right(relay_tunnel(tcp, send, receive, moved, stop)), Some(slot))
+            let relaying = relay_tunnel(tcp, send, receive, moved, stop);
+            (Either::Right(Either::Left(relaying)), Some(slot))
         }
         Ends::Accepted(tcp, send, receive) => {
-            (Either::Right(relay_tunnel(tcp, send, receive, moved, stop)), None)
+            (Either::Right(Either::Left(relay_tunnel(tcp, send, receive, moved, stop))), None)
+        }
+        Ends::Joined(tcp, joined) => {
+            let relaying = same_node::relay(worker, tcp, *joined, stop);
+            (Either::Right(Either::Right(relaying)), None)
         }
     };
     Ok(relaying.map(move |(ended, word)| {

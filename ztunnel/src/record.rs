@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use agent::access_log::{AccessLog, ConnectionRecord, Direction, Outcome, Party};
-use agent::metrics::{Flushed, Interner, Metrics, Reporter, TcpMetrics, TrafficKey};
+use agent::metrics::{Flushed, Interner, Metrics, Reporter, Security, TcpMetrics, TrafficKey};
 use agent::trace::{Position, SpanContext, Tracer};
 use hbone::{Ended, EndedBy, Transfer};
 use model::{ConfigVersion, Identity, PolicyKey, Provenance, Reason, Refusal, Service, Workload};
@@ -32,8 +32,10 @@ pub struct Record {
     pub hbone_address: Option<SocketAddr>,
     pub service: Option<Arc<Service>>,
     pub destination_workload: Option<Arc<Workload>>,
-    /// The verified identity at the other end: then the connection is under mutual TLS.
+    /// The identity at the other end: proved by its certificate under mutual TLS, or that of a pod of this proxy.
     pub peer: Option<Arc<Identity>>,
+    /// The peer is a pod of this proxy, reached without a tunnel.
+    pub same_node: bool,
     /// The ALLOW policy that matched, and its rule.
     pub allowed_by: Option<(PolicyKey, Provenance)>,
     pub version: ConfigVersion,
@@ -62,6 +64,18 @@ impl Record {
         Self { peer: Some(peer), ..record }
     }
 
+    /// The server's side of a connection between two pods of this proxy, whose bytes are counted once for both sides.
+    pub fn joined(
+        pod: &Arc<Pod>,
+        source: SocketAddr,
+        peer: Arc<Identity>,
+        destination: SocketAddr,
+        moved: Arc<Transfer>,
+    ) -> Self {
+        let record = Self::of(Direction::Inbound, pod, Instant::now(), source, destination);
+        Self { peer: Some(peer), same_node: true, moved, ..record }
+    }
+
     fn of(
         direction: Direction,
         pod: &Arc<Pod>,
@@ -81,6 +95,7 @@ impl Record {
             service: None,
             destination_workload: None,
             peer: None,
+            same_node: false,
             allowed_by: None,
             version: ConfigVersion::default(),
             moved: Arc::new(Transfer::default()),
@@ -172,8 +187,8 @@ impl Recorder {
     }
 
     /// Gives a connection its place in a trace: in that of its peer, or in a new one. Nothing where tracing is off.
-    pub fn trace(&self, record: &mut Record, parent: Option<&[u8]>) {
-        record.trace = self.tracer.begin(parent.and_then(SpanContext::parse)).map(Box::new);
+    pub fn trace(&self, record: &mut Record, parent: Option<SpanContext>) {
+        record.trace = self.tracer.begin(parent).map(Box::new);
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -223,7 +238,11 @@ impl Recorder {
         let outbound = record.direction == Direction::Outbound;
         let key = TrafficKey {
             reporter: if outbound { Reporter::Source } else { Reporter::Destination },
-            mutual_tls: peer.is_some(),
+            security: match peer {
+                Some(_) if record.same_node => Security::SameNode,
+                Some(_) => Security::MutualTls,
+                None => Security::Plaintext,
+            },
             source: record.source.as_ref(),
             source_identity: if outbound { None } else { peer },
             destination: record.destination_workload.as_ref(),
@@ -260,6 +279,7 @@ impl Recorder {
                 identity: if outbound { peer } else { own },
             },
             hbone_address: record.hbone_address.map(|_| record.target),
+            same_node: record.same_node,
             service: record.service.as_ref().map(|s| &s.key),
             from_client,
             from_server,

@@ -24,6 +24,7 @@ use crate::config::{Capture, Config};
 use crate::connections::Connections;
 use crate::pod::{Pod, canonical};
 use crate::record::Recorder;
+use crate::same_node::SameNode;
 use crate::{dns, inbound, outbound};
 
 /// How often closed and idle tunnels are looked for.
@@ -52,6 +53,7 @@ pub struct Worker {
     pub pool: Pool,
     pub connections: Connections,
     pub recorder: Recorder,
+    pub same_node: SameNode,
     /// Places for TLS handshakes of peers that dial us.
     pub handshakes: Semaphore,
     /// Places for DNS questions that wait for a resolver.
@@ -70,8 +72,10 @@ pub enum Command {
 
 impl Worker {
     pub fn new(shared: Arc<Shared>, recorder: Recorder) -> Self {
+        let same_node = SameNode::new(&shared.config.same_node_direct);
         Self {
             shared,
+            same_node,
             pool: Pool::new(PoolLimits::default()),
             connections: Connections::default(),
             recorder,
@@ -100,6 +104,7 @@ impl Worker {
                             format!("cannot listen in pod {}/{}: {e}", pod.namespace, pod.name)
                         });
                         if result.is_ok() {
+                            self.same_node.add(&pod);
                             pods.insert(pod.uid.clone(), pod);
                         }
                         // Nobody waits any more: the agent went away.
@@ -107,12 +112,14 @@ impl Worker {
                     }
                     Some(Command::Remove(uid)) => {
                         if let Some(pod) = pods.remove(&uid) {
+                            self.same_node.remove(&pod);
                             pod.leaving.send_replace(true);
                             self.forget(&pod);
                         }
                     }
                     Some(Command::Drain) => {
                         for (_, pod) in pods.drain() {
+                            self.same_node.remove(&pod);
                             pod.leaving.send_replace(true);
                         }
                     }

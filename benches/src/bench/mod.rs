@@ -14,6 +14,7 @@ pub mod memory;
 pub mod procfs;
 pub mod render;
 pub mod results;
+pub mod shapes;
 pub mod sizes;
 pub mod stats;
 pub mod suite;

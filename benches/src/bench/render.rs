@@ -18,6 +18,7 @@ pub fn page(results: &Results) -> String {
     connections(&mut out, results);
     sustained(&mut out, results);
     noise(&mut out, results);
+    shapes(&mut out, results);
     memory(&mut out, results);
     sizes(&mut out, results);
     handshakes(&mut out, results);
@@ -302,6 +303,40 @@ fn noise(out: &mut String, results: &Results) {
 
 fn self_ratio(noise: &Noise, value: impl Fn(&Sample) -> f64) -> Option<Spread> {
     Spread::of(noise.pairs.iter().map(|(first, second)| value(second) / value(first)))
+}
+
+fn shapes(out: &mut String, results: &Results) {
+    if results.shapes.is_empty() {
+        return;
+    }
+    out.push_str(
+        "\n## Other shapes\n\nThe ways of each shape in turns, the order changing. CPU of both nodes' proxies, in seconds for each GB, or for \
+         each 100,000 requests, connections or questions. `near` ends are on one node: \"joined\" is `--same-node-direct`. HTTP/2 by \
+         nghttp2's own client and server, its CPU read around the whole client. Under churn another client opens one connection after \
+         the other. The hundred clients are processes of their own, started together: \
+         of one pod, or of a hundred that call a hundred servers, a tunnel each.\n\n\
+         | shape | way | Gbit/s or 1/s | proxy CPU s | p50/p99/p99.9 µs | errors |\n|---|---|---|---|---|---|\n",
+    );
+    for shape in &results.shapes {
+        for way in &shape.ways {
+            let spread = |value: fn(&Sample) -> f64| Spread::of(way.samples.iter().map(value));
+            let digits = if shape.kind == Kind::Bulk { 2 } else { 0 };
+            let quantile = |name: &str| {
+                Spread::of(way.samples.iter().map(|s| s.number(name)))
+                    .map_or_else(|| "–".to_owned(), |s| format!("{:.0}", s.median))
+            };
+            let _ = writeln!(
+                out,
+                "| {} | {} | {} | {} | {} | {} |",
+                shape.title,
+                way.title,
+                text(spread(Sample::rate), digits),
+                text(spread(Sample::proxy_cpu_per_unit), 2),
+                ["p50_us", "p99_us", "p999_us"].map(quantile).join("/"),
+                way.samples.iter().map(Sample::errors).sum::<u64>(),
+            );
+        }
+    }
 }
 
 fn memory(out: &mut String, results: &Results) {

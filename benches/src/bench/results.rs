@@ -26,6 +26,9 @@ pub struct Results {
     /// From the start of a proxy to ready with a small configuration, several times.
     pub start_ms: Vec<f64>,
     pub sizes: Vec<Size>,
+    /// Traffic of other shapes.
+    #[serde(default)]
+    pub shapes: Vec<super::shapes::Measured>,
     /// Of the ztunnel that was measured, as it is on disk.
     pub binary_mb: f64,
     /// Output of the `snapshot` benchmark.
@@ -50,6 +53,8 @@ pub enum Kind {
     Connections,
     /// The same, for long: the windows count.
     Sustained,
+    /// Unit: 100,000 DNS questions.
+    Questions,
 }
 
 /// The same load on both arms.
@@ -132,8 +137,9 @@ impl Sample {
 
     /// What an arm is compared by: Gbit/s, requests or connections a second.
     pub fn rate(&self) -> f64 {
-        let field = if self.result["gbit_s"].is_number() { "gbit_s" } else { "per_second" };
-        self.number(field)
+        let fields = ["gbit_s", "per_second", "questions_per_second"];
+        let field = fields.into_iter().find(|f| self.result[f].is_number());
+        self.number(field.unwrap_or("per_second"))
     }
 
     pub fn proxy_cpu_per_unit(&self) -> f64 {
@@ -197,5 +203,6 @@ fn units(kind: Kind, result: &Value) -> f64 {
         Kind::Bulk => count("bytes_received") / 1e9,
         Kind::Requests | Kind::Rate => count("requests") / 1e5,
         Kind::Connections | Kind::Sustained => count("connections") / 1e5,
+        Kind::Questions => count("questions") / 1e5,
     }
 }

@@ -94,28 +94,7 @@ pub struct Outcome {
 impl World {
     /// Starts a mesh and waits until both pairs answer; in `folder` its YAML and its output are kept.
     pub fn up(programs: &Programs, folder: &Path, name: &str) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let yaml = folder.join("mesh");
-        fs::create_dir_all(&yaml)?;
-        fs::write(yaml.join("bench.yaml"), manifest())?;
-        let log = File::create(folder.join("up.log"))?;
-        let launcher = Command::new(&programs.meshctl)
-            .args(["local", "up"])
-            .arg(&yaml)
-            .args(["--nodes", "2", "--name", name, "--image"])
-            .arg(format!("meshload={}", programs.meshload.display()))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("cannot start {}", programs.meshctl.display()))?;
-        let mut world = Self {
-            programs: programs.clone(),
-            name: name.to_owned(),
-            launcher,
-            folder: folder.to_owned(),
-            servers: [const { String::new() }; 3],
-        };
+        let mut world = Self::start(programs, folder, name, &manifest(), &[])?;
         // The relay's client talks to the relay in its own pod.
         world.servers = [
             world.address_of_server(Arm::Plain)?,
@@ -124,6 +103,39 @@ impl World {
         ];
         world.wait_for_answers()?;
         Ok(world)
+    }
+
+    /// Starts a mesh of these objects, with more arguments for `meshctl local up`; waits for nothing.
+    pub fn start(
+        programs: &Programs,
+        folder: &Path,
+        name: &str,
+        manifest: &str,
+        more: &[&str],
+    ) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let yaml = folder.join("mesh");
+        fs::create_dir_all(&yaml)?;
+        fs::write(yaml.join("bench.yaml"), manifest)?;
+        let log = File::create(folder.join("up.log"))?;
+        let launcher = Command::new(&programs.meshctl)
+            .args(["local", "up"])
+            .arg(&yaml)
+            .args(["--nodes", "2", "--name", name, "--image"])
+            .arg(format!("meshload={}", programs.meshload.display()))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("cannot start {}", programs.meshctl.display()))?;
+        Ok(Self {
+            programs: programs.clone(),
+            name: name.to_owned(),
+            launcher,
+            folder: folder.to_owned(),
+            servers: [const { String::new() }; 3],
+        })
     }
 
     /// `IP:PORT` of an arm's server; `offset` picks the service (see `meshload all`).
@@ -186,34 +198,29 @@ impl World {
         &self,
         arm: Arm,
         arguments: &[&str],
-        mut on_event: impl FnMut(&Value) -> Result<()>,
+        on_event: impl FnMut(&Value) -> Result<()>,
     ) -> Result<Outcome> {
         let pids: Vec<i32> = self.between(arm)?.iter().map(|p| p.pid).collect();
-        let mut child = self.exec(arm, "client", arguments).stdout(Stdio::piped()).spawn()?;
-        let lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
-        let (mut before, mut after, mut result) = (None, None, None);
-        for line in lines {
-            let line = line?;
-            let value: Value = serde_json::from_str(&line)
-                .with_context(|| format!("meshload printed {line:?}"))?;
-            match value["event"].as_str() {
-                Some("begin") => before = Some(Cpu::now(&pids)?),
-                Some("end") => after = Some(Cpu::now(&pids)?),
-                Some("result") => result = Some(value),
-                _ => on_event(&value)?,
-            }
-        }
-        let status = child.wait()?;
-        ensure!(
-            status.success(),
-            "meshload {} in {}/client: {status}",
-            arguments.join(" "),
-            arm.namespace()
-        );
-        match (result, before, after) {
-            (Some(result), Some(before), Some(after)) => Ok(Outcome { result, before, after }),
-            _ => bail!("meshload {} printed no result", arguments.join(" ")),
-        }
+        watch(self.exec(arm, "client", arguments), &pids, on_event)
+            .with_context(|| format!("{}/client", arm.namespace()))
+    }
+
+    /// A command in a pod, `NAMESPACE/POD`.
+    pub fn command_in(&self, place: &str, argv: &[&str]) -> Command {
+        let mut command = Command::new(&self.programs.meshctl);
+        command.args(["local", "exec", "--name", &self.name, place, "--"]);
+        command.args(argv).stdin(Stdio::null());
+        command
+    }
+
+    /// What `meshctl local status` says.
+    pub fn status(&self) -> Result<Value> {
+        let mut command = Command::new(&self.programs.meshctl);
+        let output =
+            command.args(["local", "status", "--name", &self.name, "-o", "json"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "meshctl local status: {}", said.trim());
+        Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     /// Runs `meshload` in a pod and returns the one line it prints.
@@ -226,18 +233,9 @@ impl World {
     }
 
     fn exec(&self, arm: Arm, pod: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.programs.meshctl);
-        command.args([
-            "local",
-            "exec",
-            "--name",
-            &self.name,
-            &format!("{}/{pod}", arm.namespace()),
-            "--",
-            "meshload",
-        ]);
-        command.args(arguments).stdin(Stdio::null());
-        command
+        let argv: Vec<&str> =
+            std::iter::once("meshload").chain(arguments.iter().copied()).collect();
+        self.command_in(&format!("{}/{pod}", arm.namespace()), &argv)
     }
 
     fn address_of_server(&mut self, arm: Arm) -> Result<String> {
@@ -325,6 +323,34 @@ impl Drop for World {
     fn drop(&mut self) {
         // On the way out of an error: that error is the one to show.
         let _ = self.stop();
+    }
+}
+
+/// Runs a `meshload`, and reads the CPU time of `pids` at the marks that it prints. `on_event` sees its other lines.
+pub fn watch(
+    mut command: Command,
+    pids: &[i32],
+    mut on_event: impl FnMut(&Value) -> Result<()>,
+) -> Result<Outcome> {
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
+    let (mut before, mut after, mut result) = (None, None, None);
+    for line in lines {
+        let line = line?;
+        let value: Value =
+            serde_json::from_str(&line).with_context(|| format!("meshload printed {line:?}"))?;
+        match value["event"].as_str() {
+            Some("begin") => before = Some(Cpu::now(pids)?),
+            Some("end") => after = Some(Cpu::now(pids)?),
+            Some("result") => result = Some(value),
+            _ => on_event(&value)?,
+        }
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{command:?}: {status}");
+    match (result, before, after) {
+        (Some(result), Some(before), Some(after)) => Ok(Outcome { result, before, after }),
+        _ => bail!("{command:?} printed no result"),
     }
 }
 

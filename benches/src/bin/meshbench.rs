@@ -12,7 +12,7 @@ use meshload::bench::results::Results;
 use meshload::bench::suite::{self, Task};
 use meshload::bench::sysctl::{self, Allowed, CONGESTION_PIN};
 use meshload::bench::world::{Arm, Programs, World};
-use meshload::bench::{memory, render, sizes};
+use meshload::bench::{memory, render, shapes, sizes};
 use serde_json::Value;
 
 /// Workloads in a configuration.
@@ -66,6 +66,8 @@ struct Options {
 enum Part {
     Memory,
     Lines,
+    /// Same node, IPv6, policies, DNS, HTTP/2, churn, many pairs
+    Shapes,
     Sizes,
     /// The snapshot and handshake benchmarks
     Programs,
@@ -107,6 +109,9 @@ fn full(options: &Options) -> Result<()> {
     }
     if options.has(Part::Lines) {
         bench.lines(&wanted(options, |_| true))?;
+    }
+    if options.has(Part::Shapes) {
+        bench.shapes(&options.only)?;
     }
     if options.has(Part::Sizes) {
         bench.sizes()?;
@@ -185,6 +190,7 @@ impl Bench {
             memory: vec![],
             start_ms: vec![],
             sizes: vec![],
+            shapes: vec![],
             binary_mb: f64::from(u32::try_from(size).unwrap_or(u32::MAX)) / 1e6,
             snapshot: None,
             handshakes: vec![],
@@ -237,6 +243,28 @@ impl Bench {
                         self.results.missing.push(format!("{} against itself: {error:#}", task.id))
                     }
                 }
+            }
+        }
+        world.down()
+    }
+
+    /// Other shapes of traffic, on a mesh that has what they need.
+    fn shapes(&mut self, only: &[String]) -> Result<()> {
+        say("starting a mesh (bench-shapes)")?;
+        let (folder, manifest) = (self.folder.join("bench-shapes"), shapes::manifest());
+        let more = ["--same-node-direct", "direct"];
+        let world = World::start(&self.programs, &folder, "bench-shapes", &manifest, &more)?;
+        let place = shapes::Place::ready(&world)?;
+        if self.allowed.is_some() {
+            world.pin_congestion()?;
+        }
+        for shape in
+            shapes::SHAPES.iter().filter(|s| only.is_empty() || only.iter().any(|o| o == s.id))
+        {
+            say(shape.id)?;
+            match place.measure(shape, self.results.rounds, self.results.seconds) {
+                Ok(measured) => self.results.shapes.push(measured),
+                Err(error) => self.results.missing.push(format!("{}: {error:#}", shape.id)),
             }
         }
         world.down()

@@ -77,6 +77,8 @@ pub struct ConnectionRecord<'a> {
     pub destination: Party<'a>,
     /// Address and port of the application behind the tunnel, if there is a tunnel.
     pub hbone_address: Option<SocketAddr>,
+    /// Both ends are pods of this proxy and their sockets were joined: no tunnel, nothing encrypted.
+    pub same_node: bool,
     /// The service that was called, if it was called by its virtual address.
     pub service: Option<&'a ServiceKey>,
     /// Bytes of the client's application, and of the server's.

@@ -24,7 +24,7 @@ mod process;
 mod traffic;
 
 pub use dns::{DnsMetrics, DnsProtocol, DnsResult, dns_type_name};
-pub use labels::{Reporter, TrafficKey};
+pub use labels::{Reporter, Security, TrafficKey};
 pub use traffic::{Flushed, Interner, TcpMetrics};
 
 use traffic::Traffic;

@@ -82,6 +82,20 @@ pub fn authorize(snapshot: &Snapshot, facts: &InboundFacts<'_>) -> Verdict {
     }
 }
 
+/// Whether somebody who shows no certificate would be turned away for that: a PeerAuthentication demands mutual TLS of
+/// what arrives here. Also true while it cannot be known.
+pub fn demands_mutual_tls(snapshot: &Snapshot, facts: &InboundFacts<'_>) -> bool {
+    let policies = snapshot.policies_of(facts.workload);
+    if !policies.missing.is_empty() || facts.workload.protocol == TunnelProtocol::Unreadable {
+        return true;
+    }
+    let connection = Connection::new(&InboundFacts { peer: None, ..facts.clone() });
+    let denying = policies.found.iter().filter(|p| p.action == Action::Deny && !p.dry_run);
+    denying
+        .filter_map(|p| Some((p, matching_rule(p, &connection)?)))
+        .any(|(policy, rule)| demands_mtls(policy, &provenance_of(policy, rule)))
+}
+
 /// The dry-run policies that match this connection, smallest key first: what they would do is for the
 /// log only.
 pub fn dry_run_matches<'a>(

@@ -12,7 +12,7 @@ mod endpoint;
 mod outbound;
 mod rotate;
 
-pub use authz::{Allowed, InboundFacts, Verdict, authorize, dry_run_matches};
+pub use authz::{Allowed, InboundFacts, Verdict, authorize, demands_mutual_tls, dry_run_matches};
 pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
 pub use outbound::{
     Candidate, MAX_CANDIDATES, OutboundFacts, OutboundPlan, Transport, plan_every_endpoint,

@@ -74,6 +74,13 @@ pub(crate) fn subordinate(text: &str, name: &str, id: u32) -> Option<(u32, u32)>
     })
 }
 
+/// Whether all of a subordinate range exists where `own` is the map of this process: inside a container of one id the
+/// machine's `/etc/subuid` promises ids that cannot be had.
+pub(crate) fn is_mapped(own: &[IdRange], (start, count): (u32, u32)) -> bool {
+    let last = start.saturating_add(count.saturating_sub(1));
+    own.iter().any(|r| r.contains(start) && r.contains(last))
+}
+
 /// The map of a pod's user namespace, given the ids of the lab's. `run_as` is the id its processes will have.
 ///
 /// With one id in the lab, the pod has one id too, under the number the pod asks for: programs that insist on not being
@@ -138,6 +145,18 @@ mod tests {
         check("ann:1", None);
         check("ann:4294967295:65536", None);
         check("ann:5:0", None);
+    }
+
+    #[test]
+    fn a_container_of_one_id_has_no_subordinate_ones() {
+        let check = |own: &[IdRange], want| {
+            assert_eq!(is_mapped(own, (100_000, 65_536)), want, "{own:?}");
+        };
+        check(&[range(0, 0, u32::MAX)], true);
+        check(&[range(1001, 1001, 1)], false);
+        check(&[range(100_000, 5, 65_536)], true);
+        check(&[range(100_000, 5, 65_535)], false);
+        check(&[range(100_001, 5, 65_536)], false);
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct Options {
     pub images: Vec<(String, PathBuf)>,
     /// Where `istiod-lite` and `ztunnel` are. `None`: no mesh, plain pods only.
     pub bin_dir: Option<PathBuf>,
+    /// Namespaces whose pods on one node are joined without a tunnel; `*` for all.
+    pub same_node_direct: Vec<String>,
     /// A program that calls [`crate::hidden`] first; usually the running one.
     pub helper: PathBuf,
 }
@@ -45,6 +47,7 @@ pub(crate) struct WorldConfig {
     pub(crate) info: LabInfo,
     pub(crate) images: Vec<(String, PathBuf)>,
     pub(crate) bin_dir: Option<PathBuf>,
+    pub(crate) same_node_direct: Vec<String>,
 }
 
 /// What the lab tells the front.
@@ -133,7 +136,12 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         pid: std::process::id(),
         nodes: options.nodes,
     };
-    Ok(WorldConfig { info, images, bin_dir: options.bin_dir.clone() })
+    Ok(WorldConfig {
+        info,
+        images,
+        bin_dir: options.bin_dir.clone(),
+        same_node_direct: options.same_node_direct.clone(),
+    })
 }
 
 fn run_lab(
@@ -245,9 +253,13 @@ fn write_map(pid: u32, file: &str, map: &[IdRange]) -> Result<()> {
 fn subordinate_maps(pid: u32) -> bool {
     let name = User::from_uid(Uid::current()).ok().flatten().map_or_else(String::new, |u| u.name);
     let uid = getuid().as_raw();
-    let range =
-        |file: &str| ids::subordinate(&fs::read_to_string(file).unwrap_or_default(), &name, uid);
-    let (Some(uids), Some(gids)) = (range("/etc/subuid"), range("/etc/subgid")) else {
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+    let range = |file: &str, own: &str| {
+        ids::subordinate(&read(file), &name, uid)
+            .filter(|range| ids::is_mapped(&ids::parse_map(&read(own)), *range))
+    };
+    let uids = range("/etc/subuid", "/proc/self/uid_map");
+    let (Some(uids), Some(gids)) = (uids, range("/etc/subgid", "/proc/self/gid_map")) else {
         return false;
     };
     let helper = |program: &str| {

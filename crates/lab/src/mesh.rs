@@ -97,6 +97,7 @@ pub(crate) fn start(
     network: &Network,
     processes: &Processes,
     events: &mpsc::Sender<Event>,
+    same_node_direct: &[String],
 ) -> Result<Mesh> {
     let states = Arc::new(Mutex::new(vec![]));
     let around = Around {
@@ -136,6 +137,7 @@ pub(crate) fn start(
             home,
             root: istiod_dir.join("root-cert.pem"),
             registry: registry.clone(),
+            same_node_direct: same_node_direct.join(","),
         };
         let root = ztunnel.root.clone();
         let begin = move |_: u32| ztunnel.start();
@@ -173,6 +175,8 @@ struct Ztunnel {
     home: PathBuf,
     root: PathBuf,
     registry: Registry,
+    /// Namespaces, separated by commas.
+    same_node_direct: String,
 }
 
 impl Ztunnel {
@@ -193,6 +197,9 @@ impl Ztunnel {
             .arg(self.home.join("state"))
             .arg("--secret-dir")
             .arg(self.home.join("secret"));
+        if !self.same_node_direct.is_empty() {
+            command.arg("--same-node-direct").arg(&self.same_node_direct);
+        }
         command.arg("--token-fd").arg("3");
         Ok(Start { command, files: vec![read], ns: Some(self.ns.clone()) })
     }

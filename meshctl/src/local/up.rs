@@ -25,6 +25,10 @@ pub(crate) struct Args {
     /// Where istiod-lite and ztunnel are [default: beside meshctl]
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
+    /// Join pods of these namespaces without a tunnel when both are on one node (comma-separated, `*` for all); by default
+    /// every connection of the mesh is encrypted
+    #[arg(long, value_name = "NAMESPACE", value_delimiter = ',')]
+    same_node_direct: Vec<String>,
     /// Pods only, without the mesh
     #[arg(long, hide = true)]
     no_mesh: bool,
@@ -41,6 +45,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         nodes: args.nodes,
         images: args.images,
         bin_dir,
+        same_node_direct: args.same_node_direct,
         helper: exe,
     };
     let colored = print::on_stdout();

@@ -19,7 +19,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::{Decided, PATIENCE, Question, Server, wire};
-use crate::outbound::{Connected, Ends, ResetOnDrop, finish, live, open};
+use crate::outbound::{Connected, Ends, Joining, ResetOnDrop, finish, live, reach};
 use crate::record::Record;
 use crate::worker::{Accepted, Worker};
 
@@ -155,10 +155,11 @@ impl Line<'_> {
     }
 
     async fn connect(&self) -> Result<Open, String> {
-        let (mut record, connected) = self.connected().await?;
+        let (mut record, connected) = self.connected(Joining::Never).await?;
         let stream = match connected {
             Connected::Plain(tcp) => Stream::Plain(tcp),
             Connected::Tunnel(stream) => Stream::Tunnel { stream, held: BytesMut::new() },
+            Connected::Joined(_) => return Err("joined where only a relay may be".to_owned()),
         };
         let worker = self.server.worker.clone();
         worker.recorder.opened(&mut record, true);
@@ -166,10 +167,10 @@ impl Line<'_> {
     }
 
     /// A connection to the resolver, as the outbound proxy makes them. A refusal is written here.
-    async fn connected(&self) -> Result<(Record, Connected), String> {
+    async fn connected(&self, joining: Joining) -> Result<(Record, Connected), String> {
         let (worker, pod) = (&self.server.worker, &self.server.pod);
         let mut record = Record::outbound(pod, self.peer, self.resolver);
-        match open(worker, pod, self.peer, self.resolver, &mut record).await {
+        match reach(worker, pod, self.peer, self.resolver, &mut record, joining).await {
             Ok(connected) => Ok((record, connected)),
             Err(refusal) => {
                 let words = refusal.to_string();
@@ -191,7 +192,7 @@ impl Line<'_> {
     /// Hands the rest of the client's connection to the resolver.
     async fn relay(mut self, client: ResetOnDrop, first: &[u8]) {
         self.close(None);
-        let Ok((mut record, connected)) = self.connected().await else { return };
+        let Ok((mut record, connected)) = self.connected(Joining::Allowed).await else { return };
         let (worker, pod) = (&self.server.worker, &self.server.pod);
         let joined = async {
             let mut framed = &*framed(first).map_err(broken)?;
@@ -199,6 +200,10 @@ impl Line<'_> {
                 Connected::Plain(mut tcp) => {
                     tcp.write_all_buf(&mut framed).await.map_err(broken)?;
                     Ends::Sockets(client.take(), tcp)
+                }
+                Connected::Joined(mut joined) => {
+                    joined.app.write_all_buf(&mut framed).await.map_err(broken)?;
+                    Ends::Joined(client.take(), joined)
                 }
                 Connected::Tunnel(mut stream) => {
                     let first = Bytes::copy_from_slice(framed);

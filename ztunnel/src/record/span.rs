@@ -43,8 +43,12 @@ fn attributes(record: &Record, outbound: bool) -> Vec<(&'static str, Value)> {
         }
     }
     all.text("istio.reporter", if outbound { "source" } else { "destination" });
-    let security = if record.peer.is_some() { "mutual_tls" } else { "unknown" };
+    let mutual_tls = record.peer.is_some() && !record.same_node;
+    let security = if mutual_tls { "mutual_tls" } else { "unknown" };
     all.text("istio.connection_security_policy", security);
+    if record.same_node {
+        all.0.push(("ambit.same_node", Value::Truth(true)));
+    }
     all.workload(record.source.as_deref(), &SOURCE);
     all.workload(record.destination_workload.as_deref(), &DESTINATION);
     if let Some(peer) = &record.peer {

@@ -60,6 +60,9 @@ fn fill(f: &mut impl Fields, r: &ConnectionRecord<'_>) -> fmt::Result {
         Direction::Outbound => ("outbound", r.from_client, r.from_server),
     };
     f.quoted("direction", direction)?;
+    if r.same_node {
+        f.plain("same_node", "direct")?;
+    }
     f.number("bytes_sent", sent)?;
     f.number("bytes_recv", received)?;
     f.quoted("duration", format_args!("{}ms", r.duration.as_millis()))?;

@@ -69,6 +69,7 @@ fn record<'a>(source: Party<'a>, destination: Party<'a>) -> ConnectionRecord<'a>
         source,
         destination,
         hbone_address: None,
+        same_node: false,
         service: None,
         from_client: 84,
         from_server: 1_735,

@@ -25,14 +25,24 @@ impl Reporter {
     }
 }
 
+/// How the bytes of a connection travel, and whether its ends are known for certain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Security {
+    #[default]
+    Plaintext,
+    /// Both ends proved who they are.
+    MutualTls,
+    /// Both ends are pods of this proxy, which joined their sockets: it knows who they are, and nothing was encrypted.
+    SameNode,
+}
+
 /// What is known of the two ends of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct TrafficKey<'a> {
     pub reporter: Reporter,
-    /// Whether both ends proved who they are.
-    pub mutual_tls: bool,
+    pub security: Security,
     pub source: Option<&'a Arc<Workload>>,
-    /// The identity the source showed. With `mutual_tls` and `None`: that of the workload.
+    /// The identity the source showed. `None`, where identities are known: that of the workload.
     pub source_identity: Option<&'a Identity>,
     pub destination: Option<&'a Arc<Workload>>,
     pub destination_identity: Option<&'a Identity>,
@@ -45,7 +55,7 @@ impl TrafficKey<'_> {
     pub const fn unknown(reporter: Reporter) -> Self {
         Self {
             reporter,
-            mutual_tls: false,
+            security: Security::Plaintext,
             source: None,
             source_identity: None,
             destination: None,
@@ -59,7 +69,7 @@ impl TrafficKey<'_> {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Labels {
     pub(super) reporter: Reporter,
-    mutual_tls: bool,
+    security: Security,
     source: Side,
     destination: Side,
     service: Option<(Str, Str, Str)>,
@@ -86,9 +96,9 @@ impl Labels {
     pub(super) fn new(key: &TrafficKey<'_>) -> Self {
         Self {
             reporter: key.reporter,
-            mutual_tls: key.mutual_tls,
-            source: Side::new(key.source, key.source_identity, key.mutual_tls),
-            destination: Side::new(key.destination, key.destination_identity, key.mutual_tls),
+            security: key.security,
+            source: Side::new(key.source, key.source_identity, key.security),
+            destination: Side::new(key.destination, key.destination_identity, key.security),
             service: key
                 .service
                 .map(|s| (s.key.hostname.clone(), s.key.namespace.clone(), s.name.clone())),
@@ -100,7 +110,7 @@ impl Side {
     fn new(
         workload: Option<&Arc<Workload>>,
         identity: Option<&Identity>,
-        mutual_tls: bool,
+        security: Security,
     ) -> Self {
         Self {
             workload: workload.map(|w| Names {
@@ -112,7 +122,7 @@ impl Side {
                 region: w.locality.region.clone(),
                 zone: w.locality.zone.clone(),
             }),
-            identity: mutual_tls
+            identity: (security != Security::Plaintext)
                 .then(|| identity.cloned().or_else(|| workload.map(|w| w.identity())))
                 .flatten(),
         }
@@ -207,11 +217,12 @@ impl EncodeLabelSet for Flagged<'_> {
         l.destination.encode(encoder, &DESTINATION)?;
         label(encoder, "request_protocol", "tcp")?;
         label(encoder, "response_flags", self.flags)?;
-        label(
-            encoder,
-            "connection_security_policy",
-            if l.mutual_tls { "mutual_tls" } else { "unknown" },
-        )
+        let policy = match l.security {
+            Security::MutualTls => "mutual_tls",
+            Security::Plaintext => "unknown",
+            Security::SameNode => "none",
+        };
+        label(encoder, "connection_security_policy", policy)
     }
 }
 

@@ -36,7 +36,7 @@ fn key<'a>(
     service: &'a Arc<Service>,
 ) -> TrafficKey<'a> {
     TrafficKey {
-        mutual_tls: true,
+        security: Security::MutualTls,
         source: Some(source),
         destination: Some(to),
         service: Some(service),

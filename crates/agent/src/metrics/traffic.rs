@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use model::{Identity, Reason, Service, Workload};
 
-use super::labels::{Labels, Reporter, TrafficKey};
+use super::labels::{Labels, Reporter, Security, TrafficKey};
 use super::{Refusals, lock};
 
 /// Combinations of labels that are counted apart: callers × called on one node. 4,000 make a page of
@@ -208,7 +208,7 @@ pub struct Interner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Pointers {
     reporter: Reporter,
-    mutual_tls: bool,
+    security: Security,
     source: usize,
     destination: usize,
     service: usize,
@@ -233,7 +233,7 @@ impl Interner {
         }
         let pointers = Pointers {
             reporter: key.reporter,
-            mutual_tls: key.mutual_tls,
+            security: key.security,
             source: address(key.source),
             destination: address(key.destination),
             service: address(key.service),

@@ -370,6 +370,41 @@ fn strict_mutual_tls() {
 }
 
 #[test]
+fn who_demands_mutual_tls() {
+    let check = |name: &str, policies: &[Policy], missing: &[PolicyKey], want: [bool; 2]| {
+        let (snapshot, web) = world(policies, missing);
+        // Whoever asks: it is about those who show nothing.
+        let peer: Identity = "spiffe://cluster.local/ns/shop/sa/api".parse().unwrap();
+        let got = [8080, 9090].map(|port| {
+            demands_mutual_tls(
+                &snapshot,
+                &InboundFacts {
+                    workload: &web,
+                    destination: SocketAddr::new(WEB.parse().unwrap(), port),
+                    source_ip: "10.1.0.9".parse().unwrap(),
+                    peer: Some(&peer),
+                },
+            )
+        });
+        assert_eq!(got, want, "{name}");
+    };
+    let nobody = Match { not_principals: vec![StringMatch::Presence], ..Match::default() };
+    let named = |name: &str, clauses: Vec<Match>| {
+        policy(name, Scope::WorkloadSelector, Action::Deny, vec![rule(clauses)])
+    };
+    let strict = named("istio-system/istio_converted_static_strict", vec![nobody.clone()]);
+    check("no policy", &[], &[], [false; 2]);
+    check("strict", std::slice::from_ref(&strict), &[], [true; 2]);
+    let one = named("shop/istio_converted_peer_authentication_x", vec![nobody.clone(), port(9090)]);
+    check("a port", &[one], &[], [false, true]);
+    // The user's own words against plaintext are a policy: they decide on the identity, which is known.
+    check("an AuthorizationPolicy", &[named("shop/own", vec![nobody])], &[], [false; 2]);
+    check("a dry run", &[Policy { dry_run: true, ..strict }], &[], [false; 2]);
+    let key = PolicyKey { namespace: "shop".into(), name: "late".into() };
+    check("one that has not arrived", &[], &[key], [true; 2]);
+}
+
+#[test]
 fn a_workload_that_cannot_be_read_takes_nothing() {
     let (snapshot, mut web) = world(&[], &[]);
     let answer = |web: &Workload, caller| short(&ask(&snapshot, web, caller, "10.1.0.1:80"));

@@ -202,7 +202,8 @@ impl World {
         }
         let mesh = match &config.bin_dir {
             Some(bin) => {
-                Some(mesh::start(&place, bin, &config.info.dir, &network, &processes, &events)?)
+                let (dir, direct) = (&config.info.dir, &config.same_node_direct);
+                Some(mesh::start(&place, bin, dir, &network, &processes, &events, direct)?)
             }
             None => None,
         };
