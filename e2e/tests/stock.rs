@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::stock::istiod::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use e2e::stock::two::{Two, VIP, identity};
 use e2e::stock::world::{self, HERE, TOKEN};
@@ -141,7 +141,17 @@ fn tokens_rotate_and_streams_come_back() -> Result<()> {
     t.world.istiod.cut();
     // While nobody was connected something went and something came.
     let extra = t.world.pod(&t.two, "extra", true)?;
-    wait_until("the streams to come back", SOON, || Ok(t.world.istiod.seen().held.len() >= 2))?;
+    wait_until("the streams to come back", SOON, || Ok(t.world.istiod.seen().held.len() >= 2))
+        .with_context(|| {
+            format!(
+                "{:?}
+{}
+{}",
+                t.world.istiod,
+                t.one.log(),
+                t.two.log()
+            )
+        })?;
     let held = &t.world.istiod.seen().held;
     let service = format!("app/{}", world::hostname("server"));
     ensure!(held.iter().all(|names| names.contains(&service)), "what is held is told: {held:?}");

@@ -65,7 +65,9 @@ impl World {
         let ns = NetNs::create()?;
         ns.enter()?;
         ip(&["link", "set", "lo", "up"])?;
-        ip(&["link", "add", "br0", "type", "bridge"])?;
+        // An address of its own: else the bridge takes that of its lowest port, another one whenever a port comes, and the
+        // others keep talking to the old one for half a minute.
+        ip(&["link", "add", "br0", "address", "02:00:00:00:00:01", "type", "bridge"])?;
         ip(&["addr", "add", &format!("{HERE}/16"), "dev", "br0"])?;
         ip(&["addr", "add", "fd00:9::1/64", "dev", "br0", "nodad"])?;
         ip(&["link", "set", "br0", "up"])?;
