@@ -21,7 +21,12 @@ test: programs ## install what the tests need where that is allowed, then run th
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 unit: ## the tests that need no namespaces and no other programs
-	$(CARGO) test --locked -p model -p engine -p compile -p xds -p tidy
+	$(CARGO) test --locked -p model -p engine -p compile -p xds -p sim -p tidy
+
+SEEDS ?= 0..200000
+
+sim: ## the simulation on more seeds than the tests run: SEEDS=FROM..TO
+	AMBIT_SIM_SEEDS=$(SEEDS) $(CARGO) test --release --locked -p sim --test seeds hold -- --nocapture
 
 e2e: programs ## real programs through the mesh, in network namespaces
 	$(CARGO) build --workspace --bins --locked
@@ -79,4 +84,4 @@ $(DENY_STAMP):
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
-.PHONY: help build test unit e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs
+.PHONY: help build test unit sim e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs

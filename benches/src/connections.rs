@@ -1,5 +1,5 @@
 //! A new connection for every request, `n` at a time: latency from the start of the connect to the
-//! whole answer, and how many a second in consecutive windows.
+//! whole answer, how many a second in consecutive windows, and the longest time without an answer.
 //!
 //! Who closes first keeps the connection in TIME_WAIT for a minute, and a client has 28,000 ports in
 //! Linux's default range. So it matters who closes, and the caller says which: see [`Closing`].
@@ -62,12 +62,15 @@ pub fn run(plan: &Plan) -> io::Result<()> {
         errors: Errors::default(),
         windows: Vec::new(),
         began: Instant::now(),
+        answered: Instant::now(),
+        gap: Duration::ZERO,
         started: 0,
         buffer: vec![0; BUFFER],
     };
     let mut ready = Vec::new();
     lines::begin()?;
     run.began = Instant::now();
+    run.answered = run.began;
     while run.goes_on() || slots.iter().any(Slot::is_busy) {
         let resting = slots.iter().any(|s| matches!(s, Slot::Resting { .. }));
         if resting {
@@ -133,6 +136,10 @@ struct Run {
     errors: Errors,
     windows: Vec<Window>,
     began: Instant,
+    /// When the last answer was complete.
+    answered: Instant,
+    /// The longest time without one.
+    gap: Duration,
     started: u64,
     buffer: Vec<u8>,
 }
@@ -188,6 +195,9 @@ impl Run {
             return Ok(Slot::Waiting { connection, began });
         }
         self.hist.record(nanos(began.elapsed()));
+        let now = Instant::now();
+        self.gap = self.gap.max(now - self.answered);
+        self.answered = now;
         self.window().connections += 1;
         match self.plan.closing {
             Closing::Server => return self.close(connection, began, token),
@@ -242,6 +252,7 @@ impl Run {
             "connections": latency.count,
             "per_second": rate(latency.count, took),
             "latency": latency,
+            "gap_ms": self.gap.as_secs_f64() * 1e3,
             "window_seconds": self.plan.window.as_secs_f64(),
             "windows": &self.windows[..whole.min(self.windows.len())],
             "time_wait": time_wait(),

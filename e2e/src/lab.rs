@@ -39,6 +39,7 @@ pub struct Plan {
     /// Folder that is copied first.
     from: Option<PathBuf>,
     wait_for_pods: bool,
+    drain_seconds: Option<u64>,
     same_node_direct: Option<String>,
 }
 
@@ -51,6 +52,7 @@ impl Default for Plan {
             name: None,
             from: None,
             wait_for_pods: true,
+            drain_seconds: None,
             same_node_direct: None,
         }
     }
@@ -84,6 +86,12 @@ impl Plan {
     /// Begins with a copy of a folder of YAML.
     pub fn copy_of(mut self, folder: &Path) -> Self {
         self.from = Some(folder.to_owned());
+        self
+    }
+
+    /// How long a ztunnel that is replaced keeps its connections.
+    pub fn drain_seconds(mut self, seconds: u64) -> Self {
+        self.drain_seconds = Some(seconds);
         self
     }
 
@@ -151,6 +159,9 @@ impl Lab {
         command.args(["local", "up"]).arg(self.folder.path());
         command.args(["--name", &self.name, "--nodes", &plan.nodes.to_string()]);
         command.arg("--bin-dir").arg(programs::folder()?);
+        if let Some(seconds) = plan.drain_seconds {
+            command.args(["--drain-seconds", &seconds.to_string()]);
+        }
         if let Some(namespace) = &plan.same_node_direct {
             command.args(["--same-node-direct", namespace]);
         }

@@ -101,6 +101,11 @@ fn choose<'a>(names: &[&'a str]) -> Option<Vec<&'a str>> {
     Some(chosen)
 }
 
+/// A figure that a test measured, beside its result.
+pub fn measured(text: &str) {
+    say(&format!("({text}) "));
+}
+
 struct Report {
     began: Instant,
     passed: usize,

@@ -1,6 +1,6 @@
 //! What a user writes into files, and what the programs of a node say to each other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use compile::{Folder, MeshConfig, compile};
 use istiod_lite::tokens::Tokens;
@@ -66,7 +66,7 @@ fn line(mut data: &[u8]) {
     while let Some((length, rest)) = data.split_first() {
         let (packet, rest) = rest.split_at(usize::from(*length).min(rest.len()));
         data = rest;
-        match snapshot.read(packet, Some(())) {
+        match snapshot.read(packet, VecDeque::from([()])) {
             Ok(Some(PodEvent::Add { uid, .. })) => {
                 assert!(!uid.is_empty());
                 added.insert(uid);
@@ -74,7 +74,7 @@ fn line(mut data: &[u8]) {
             Ok(Some(PodEvent::Remove { uid })) => {
                 added.remove(&uid);
             }
-            Ok(Some(PodEvent::Only { uids })) => {
+            Ok(Some(PodEvent::Only { uids, .. })) => {
                 assert!(!over, "a snapshot ends once");
                 assert!(added.iter().all(|uid| uids.contains(uid)), "a pod that was added is lost");
                 over = true;

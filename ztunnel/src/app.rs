@@ -1,13 +1,14 @@
 //! Puts the proxy together: threads, control plane, node agent, drain.
 
-use std::io::Read as _;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use agent::access_log::{self, AccessLog, Utc};
-use agent::admin::{self, AdminState, Certificate, CertificateInfo, Page};
+use agent::admin::{AdminState, Certificate, CertificateInfo};
 use agent::certs::CertStore;
 use agent::control_plane::{
     Anchors, CERTIFICATE_LIFETIME, ControlPlane, Login, Proxy, RootCert, Server,
@@ -19,14 +20,16 @@ use agent::store::ConfigStore;
 use agent::trace::{TraceSettings, Tracer};
 use agent::xds_client::{XdsPhase, XdsStatus, XdsView, run_xds};
 use anyhow::{Context, bail, ensure};
+use model::{Reason, Refusal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::config::Config;
+use crate::config::{Config, Waits};
+use crate::pages::Pages;
 use crate::pods::Pods;
 use crate::record::Recorder;
 use crate::worker::{Command, Shared, Worker};
-use crate::zds;
+use crate::zds::{self, HangUp};
 
 /// Orders that may wait for a worker: pods come at tens per second at most.
 const COMMANDS: usize = 256;
@@ -34,6 +37,8 @@ const COMMANDS: usize = 256;
 const MAX_TOKEN: u64 = 4096;
 /// How long the last access-log lines may take at the end.
 const LAST_LINES: Duration = Duration::from_secs(1);
+/// How long connections that are ended may take to be gone, access-log line and all.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often the drain looks whether the last connection has ended.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
@@ -48,6 +53,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let traces = traces(&config)?;
     let files = net::socket::raise_open_files().context("reading the limit of open files")?;
     let token = config.token_fd.map(read_token).transpose()?;
+    let ready = config.ready_fd.map(|fd| inherited("--ready-fd", fd)).transpose()?;
     tracing::info!(
         node = %config.node,
         version = env!("CARGO_PKG_VERSION"),
@@ -60,13 +66,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     }
     // Control plane, certificates and the admin pages: away from the threads that move bytes.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(config, token, traces, log))
+    runtime.block_on(serve(config, token, traces, ready, log))
 }
 
 async fn serve(
     config: Config,
     token: Option<String>,
     traces: Option<TraceSettings>,
+    ready: Option<File>,
     log: logging::LogControl,
 ) -> anyhow::Result<()> {
     let readiness = Readiness::new();
@@ -78,11 +85,14 @@ async fn serve(
     let certs = CertStore::new(control_plane.clone());
     certs.report_to(metrics.clone());
     let lines = access_log(&config, &metrics)?;
+    let status = Arc::new(XdsStatus::new(metrics.clone()));
     let shared = Arc::new(Shared {
         config: config.clone(),
         store: store.clone(),
         certs: certs.clone(),
+        status: status.clone(),
         open: AtomicUsize::new(0),
+        busy: AtomicUsize::new(0),
     });
     let (stop, stopped) = watch::channel(false);
     let tracer = match traces {
@@ -90,45 +100,96 @@ async fn serve(
         None => Tracer::off(),
     };
     let (workers, commands) = start_workers(&shared, &metrics, &lines, &tracer)?;
+    let quit = Arc::new(Notify::new());
+    let state = admin_state(
+        &config,
+        &workers,
+        store.clone(),
+        certs.clone(),
+        readiness.clone(),
+        metrics.clone(),
+        log,
+        quit.clone(),
+    );
+    let pages = Pages::start(state, &config).await?;
     let pods = Pods::new(
         config.trust_domain.as_str().into(),
         commands.clone(),
         certs.clone(),
-        metrics.clone(),
+        metrics,
         pods_named,
+        pages.clone(),
     );
     tokio::spawn(certs.clone().run(stopped.clone()));
-    let status = Arc::new(XdsStatus::new(metrics.clone()));
-    tokio::spawn(run_xds(control_plane, store.clone(), certs.clone(), status.clone(), stopped));
+    tokio::spawn(run_xds(control_plane, store, certs, status.clone(), stopped));
     tokio::spawn(async move {
         // The sender lives in the status, which the stream's task holds.
-        let ready = |view: &XdsView| view.was_synced || view.phase == XdsPhase::FromDisk;
-        let _ = status.subscribe().wait_for(ready).await;
+        let _ = status.subscribe().wait_for(is_configured).await;
         drop(configured);
     });
-    let socket = config.zds_socket.clone();
-    std::thread::Builder::new()
-        .name("node-agent".into())
-        .spawn(move || zds::run(&socket, |event| pods.handle(event)))?;
-    let quit = Arc::new(Notify::new());
-    let pages = pages(&config, &workers, store, certs, readiness, metrics, log, quit.clone());
-    serve_pages(&config, pages).await?;
+    let hang_up = Arc::new(HangUp::default());
+    tokio::spawn(take_pods(shared.clone(), pods, hang_up.clone()));
+    tokio::spawn(say_ready(readiness, ready));
 
     wait_for_end(&quit).await?;
-    drain(&config, &commands, &shared).await;
+    hang_up.now();
+    pages.close();
+    drain(&config, &commands, &shared, &quit).await?;
     stop.send_replace(true);
     tracer.ended().await;
     lines.flush(LAST_LINES);
     Ok(())
 }
 
+fn is_configured(view: &XdsView) -> bool {
+    view.was_synced || view.phase == XdsPhase::FromDisk
+}
+
+/// Talks to the node agent, but not before there is a configuration: with the first pod come its listeners, and in them
+/// the connections that wait.
+async fn take_pods(shared: Arc<Shared>, pods: Pods, hang_up: Arc<HangUp>) {
+    let mut view = shared.status.subscribe();
+    let from_disk = view.borrow().phase == XdsPhase::FromDisk;
+    // From disk it is as good as it gets once the control plane could not be reached.
+    let enough = |view: &XdsView| view.was_synced || (from_disk && view.error.is_some());
+    let limit = if from_disk { Waits::NEWER_CONFIGURATION } else { Waits::FIRST_CONFIGURATION };
+    let _ = tokio::time::timeout(limit, view.wait_for(enough)).await;
+    let socket = shared.config.zds_socket.clone();
+    let thread = std::thread::Builder::new().name("node-agent".into());
+    // Istio's agent keeps no listeners for the next process, which shares our ports instead.
+    let hands_over = shared.config.istio.is_none();
+    let handle = move |event| {
+        let added = pods.handle(event);
+        if hands_over { added } else { added.map(|_| Vec::new()) }
+    };
+    let started = thread.spawn(move || zds::run(&socket, &hang_up, handle));
+    if let Err(e) = started {
+        tracing::error!("no thread for the node agent, this proxy serves nobody: {e}");
+    }
+}
+
+/// Tells who started us that they can rely on us.
+async fn say_ready(readiness: Readiness, to: Option<File>) {
+    readiness.ready().await;
+    tracing::info!("ready");
+    if let Some(mut to) = to {
+        // Who started us may have stopped listening.
+        let _ = to.write_all(b"ready\n");
+    }
+}
+
+/// Takes over a descriptor that the parent passed by number.
+fn inherited(flag: &str, fd: i32) -> anyhow::Result<File> {
+    ensure!(fd > 2, "{flag} is {fd}; it must be an inherited descriptor above 2");
+    // SAFETY: the launcher handed this descriptor to us by number, and nothing else in this process
+    // knows it. A wrong number gives an error at the first use.
+    #[expect(unsafe_code, reason = "an inherited descriptor arrives as a number")]
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
 /// Reads the token and closes the descriptor, so that nothing we start can inherit it.
 fn read_token(fd: i32) -> anyhow::Result<String> {
-    ensure!(fd > 2, "--token-fd is {fd}; it must be a descriptor above 2 that holds the token");
-    // SAFETY: the launcher handed this descriptor to us by number, and nothing else in this process
-    // knows it. A wrong number gives an error at the read.
-    #[expect(unsafe_code, reason = "an inherited descriptor arrives as a number")]
-    let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let file = inherited("--token-fd", fd)?;
     let mut token = String::new();
     file.take(MAX_TOKEN)
         .read_to_string(&mut token)
@@ -226,7 +287,7 @@ fn start_workers(
 }
 
 #[expect(clippy::too_many_arguments, reason = "everything the pages show, gathered in one place")]
-fn pages(
+fn admin_state(
     config: &Config,
     workers: &[Arc<Worker>],
     store: Arc<ConfigStore>,
@@ -257,20 +318,6 @@ fn pages(
         }),
         quit: Box::new(move || quit.notify_one()),
     }
-}
-
-async fn serve_pages(config: &Config, state: AdminState) -> anyhow::Result<()> {
-    let state = Arc::new(state);
-    for (page, address) in [
-        (Page::Readiness, config.readiness_address),
-        (Page::Metrics, config.stats_address),
-        (Page::Admin, config.admin_address),
-    ] {
-        let listener = admin::bind(page, address).await?;
-        let state = state.clone();
-        tokio::spawn(async move { admin::serve(listener, page, state).await });
-    }
-    Ok(())
 }
 
 fn certificates(certs: &CertStore) -> Vec<CertificateInfo> {
@@ -327,21 +374,51 @@ async fn wait_for_end(quit: &Notify) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes no more connections and waits for those that live, as long as the configuration says.
-async fn drain(config: &Config, commands: &[mpsc::Sender<Command>], shared: &Shared) {
-    for worker in commands {
-        // A worker that ended has nothing to drain.
-        let _ = worker.send(Command::Drain).await;
-    }
+/// Takes no more connections, waits for those that live as long as the configuration says, and ends what is left with
+/// its reason.
+async fn drain(
+    config: &Config,
+    commands: &[mpsc::Sender<Command>],
+    shared: &Shared,
+    quit: &Notify,
+) -> anyhow::Result<()> {
+    tell(commands, || Command::Drain).await;
     let open = || shared.open.load(Ordering::Relaxed);
     tracing::info!(connections = open(), seconds = config.drain_seconds, "draining");
+    let (begun, limit) = (Instant::now(), Duration::from_secs(config.drain_seconds));
+    let busy = || shared.busy.load(Ordering::Relaxed);
+    let mut told = std::pin::pin!(wait_for_end(quit));
+    let why = loop {
+        match engine::Drain::after(begun.elapsed(), limit, busy()) {
+            engine::Drain::Done => return Ok(()),
+            engine::Drain::Cut => {
+                let seconds = config.drain_seconds;
+                break format!("this proxy goes, and {seconds} s (--drain-seconds) are over");
+            }
+            engine::Drain::Wait => tokio::select! {
+                () = tokio::time::sleep(DRAIN_LOOK) => {}
+                told = &mut told => {
+                    told?;
+                    break "this proxy goes, and was told to go at once".to_owned();
+                }
+            },
+        }
+    };
+    tracing::warn!(connections = open(), "{why}: ending what is left");
+    tell(commands, || Command::End(Refusal::new(Reason::Draining, why.clone()))).await;
+    // Only tunnels without streams are left after it, and what connects at this moment.
     let quiet = async {
-        while open() > 0 {
+        while busy() > 0 {
             tokio::time::sleep(DRAIN_LOOK).await;
         }
     };
-    let limit = Duration::from_secs(config.drain_seconds);
-    if tokio::time::timeout(limit, quiet).await.is_err() {
-        tracing::warn!(connections = open(), "drain time is over, closing what is left");
+    let _ = tokio::time::timeout(LAST_WORDS, quiet).await;
+    Ok(())
+}
+
+async fn tell(workers: &[mpsc::Sender<Command>], command: impl Fn() -> Command) {
+    for worker in workers {
+        // A worker that ended has nothing to obey.
+        let _ = worker.send(command()).await;
     }
 }

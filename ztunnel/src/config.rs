@@ -36,6 +36,9 @@ pub struct Config {
     /// Inherited file descriptor with a one-time node token, one line.
     #[arg(long)]
     pub token_fd: Option<i32>,
+    /// Inherited file descriptor that gets a line once this proxy is ready to serve.
+    #[arg(long)]
+    pub ready_fd: Option<i32>,
     #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
     pub cluster: String,
     #[arg(long, env = "NETWORK", default_value = "")]
@@ -60,7 +63,8 @@ pub struct Config {
     /// Connections that this proxy carries at once, all pods together.
     #[arg(long, env = "MAX_CONNECTIONS", default_value_t = 200_000)]
     pub max_connections: usize,
-    /// Seconds that live connections get after SIGTERM.
+    /// Seconds that live connections get after SIGTERM. What is left then is ended with the reason `draining`; so is
+    /// everything at a second SIGTERM.
     #[arg(long, env = "DRAIN_SECONDS", default_value_t = 25)]
     pub drain_seconds: u64,
     /// Access log: `text`, `json` or `off`.
@@ -189,6 +193,13 @@ impl Waits {
     pub const BEFORE_ANOTHER: Duration = Duration::from_secs(3);
     /// For TLS and HTTP/2 of a peer that dials us; a slow-loris does not get more.
     pub const HANDSHAKE: Duration = Duration::from_secs(10);
+    /// For the first request on a new tunnel when this proxy is going: it was dialled for a request, which is on its way.
+    pub const FIRST_REQUEST: Duration = Duration::from_secs(1);
+    /// At the start, with a configuration from disk, for the control plane's: connections wait in the listeners of the
+    /// process before. What is on disk is seldom older than a second, and is judged again when the newer comes.
+    pub const NEWER_CONFIGURATION: Duration = Duration::from_millis(500);
+    /// At the start, with nothing on disk. After it pods are taken all the same, and their connections wait and are refused.
+    pub const FIRST_CONFIGURATION: Duration = Duration::from_secs(5);
 }
 
 /// True when the address is the pod's own, or loopback.

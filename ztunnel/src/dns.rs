@@ -25,6 +25,7 @@ use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::Semaphore;
 
+use crate::listeners::{Listeners, Role, Share, take_or_open};
 use crate::pod::Pod;
 use crate::worker::{Worker, accept};
 use wire::{Asked, Read};
@@ -55,8 +56,13 @@ struct Counted {
     metrics: Arc<DnsMetrics>,
 }
 
-/// Opens this thread's listeners in the pod and serves them.
-pub(crate) fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>) -> io::Result<()> {
+/// Serves this thread's share of the pod's listeners, and opens what is missing.
+pub(crate) fn serve(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    share: &mut Share,
+    listeners: &mut Listeners,
+) -> io::Result<()> {
     let metrics = worker.recorder.metrics().dns(None);
     let server = Arc::new(Server {
         worker: worker.clone(),
@@ -67,7 +73,7 @@ pub(crate) fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>) -> io::Result<()> {
         counted: Mutex::new(Counted { workload: None, metrics }),
     });
     for at in DNS_LISTENERS {
-        match serve_at(&server, at) {
+        match serve_at(&server, at, share, listeners) {
             // No IPv6 in the kernel: the pod cannot ask by it either.
             Err(e) if at.is_ipv6() && e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
             result => result?,
@@ -76,10 +82,20 @@ pub(crate) fn serve(worker: &Arc<Worker>, pod: &Arc<Pod>) -> io::Result<()> {
     Ok(())
 }
 
-fn serve_at(server: &Arc<Server>, at: SocketAddr) -> io::Result<()> {
-    let ns = &server.pod.netns;
-    let socket = UdpSocket::from_std(captured(ns, at, MARK_PROXY)?)?;
-    let replies = Replies::open(ns, at.is_ipv6(), MARK_PROXY)?;
+fn serve_at(
+    server: &Arc<Server>,
+    at: SocketAddr,
+    share: &mut Share,
+    listeners: &mut Listeners,
+) -> io::Result<()> {
+    let (ns, ipv6) = (&server.pod.netns, at.is_ipv6());
+    let by_udp = Role::Questions { udp: true, ipv6 };
+    for fd in take_or_open(share, by_udp, || captured(ns, at, MARK_PROXY))? {
+        let socket = Arc::new(UdpSocket::from_std(fd.into())?);
+        listeners.add(socket.clone());
+        let replies = Replies::open(ns, ipv6, MARK_PROXY)?;
+        tokio::spawn(udp::serve(server.clone(), socket, Arc::new(replies)));
+    }
     let opts = ListenOpts {
         transparent: true,
         mark: Some(MARK_PROXY),
@@ -87,12 +103,15 @@ fn serve_at(server: &Arc<Server>, at: SocketAddr) -> io::Result<()> {
         v6only: true,
         ..ListenOpts::default()
     };
-    let listener = TcpListener::from_std(listen(ns, at, opts)?)?;
-    tokio::spawn(udp::serve(server.clone(), socket, Arc::new(replies)));
-    let (worker, pod, server) = (server.worker.clone(), server.pod.clone(), server.clone());
-    tokio::spawn(accept(worker, pod, listener, move |_, _, accepted| {
-        tcp::serve(server.clone(), accepted)
-    }));
+    let by_tcp = Role::Questions { udp: false, ipv6 };
+    for fd in take_or_open(share, by_tcp, || listen(ns, at, opts))? {
+        let listener = Arc::new(TcpListener::from_std(fd.into())?);
+        listeners.add(listener.clone());
+        let (worker, pod, server) = (server.worker.clone(), server.pod.clone(), server.clone());
+        tokio::spawn(accept(worker, pod, listener, move |_, _, accepted| {
+            tcp::serve(server.clone(), accepted)
+        }));
+    }
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use agent::access_log::Direction;
 use agent::trace::SpanContext;
 use engine::{Allowed, InboundFacts, Verdict, authorize};
+use futures_util::FutureExt as _;
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
 use http::StatusCode;
 use model::{Identity, MESH_PORTS, Reason, Refusal, Service, ServicePort, Snapshot, Workload};
@@ -20,7 +21,7 @@ use crate::connections::Live;
 use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, finish, own_workload};
 use crate::pod::Pod;
 use crate::record::Record;
-use crate::worker::{Accepted, Worker};
+use crate::worker::{Accepted, Busy, Worker};
 
 /// Serves a plaintext connection to the pod.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
@@ -57,11 +58,11 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: A
         }
     };
     let peer = Arc::new(tunnel.peer().clone());
-    let mut draining = false;
+    let (mut draining, mut used) = (false, false);
     loop {
         let next = tokio::select! {
             next = tunnel.next() => next,
-            () = pod.left(), if !draining => {
+            () = no_longer_wanted(&pod, used), if !draining => {
                 draining = true;
                 tunnel.drain();
                 continue;
@@ -69,8 +70,11 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: A
         };
         match next {
             Some(Ok(incoming)) => {
+                used = true;
+                let busy = Busy::new(&worker.shared);
                 let (worker, pod, peer) = (worker.clone(), pod.clone(), peer.clone());
-                tokio::spawn(serve_stream(worker, pod, source, peer, incoming));
+                let served = serve_stream(worker, pod, source, peer, incoming);
+                tokio::spawn(served.map(move |()| drop(busy)));
             }
             // A broken connection says so again each time it is asked.
             Some(Err(e)) => {
@@ -79,6 +83,15 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, pod: Arc<Pod>, accepted: A
             }
             None => return,
         }
+    }
+}
+
+/// Resolves when the pod leaves, or the proxy goes. A tunnel without a request so far has one on its way: a GOAWAY before it
+/// would fail the connection that it was dialled for, where the peer does not dial again.
+async fn no_longer_wanted(pod: &Pod, used: bool) {
+    pod.left().await;
+    if !used {
+        tokio::time::sleep(Waits::FIRST_REQUEST).await;
     }
 }
 
@@ -221,6 +234,7 @@ impl Call {
             peer: self.peer.clone(),
             hbone: self.peer.is_some(),
             started: record.started,
+            judged: record.judged,
             moved: record.moved.clone(),
         }
     }
@@ -239,6 +253,7 @@ async fn admit(
     let mut changed = worker.shared.store.subscribe();
     loop {
         let verdict = {
+            record.judged = worker.shared.store.generation();
             let snapshot = worker.shared.store.load();
             record.version = snapshot.version();
             let Some(workload) = pod.workload(&snapshot).cloned() else {

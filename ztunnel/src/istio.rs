@@ -129,6 +129,7 @@ pub fn config(
         state_dir: folder("STATE_DIR", "state"),
         secret_dir: folder("SECRET_DIR", "secret"),
         token_fd: None,
+        ready_fd: None,
         cluster: env.cluster(),
         network: env.or("NETWORK", "").to_owned(),
         trust_domain: env.or("TRUST_DOMAIN", "cluster.local").to_owned(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use agent::access_log::Direction;
+use agent::xds_client::{XdsPhase, XdsView};
 use engine::{Candidate, OutboundFacts, OutboundPlan, Transport, plan_outbound};
 use futures_util::FutureExt as _;
 use futures_util::future::{Either, ready};
@@ -70,7 +71,7 @@ pub(crate) async fn reach(
     record: &mut Record,
     joining: Joining,
 ) -> Result<Connected, Refusal> {
-    let source = own_workload(worker, pod).await?;
+    let source = caller(worker, pod).await?;
     record.source = Some(source.clone());
     if is_local(&source.addresses, destination.ip()) && MESH_PORTS.contains(&destination.port()) {
         return Err(Refusal::new(
@@ -114,6 +115,7 @@ pub(crate) fn live(pod: &Arc<Pod>, ends: &Ends, record: &Record) -> Live {
         peer: None,
         hbone: matches!(ends, Ends::Tunnel(..)),
         started: record.started,
+        judged: record.judged,
         moved: record.moved.clone(),
     }
 }
@@ -143,6 +145,10 @@ async fn first_that_connects(
 ) -> Result<Connected, Refusal> {
     let (mut last, count) = (None, candidates.len());
     for (number, candidate) in (1..).zip(candidates) {
+        // The first one is tried at once. For another the plan may be seconds old.
+        if number > 1 && !candidate.is_current(&client.worker.shared.store.load()) {
+            continue;
+        }
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
         let attempt = try_one(client, &candidate, record);
@@ -183,7 +189,7 @@ async fn try_one(
     }
     record.hbone_address = Some(*gateway);
     let key = PoolKey {
-        source: source.uid.clone(),
+        source: pod.uid.clone(),
         source_identity: pod.identity.clone(),
         destination: candidate.workload.uid.clone(),
         gateway: *gateway,
@@ -275,6 +281,28 @@ pub(crate) async fn own_workload(worker: &Worker, pod: &Pod) -> Result<Arc<Workl
             format!("the control plane has not sent pod {}/{}", pod.namespace, pod.name),
         )
     })
+}
+
+/// The pod as the source of a connection. While the control plane is away a pod that it has not named yet may call all the
+/// same, if there is a certificate for it: as the node agent described it. Not without any configuration: every destination
+/// would be a stranger, and reached in plaintext.
+async fn caller(worker: &Worker, pod: &Pod) -> Result<Arc<Workload>, Refusal> {
+    let shared = &worker.shared;
+    if let Some(workload) = pod.workload(&shared.store.load()) {
+        return Ok(workload.clone());
+    }
+    let mut view = shared.status.subscribe();
+    tokio::select! {
+        biased;
+        Ok(_) = view.wait_for(is_away) => {
+            Ok(pod.as_told(&shared.config))
+        }
+        found = own_workload(worker, pod) => found,
+    }
+}
+
+fn is_away(view: &XdsView) -> bool {
+    view.phase != XdsPhase::Empty && !view.connected && view.error.is_some()
 }
 
 async fn connect_plain(pod: &Pod, to: SocketAddr) -> Result<TcpStream, Refusal> {
@@ -370,7 +398,8 @@ fn relay<'a>(
     let moved = live.moved.clone();
     let first_is_client = !matches!(ends, Ends::Accepted(..));
     let counted = worker.recorder.opened(record, first_is_client);
-    let (registered, stop) = worker.connections.register(Arc::new(live), counted, &shared.open);
+    let (registered, stop) =
+        worker.connections.register(Arc::new(live), counted, &shared.store, &shared.open);
     let (relaying, slot) = match ends {
         Ends::Sockets(a, b) => (Either::Left(relay_tcp(a, b, moved, stop)), None),
         Ends::Tunnel(tcp, stream) => {

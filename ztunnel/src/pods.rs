@@ -1,7 +1,8 @@
 //! The pods of this node: who they are, and telling the workers.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent::certs::CertStore;
@@ -11,8 +12,10 @@ use model::{Identity, Str};
 use net::NetNs;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::listeners::{MAX_HANDED, share};
+use crate::pages::Pages;
 use crate::pod::Pod;
-use crate::worker::Command;
+use crate::worker::{Added, Command};
 use crate::zds::PodEvent;
 
 /// The agent waits for our answer before it lets a pod's containers start.
@@ -28,6 +31,8 @@ pub struct Pods {
     known: Mutex<HashMap<Str, Arc<Pod>>>,
     /// Dropped when the agent has named every pod once: until then this proxy is not ready.
     incomplete: Mutex<Option<Awaited>>,
+    /// The operators' pages, whose sockets are handed over like those of the pods.
+    pages: Arc<Pages>,
 }
 
 impl Pods {
@@ -37,15 +42,17 @@ impl Pods {
         certs: Arc<CertStore>,
         metrics: Metrics,
         incomplete: Awaited,
+        pages: Arc<Pages>,
     ) -> Self {
         let incomplete = Mutex::new(Some(incomplete));
-        Self { trust_domain, workers, certs, metrics, known: Mutex::default(), incomplete }
+        Self { trust_domain, workers, certs, metrics, known: Mutex::default(), incomplete, pages }
     }
 
-    /// Acts on a message of the node agent. Called from the agent's thread; the error goes back to it.
-    pub fn handle(&self, event: PodEvent) -> Result<(), String> {
+    /// Acts on a message of the node agent. Called from the agent's thread; the error goes back to it, or the listeners that
+    /// it is to keep for the process after this one.
+    pub fn handle(&self, event: PodEvent) -> Added {
         match event {
-            PodEvent::Add { uid, info, netns } => {
+            PodEvent::Add { uid, info, netns, handed } => {
                 let account = if info.service_account.is_empty() {
                     "default"
                 } else {
@@ -58,51 +65,65 @@ impl Pods {
                     namespace: info.namespace.into(),
                     netns: NetNs::from_fd(netns).map_err(|e| e.to_string())?,
                     leaving: watch::Sender::new(false),
+                    told: OnceLock::new(),
                 };
-                self.add(Arc::new(pod))
+                self.add(Arc::new(pod), handed)
             }
             PodEvent::Remove { uid } => {
                 self.remove(&uid.into());
-                Ok(())
+                Ok(Vec::new())
             }
-            PodEvent::Only { uids } => {
+            PodEvent::Only { uids, handed } => {
                 let gone: Vec<Str> =
                     self.lock().keys().filter(|uid| !uids.contains(&***uid)).cloned().collect();
                 gone.iter().for_each(|uid| self.remove(uid));
+                let listeners = self.pages.take_over(handed);
                 self.incomplete.lock().unwrap_or_else(PoisonError::into_inner).take();
-                Ok(())
+                Ok(listeners)
             }
         }
     }
 
-    fn add(&self, pod: Arc<Pod>) -> Result<(), String> {
+    fn add(&self, pod: Arc<Pod>, handed: Vec<OwnedFd>) -> Added {
         let old = self.lock().get(&pod.uid).cloned();
-        if let Some(old) = old {
-            if old.netns == pod.netns && old.identity == pod.identity {
-                // The agent says it again after a reconnect.
-                return Ok(());
+        let (pod, is_new) = match old {
+            // The agent says it again after a reconnect.
+            Some(old) if old.netns == pod.netns && old.identity == pod.identity => (old, false),
+            Some(_) => {
+                self.remove(&pod.uid);
+                (pod, true)
             }
-            self.remove(&pod.uid);
+            None => (pod, true),
+        };
+        if is_new {
+            self.certs.prefetch(&pod.identity);
+            self.lock().insert(pod.uid.clone(), pod.clone());
+            self.metrics.proxies().started();
         }
-        self.certs.prefetch(&pod.identity);
+        let listeners = self.serve(&pod, handed).inspect_err(|_| self.remove(&pod.uid))?;
+        if is_new {
+            tracing::info!(pod = %pod.name, namespace = %pod.namespace, identity = %pod.identity, "pod enrolled");
+        }
+        // More than fit into a message: the next process opens its own.
+        Ok(if listeners.len() <= MAX_HANDED { listeners } else { Vec::new() })
+    }
+
+    /// Has every worker serve the pod.
+    fn serve(&self, pod: &Arc<Pod>, handed: Vec<OwnedFd>) -> Added {
         let mut answers = Vec::new();
-        for worker in &self.workers {
+        let shares = share(handed, &pod.netns, self.workers.len());
+        for (worker, share) in self.workers.iter().zip(shares) {
             let (done, answer) = oneshot::channel();
             worker
-                .blocking_send(Command::Add(pod.clone(), done))
+                .blocking_send(Command::Add(pod.clone(), share, done))
                 .map_err(|_| "the proxy is going away".to_owned())?;
             answers.push(answer);
         }
-        self.lock().insert(pod.uid.clone(), pod.clone());
-        self.metrics.proxies().started();
+        let mut listeners = Vec::new();
         for answer in answers {
-            if let Err(e) = wait(answer, SERVE_POD) {
-                self.remove(&pod.uid);
-                return Err(e);
-            }
+            listeners.extend(wait(answer, SERVE_POD)?);
         }
-        tracing::info!(pod = %pod.name, namespace = %pod.namespace, identity = %pod.identity, "pod enrolled");
-        Ok(())
+        Ok(listeners)
     }
 
     fn remove(&self, uid: &Str) {
@@ -112,6 +133,8 @@ impl Pods {
             let others = known.values().any(|other| other.identity == pod.identity);
             (pod, others)
         };
+        // A worker that did not get as far as serving it must let go, too.
+        gone.leaving.send_replace(true);
         for worker in &self.workers {
             // A worker that is gone has nothing to remove.
             let _ = worker.blocking_send(Command::Remove(uid.clone()));
@@ -128,7 +151,7 @@ impl Pods {
     }
 }
 
-fn wait(answer: oneshot::Receiver<Result<(), String>>, limit: Duration) -> Result<(), String> {
+fn wait(answer: oneshot::Receiver<Added>, limit: Duration) -> Added {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()

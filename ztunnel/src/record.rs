@@ -39,6 +39,8 @@ pub struct Record {
     /// The ALLOW policy that matched, and its rule.
     pub allowed_by: Option<(PolicyKey, Provenance)>,
     pub version: ConfigVersion,
+    /// The publication by which the connection was judged.
+    pub judged: u64,
     pub moved: Arc<Transfer>,
     pub refusal: Option<Refusal>,
     /// Set once bytes can flow: the connection counts as opened.
@@ -98,6 +100,7 @@ impl Record {
             same_node: false,
             allowed_by: None,
             version: ConfigVersion::default(),
+            judged: 0,
             moved: Arc::new(Transfer::default()),
             refusal: None,
             counted: None,

@@ -134,8 +134,9 @@ pub(crate) fn relay(
 ) -> Pin<Box<dyn Future<Output = (Ended, Option<Word>)> + Send + '_>> {
     let Joined { app, mut record, live } = joined;
     let counted = worker.recorder.opened(&mut record, true);
-    let open = &worker.shared.open;
-    let (registered, server_stop) = worker.connections.register(Arc::new(live), counted, open);
+    let shared = &worker.shared;
+    let (registered, server_stop) =
+        worker.connections.register(Arc::new(live), counted, &shared.store, &shared.open);
     let relaying = relay_tcp(client, app, record.moved.clone(), Either(stop, server_stop));
     Box::pin(relaying.map(move |(ended, word)| {
         drop(registered);

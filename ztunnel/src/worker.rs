@@ -6,15 +6,18 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use agent::certs::CertStore;
 use agent::metrics::Flushed;
 use agent::store::ConfigStore;
+use agent::xds_client::XdsStatus;
+use futures_util::FutureExt as _;
 use hbone::{Pool, PoolLimits};
-use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Str, WorkloadUid};
+use model::{HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, Refusal, Str};
 use net::capture::MARK_PROXY;
 use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, TcpStream};
@@ -22,6 +25,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::config::{Capture, Config};
 use crate::connections::Connections;
+use crate::listeners::{Listeners, Role, Share, take_or_open};
 use crate::pod::{Pod, canonical};
 use crate::record::Recorder;
 use crate::same_node::SameNode;
@@ -42,8 +46,30 @@ pub struct Shared {
     pub config: Config,
     pub store: Arc<ConfigStore>,
     pub certs: Arc<CertStore>,
+    /// How it stands with the control plane.
+    pub status: Arc<XdsStatus>,
     /// Connections of all workers, against `Config::max_connections`.
     pub open: AtomicUsize,
+    /// Everything that is served: listeners, connections from the moment they are accepted, tunnels, questions. The drain
+    /// waits for it.
+    pub busy: AtomicUsize,
+}
+
+/// Counts something that is served, until dropped.
+#[derive(Debug)]
+pub struct Busy(Arc<Shared>);
+
+impl Busy {
+    pub fn new(shared: &Arc<Shared>) -> Self {
+        shared.busy.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What one thread owns. Shared with its own tasks, and read by the admin page.
@@ -61,13 +87,25 @@ pub struct Worker {
     random: std::sync::Mutex<fastrand::Rng>,
 }
 
+/// What came of adding a pod: copies of its listeners, for the agent.
+pub type Added = Result<Vec<OwnedFd>, String>;
+
 /// An order to a worker.
 #[derive(Debug)]
 pub enum Command {
-    Add(Arc<Pod>, oneshot::Sender<Result<(), String>>),
+    /// Serve a pod, on these sockets if there are any. For a pod that is served already only the answer is new.
+    Add(Arc<Pod>, Share, oneshot::Sender<Added>),
     Remove(Str),
     /// Stop taking connections: the process is going.
     Drain,
+    /// End every connection that is left.
+    End(Refusal),
+}
+
+/// A pod and the sockets on which this worker serves it.
+struct Served {
+    pod: Arc<Pod>,
+    listeners: Listeners,
 }
 
 impl Worker {
@@ -95,34 +133,35 @@ impl Worker {
         let mut changed = self.shared.store.subscribe();
         let mut sweep = tokio::time::interval(SWEEP);
         let mut count = tokio::time::interval(Flushed::EVERY);
-        let mut pods: HashMap<Str, Arc<Pod>> = HashMap::new();
+        let mut pods: HashMap<Str, Served> = HashMap::new();
+        let mut going = false;
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
-                    Some(Command::Add(pod, done)) => {
-                        let result = self.clone().serve(&pod).map_err(|e| {
-                            format!("cannot listen in pod {}/{}: {e}", pod.namespace, pod.name)
-                        });
-                        if result.is_ok() {
-                            self.same_node.add(&pod);
-                            pods.insert(pod.uid.clone(), pod);
-                        }
+                    Some(Command::Add(pod, share, done)) => {
+                        let added = if going {
+                            Err("this proxy is going away".to_owned())
+                        } else {
+                            self.add(&mut pods, pod, share)
+                        };
                         // Nobody waits any more: the agent went away.
-                        let _ = done.send(result);
+                        let _ = done.send(added);
                     }
                     Some(Command::Remove(uid)) => {
-                        if let Some(pod) = pods.remove(&uid) {
-                            self.same_node.remove(&pod);
-                            pod.leaving.send_replace(true);
-                            self.forget(&pod);
+                        if let Some(served) = pods.remove(&uid) {
+                            self.same_node.remove(&served.pod);
+                            served.pod.leaving.send_replace(true);
+                            self.pool.forget_source(&served.pod.uid);
                         }
                     }
                     Some(Command::Drain) => {
-                        for (_, pod) in pods.drain() {
-                            self.same_node.remove(&pod);
-                            pod.leaving.send_replace(true);
+                        going = true;
+                        for (_, served) in pods.drain() {
+                            self.same_node.remove(&served.pod);
+                            served.pod.leaving.send_replace(true);
                         }
                     }
+                    Some(Command::End(refusal)) => self.connections.end_all(&refusal),
                     None => return,
                 },
                 Ok(()) = changed.changed() => {
@@ -137,28 +176,50 @@ impl Worker {
         }
     }
 
-    fn forget(&self, pod: &Pod) {
-        let snapshot = self.shared.store.load();
-        if let Some(workload) = pod.workload(&snapshot) {
-            self.pool.forget_source(&WorkloadUid(workload.uid.0.clone()));
+    /// Serves the pod, unless it is served already. Copies of its sockets.
+    fn add(
+        self: &Arc<Self>,
+        pods: &mut HashMap<Str, Served>,
+        pod: Arc<Pod>,
+        share: Share,
+    ) -> Added {
+        let wrong = |e| format!("cannot listen in pod {}/{}: {e}", pod.namespace, pod.name);
+        if !pods.contains_key(&pod.uid) {
+            let listeners = self.serve(&pod, share).map_err(wrong)?;
+            self.same_node.add(&pod);
+            pods.insert(pod.uid.clone(), Served { pod: pod.clone(), listeners });
         }
+        pods.get(&pod.uid).map_or_else(|| Ok(Vec::new()), |s| s.listeners.copies()).map_err(wrong)
     }
 
-    /// Opens this worker's listeners in the pod and serves them.
-    fn serve(self: Arc<Self>, pod: &Arc<Pod>) -> io::Result<()> {
-        let outbound = listen_in(pod, OUTBOUND_PORT, true)?;
-        let plaintext = listen_in(pod, INBOUND_PLAINTEXT_PORT, true)?;
-        let tunnels = listen_in(pod, HBONE_PORT, false)?;
-        dns::serve(&self, pod)?;
-        tokio::spawn(accept(self.clone(), pod.clone(), outbound, outbound::serve));
-        tokio::spawn(accept(self.clone(), pod.clone(), plaintext, inbound::serve_plaintext));
-        tokio::spawn(accept(self, pod.clone(), tunnels, inbound::serve_tunnel));
-        Ok(())
+    /// Serves this worker's share of the pod's listeners, and opens what is missing.
+    fn serve(self: &Arc<Self>, pod: &Arc<Pod>, mut share: Share) -> io::Result<Listeners> {
+        let mut listeners = Listeners::default();
+        for (role, port, transparent) in [
+            (Role::Outbound, OUTBOUND_PORT, true),
+            (Role::Plaintext, INBOUND_PLAINTEXT_PORT, true),
+            (Role::Tunnels, HBONE_PORT, false),
+        ] {
+            for fd in take_or_open(&mut share, role, || listen_in(pod, port, transparent))? {
+                let listener = Arc::new(TcpListener::from_std(fd.into())?);
+                listeners.add(listener.clone());
+                let (worker, pod) = (self.clone(), pod.clone());
+                match role {
+                    Role::Outbound => tokio::spawn(accept(worker, pod, listener, outbound::serve)),
+                    Role::Tunnels => {
+                        tokio::spawn(accept(worker, pod, listener, inbound::serve_tunnel))
+                    }
+                    _ => tokio::spawn(accept(worker, pod, listener, inbound::serve_plaintext)),
+                };
+            }
+        }
+        dns::serve(self, pod, &mut share, &mut listeners)?;
+        Ok(listeners)
     }
 }
 
 /// One dual-stack listener; IPv4 alone where the pod has no IPv6.
-fn listen_in(pod: &Pod, port: u16, transparent: bool) -> io::Result<TcpListener> {
+fn listen_in(pod: &Pod, port: u16, transparent: bool) -> io::Result<std::net::TcpListener> {
     let opts = ListenOpts {
         transparent,
         // Accepted sockets inherit it, so that answers are not captured again.
@@ -168,13 +229,12 @@ fn listen_in(pod: &Pod, port: u16, transparent: bool) -> io::Result<TcpListener>
         ..ListenOpts::default()
     };
     let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let listener = match listen(&pod.netns, both, opts) {
+    match listen(&pod.netns, both, opts) {
         Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
             listen(&pod.netns, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), opts)
         }
         result => result,
-    }?;
-    TcpListener::from_std(listener)
+    }
 }
 
 /// A connection as it was accepted.
@@ -191,12 +251,14 @@ pub struct Accepted {
 pub(crate) async fn accept<F, R>(
     worker: Arc<Worker>,
     pod: Arc<Pod>,
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     serve: F,
 ) where
     F: Fn(Arc<Worker>, Arc<Pod>, Accepted) -> R,
     R: Future<Output = ()> + Send + 'static,
 {
+    // Until the last connection has been taken there may be one more to wait for.
+    let _accepting = Busy::new(&worker.shared);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -211,7 +273,9 @@ pub(crate) async fn accept<F, R>(
                 let _ = tcp.set_nodelay(true);
                 let accepted =
                     Accepted { tcp, peer, destination: canonical(destination), at: Instant::now() };
-                tokio::spawn(serve(worker.clone(), pod.clone(), accepted));
+                let busy = Busy::new(&worker.shared);
+                let served = serve(worker.clone(), pod.clone(), accepted);
+                tokio::spawn(served.map(move |()| drop(busy)));
             }
             Err(e) if is_of_peer(&e) => {}
             Err(e) => {

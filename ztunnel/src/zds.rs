@@ -4,16 +4,24 @@
 //! descriptor beside it. We connect, say hello, and answer every message. The agent sends all pods,
 //! then `SnapshotSent`; what it did not name by then is gone. When the line breaks the pods stay and
 //! we connect again: a restarting agent must not cut a pod off.
+//!
+//! What is ours: copies of the listeners travel with the answers, those of a pod with the answer about it,
+//! those of the operators' pages with the answer to `SnapshotSent`. An agent that keeps them gives them to
+//! the next process behind the namespace, and in `SnapshotSent`. One that does not never sees them.
 
-use std::collections::HashSet;
-use std::io::{self, IoSliceMut};
+use std::collections::{HashSet, VecDeque};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::listeners::MAX_HANDED;
+use crate::worker::Added;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
-    send, socket,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType,
+    UnixAddr, connect, recvmsg, send, sendmsg, shutdown, socket,
 };
 use prost::Message as _;
 use xds::zds::workload_request::Payload;
@@ -22,19 +30,23 @@ use xds::zds::{Ack, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse, Zd
 
 /// A packet carries one message; the largest has three names of at most 253 bytes.
 const MAX_PACKET: usize = 4096;
+/// The namespace and the listeners: as many as the kernel passes in one message.
+const MAX_FILES: usize = MAX_HANDED + 1;
 /// Pods that an agent may name: ten times what a node is built for. A broken agent must not fill the memory.
 const MAX_NAMED: usize = 10_000;
 /// Pauses before the next attempts to reach the agent. Pods that start wait for us, so the longest is short.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What the agent wants. `F` is the pod's network namespace.
+/// What the agent wants. `F` is a file that came beside the message.
 #[derive(Debug)]
 pub enum PodEvent<F = OwnedFd> {
     Add {
         uid: String,
         info: WorkloadInfo,
         netns: F,
+        /// Listeners of the process that served the pod before.
+        handed: Vec<F>,
     },
     Remove {
         uid: String,
@@ -42,15 +54,39 @@ pub enum PodEvent<F = OwnedFd> {
     /// Keep only these; everything has been named.
     Only {
         uids: HashSet<String>,
+        /// Listeners of the operators' pages.
+        handed: Vec<F>,
     },
 }
 
-/// Runs until the process ends, on a thread of its own. `handle` acts on an event and returns the
-/// error to tell the agent.
-pub fn run(path: &Path, mut handle: impl FnMut(PodEvent) -> Result<(), String>) {
+/// Ends the line: whoever goes must not be taken for the one who serves.
+#[derive(Debug, Default)]
+pub struct HangUp {
+    gone: AtomicBool,
+    line: Mutex<Option<OwnedFd>>,
+}
+
+impl HangUp {
+    pub fn now(&self) {
+        self.gone.store(true, Ordering::SeqCst);
+        if let Some(line) = &*self.line() {
+            // Wakes the thread that waits on it. An error means that the other end was first.
+            let _ = shutdown(line.as_raw_fd(), Shutdown::Both);
+        }
+    }
+
+    fn line(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs until the process ends or hangs up, on a thread of its own. `handle` acts on an event and returns the
+/// error to tell the agent, or the listeners that it is to keep.
+pub fn run(path: &Path, hang_up: &HangUp, mut handle: impl FnMut(PodEvent) -> Added) {
     let (mut pause, mut complaint) = (FIRST_PAUSE, String::new());
-    loop {
-        match serve(path, &mut handle) {
+    while !hang_up.gone.load(Ordering::SeqCst) {
+        match serve(path, hang_up, &mut handle) {
+            _ if hang_up.gone.load(Ordering::SeqCst) => return,
             Ok(()) => {
                 tracing::info!("the node agent closed the line, connecting again");
                 (pause, complaint) = (FIRST_PAUSE, String::new());
@@ -68,9 +104,17 @@ pub fn run(path: &Path, mut handle: impl FnMut(PodEvent) -> Result<(), String>) 
 }
 
 /// One line to the agent, from hello to its end. An error when the agent never said a word.
-fn serve(path: &Path, handle: &mut impl FnMut(PodEvent) -> Result<(), String>) -> io::Result<()> {
+fn serve(
+    path: &Path,
+    hang_up: &HangUp,
+    handle: &mut impl FnMut(PodEvent) -> Added,
+) -> io::Result<()> {
     let line = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(line.as_raw_fd(), &UnixAddr::new(path)?)?;
+    *hang_up.line() = Some(line.try_clone()?);
+    if hang_up.gone.load(Ordering::SeqCst) {
+        return Ok(());
+    }
     let hello = ZdsHello { version: Version::V1.into() };
     send(line.as_raw_fd(), &hello.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
     let first = match receive(&line) {
@@ -98,30 +142,42 @@ fn refused() -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, words)
 }
 
-type Packet = (Vec<u8>, Option<OwnedFd>);
+type Packet = (Vec<u8>, VecDeque<OwnedFd>);
 
 fn converse(
     line: &OwnedFd,
     first: Packet,
-    handle: &mut impl FnMut(PodEvent) -> Result<(), String>,
+    handle: &mut impl FnMut(PodEvent) -> Added,
 ) -> io::Result<()> {
     let mut snapshot = Snapshot::default();
     let mut next = Some(first);
-    while let Some((packet, fd)) = next {
-        let result = match snapshot.read(&packet, fd) {
+    while let Some((packet, files)) = next {
+        let result = match snapshot.read(&packet, files) {
             Ok(Some(event)) => handle(event),
-            Ok(None) => Ok(()),
+            Ok(None) => Ok(Vec::new()),
             Err(e) => Err(e),
         };
-        let error = result.err().unwrap_or_default();
+        let (listeners, error) = match result {
+            Ok(listeners) => (listeners, String::new()),
+            Err(error) => (Vec::new(), error),
+        };
         if !error.is_empty() {
             tracing::warn!(%error, "refused the node agent's message");
         }
         let answer =
             WorkloadResponse { payload: Some(workload_response::Payload::Ack(Ack { error })) };
-        send(line.as_raw_fd(), &answer.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+        answer_with(line, &answer.encode_to_vec(), &listeners)?;
         next = receive(line)?;
     }
+    Ok(())
+}
+
+fn answer_with(line: &OwnedFd, packet: &[u8], listeners: &[OwnedFd]) -> io::Result<()> {
+    let files: Vec<_> = listeners.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&files)];
+    let rights = if files.is_empty() { &[][..] } else { &rights[..] };
+    let parts = [IoSlice::new(packet)];
+    sendmsg::<()>(line.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None)?;
     Ok(())
 }
 
@@ -143,7 +199,7 @@ impl Snapshot {
     pub fn read<F>(
         &mut self,
         packet: &[u8],
-        netns: Option<F>,
+        mut files: VecDeque<F>,
     ) -> Result<Option<PodEvent<F>>, String> {
         let request =
             WorkloadRequest::decode(packet).map_err(|e| format!("message not understood: {e}"))?;
@@ -151,8 +207,8 @@ impl Snapshot {
             Some(Payload::Add(add)) => {
                 self.name(&add.uid)?;
                 let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
-                let netns = netns.ok_or("AddWorkload without a network namespace")?;
-                Ok(Some(PodEvent::Add { uid: add.uid, info, netns }))
+                let netns = files.pop_front().ok_or("AddWorkload without a network namespace")?;
+                Ok(Some(PodEvent::Add { uid: add.uid, info, netns, handed: files.into() }))
             }
             Some(Payload::Keep(keep)) => {
                 self.name(&keep.uid)?;
@@ -165,7 +221,7 @@ impl Snapshot {
                 Ok(Some(PodEvent::Remove { uid: del.uid }))
             }
             Some(Payload::SnapshotSent(_)) => {
-                Ok(self.named.take().map(|uids| PodEvent::Only { uids }))
+                Ok(self.named.take().map(|uids| PodEvent::Only { uids, handed: files.into() }))
             }
             None => {
                 Err("message of a kind that this proxy does not know (it speaks ZDS V1)".into())
@@ -186,10 +242,10 @@ impl Snapshot {
     }
 }
 
-/// One packet and the descriptor beside it. `None` when the agent closed.
+/// One packet and the descriptors beside it. `None` when the agent closed.
 fn receive(line: &OwnedFd) -> io::Result<Option<Packet>> {
     let mut buffer = vec![0; MAX_PACKET];
-    let mut control = nix::cmsg_space!([i32; 4]);
+    let mut control = nix::cmsg_space!([i32; MAX_FILES]);
     let mut parts = [IoSliceMut::new(&mut buffer)];
     let message = recvmsg::<()>(
         line.as_raw_fd(),
@@ -197,7 +253,7 @@ fn receive(line: &OwnedFd) -> io::Result<Option<Packet>> {
         Some(&mut control),
         MsgFlags::MSG_CMSG_CLOEXEC,
     )?;
-    let mut fds = Vec::new();
+    let mut fds = VecDeque::new();
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(received) = part {
             // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
@@ -213,5 +269,5 @@ fn receive(line: &OwnedFd) -> io::Result<Option<Packet>> {
         return Ok(None);
     }
     buffer.truncate(length);
-    Ok(Some((buffer, fds.into_iter().next())))
+    Ok(Some((buffer, fds)))
 }

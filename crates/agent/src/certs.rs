@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use engine::{Backoff, Rotation};
+use engine::{Begin, Renewals};
 use hbone::Credentials;
 use model::{Identity, Reason, Refusal};
 use rustls::pki_types::CertificateDer;
@@ -29,13 +29,6 @@ use crate::control_plane::ControlPlane;
 use crate::metrics::Metrics;
 use material::{KeyRequest, Material};
 
-/// Requests to the CA at once: a node that starts with 250 pods must not look like an attack, and one
-/// slow request must not hold up the others (Istio's number).
-const MAX_FETCHES: usize = 8;
-/// The longest sleep of the task. Looking costs nothing, and finds clocks that were set and a root file
-/// that was replaced.
-const TICK: Duration = Duration::from_secs(60);
-
 /// What came of asking for an identity.
 type Fetched = (Identity, Result<Material, String>);
 
@@ -49,6 +42,8 @@ pub struct CertStore {
     clock: Clock,
     /// Whom the proxy itself is, where it needs a certificate to ask for others.
     own: Option<Identity>,
+    /// From where the book of renewals counts time.
+    begun: Instant,
     /// What data threads read.
     current: ArcSwap<HashMap<Identity, Arc<Credentials>>>,
     entries: Mutex<Entries>,
@@ -59,30 +54,15 @@ pub struct CertStore {
     metrics: OnceLock<Metrics>,
 }
 
-#[derive(Default)]
 struct Entries {
-    by_identity: HashMap<Identity, Entry>,
+    /// Who is wanted, and when to ask.
+    renewals: Renewals<Identity>,
+    /// The certificates that `renewals` says are held.
+    materials: HashMap<Identity, Material>,
     /// Left by an earlier process, until somebody wants them.
     found: HashMap<Identity, Material>,
     /// As last read, to notice a replacement.
     roots: Vec<CertificateDer<'static>>,
-}
-
-/// One wanted identity.
-struct Entry {
-    material: Option<Material>,
-    backoff: Backoff,
-    /// When to look at it again.
-    due: Instant,
-    in_flight: bool,
-    /// To be replaced before its time.
-    stale: bool,
-    since: Instant,
-    /// Connections wait for it: it goes before those that are only prepared.
-    urgent: bool,
-    /// The jitter of this certificate's renewal; the same until it is renewed.
-    rand: u64,
-    error: Option<String>,
 }
 
 /// What the admin page shows of a certificate.
@@ -127,7 +107,8 @@ impl CertStore {
         let found = material::read_all(dir, control_plane.anchors(&roots), clock());
         tracing::debug!("{} certificates found in {}", found.len(), dir.display());
         let entries = Entries {
-            by_identity: HashMap::new(),
+            renewals: Renewals::new(own.clone()),
+            materials: HashMap::new(),
             found: found.into_iter().map(|m| (m.identity().clone(), m)).collect(),
             roots,
         };
@@ -136,6 +117,7 @@ impl CertStore {
             issuer,
             clock,
             own: own.clone(),
+            begun: Instant::now(),
             current: ArcSwap::default(),
             entries: Mutex::new(entries),
             wanted: Notify::new(),
@@ -162,12 +144,13 @@ impl CertStore {
 
     /// The last workload with this identity has left.
     pub fn forget(&self, identity: &Identity) {
-        if self.is_own(identity) {
+        if self.own.as_ref() == Some(identity) {
             return;
         }
         let mut entries = self.lock();
         entries.found.remove(identity);
-        if entries.by_identity.remove(identity).is_some() {
+        if entries.renewals.forget(identity) {
+            entries.materials.remove(identity);
             self.publish(&entries);
         }
         material::remove(&self.control_plane.secret_dir, identity);
@@ -215,38 +198,45 @@ impl CertStore {
         self.own_certificate(&self.lock())
     }
 
+    /// The proxy's own certificate, as soon as there is one. `why_not` hears what is in the way.
+    pub async fn own(&self, mut why_not: impl FnMut(Option<String>)) -> Arc<ClientCertificate> {
+        let mut changed = self.subscribe();
+        loop {
+            if let Some(own) = self.client_certificate() {
+                return own;
+            }
+            why_not(self.own_error());
+            // Not by a change alone: a clock that was wrong and is right again makes a certificate valid that
+            // nobody has touched. The channel cannot end: we hold the store.
+            let _ = tokio::time::timeout(engine::TICK, changed.changed()).await;
+        }
+    }
+
     /// Why the proxy has no certificate of its own, or cannot renew it.
     pub fn own_error(&self) -> Option<String> {
-        self.lock().by_identity.get(self.own.as_ref()?).and_then(|entry| entry.error.clone())
+        self.lock().renewals.get(self.own.as_ref()?).and_then(|state| state.error.clone())
     }
 
     /// The control plane does not accept our certificate: get another one, valid or not.
     pub fn own_refused(&self) {
-        let Some(own) = &self.own else { return };
-        if let Some(entry) = self.lock().by_identity.get_mut(own)
-            // Two sides that disagree must not renew without a pause.
-            && entry.since.elapsed() > TICK
-            && entry.backoff.failures == 0
-        {
-            entry.stale = true;
-            entry.due = Instant::now();
-        }
+        self.lock().renewals.own_refused(self.begun.elapsed());
         self.wanted.notify_one();
     }
 
     /// All wanted certificates, by identity.
     pub fn states(&self) -> Vec<CertificateState> {
-        let state = |(identity, entry): (&Identity, &Entry)| {
-            let held = entry.material.as_ref().map(|m| &m.credentials);
+        let entries = self.lock();
+        let state = |(identity, state): (&Identity, &engine::State)| {
+            let held = entries.materials.get(identity).map(|m| &m.credentials);
             CertificateState {
                 identity: identity.to_string(),
                 serial: held.map(|c| c.serial().to_owned()).unwrap_or_default(),
                 not_before: held.map_or(0, |c| c.not_before()),
                 not_after: held.map_or(0, |c| c.not_after()),
-                error: entry.error.clone(),
+                error: state.error.clone(),
             }
         };
-        let mut states: Vec<_> = self.lock().by_identity.iter().map(state).collect();
+        let mut states: Vec<_> = entries.renewals.iter().map(state).collect();
         states.sort_by(|a, b| a.identity.cmp(&b.identity));
         states
     }
@@ -268,47 +258,46 @@ impl CertStore {
     fn want(&self, identity: &Identity, urgent: bool) {
         let mut entries = self.lock();
         let entries = &mut *entries;
-        let known = entries.by_identity.contains_key(identity);
-        let entry = entries
-            .by_identity
-            .entry(identity.clone())
-            .or_insert_with(|| Entry::new(entries.found.remove(identity), self.random()));
-        entry.urgent |= urgent;
-        if !known && entry.material.is_some() {
-            self.publish(entries);
+        if entries.renewals.get(identity).is_none() {
+            let found = entries.found.remove(identity);
+            let (dates, stale) = (found.as_ref().map(Material::dates), found.as_ref());
+            // What an earlier process left under another root serves until the new one is here.
+            let stale = stale.is_some_and(|found| found.foreign_root);
+            let now = self.begun.elapsed();
+            entries.renewals.add(identity.clone(), dates, stale, now, self.random());
+            if let Some(found) = found {
+                entries.materials.insert(identity.clone(), found);
+                self.publish(entries);
+            }
+        }
+        if urgent {
+            entries.renewals.urge(identity);
         }
         self.wanted.notify_one();
     }
 
     /// Starts what is due and may start. Returns when to look again.
     fn start_due(&self, fetches: &mut JoinSet<Fetched>) -> Instant {
-        let (instant, now) = (Instant::now(), (self.clock)());
+        let (now, wall) = (self.begun.elapsed(), (self.clock)());
         let mut entries = self.lock();
         let entries = &mut *entries;
-        self.drop_expired(entries, now);
+        let Begin { expired, ask, next } = entries.renewals.begin(now, wall, fetches.len());
+        if !expired.is_empty() {
+            for (identity, not_after) in expired {
+                entries.materials.remove(&identity);
+                let ago = span(wall.saturating_sub(not_after));
+                tracing::error!(%identity, "certificate expired {ago} ago by this machine's clock");
+                entries
+                    .renewals
+                    .explain(&identity, || format!("expired {ago} ago by this machine's clock"));
+            }
+            self.publish(entries);
+        }
         let own = self.own_certificate(entries);
-        for entry in entries.by_identity.values_mut() {
-            entry.postpone(instant, now);
+        for identity in ask {
+            fetches.spawn(self.fetch(identity, own.clone()));
         }
-        let mut due: Vec<_> = entries
-            .by_identity
-            .iter_mut()
-            .filter(|(identity, entry)| {
-                // Without its own certificate the proxy cannot ask for others.
-                !entry.in_flight
-                    && entry.due <= instant
-                    && (own.is_some() || self.own.is_none() || self.is_own(identity))
-            })
-            .collect();
-        due.sort_by_key(|(identity, entry)| {
-            (!self.is_own(identity), !entry.urgent, entry.material.is_some(), entry.due)
-        });
-        for (identity, entry) in due.into_iter().take(MAX_FETCHES.saturating_sub(fetches.len())) {
-            entry.in_flight = true;
-            fetches.spawn(self.fetch(identity.clone(), own.clone()));
-        }
-        let waiting = entries.by_identity.values().filter(|e| !e.in_flight && e.due > instant);
-        waiting.map(|entry| entry.due).min().unwrap_or(instant + TICK).min(instant + TICK)
+        self.begun + next
     }
 
     /// One request to the CA, with a key of its own.
@@ -342,48 +331,27 @@ impl CertStore {
             Ok(fetched) => fetched,
             Err(e) => return tracing::error!("a certificate request broke off: {e}"),
         };
-        let (instant, now, rand) = (Instant::now(), (self.clock)(), self.random());
+        let (now, wall, rand) = (self.begun.elapsed(), (self.clock)(), self.random());
         let mut entries = self.lock();
-        let Some(entry) = entries.by_identity.get_mut(&identity) else {
-            // Forgotten meanwhile: so must be what was kept for a restart.
-            return material::remove(&self.control_plane.secret_dir, &identity);
-        };
-        entry.in_flight = false;
         match result {
             Ok(material) => {
-                let seconds = material.credentials.not_after().saturating_sub(now);
+                if !entries.renewals.issued(&identity, material.dates(), now, wall, rand) {
+                    // Forgotten meanwhile: so must be what is kept for a restart.
+                    return material::remove(&self.control_plane.secret_dir, &identity);
+                }
+                let seconds = material.credentials.not_after().saturating_sub(wall);
                 tracing::info!(%identity, serial = material.credentials.serial(), "certificate for {}", span(seconds));
-                *entry = Entry::new(Some(material), rand);
-                entry.stale = false;
-                entry.postpone(instant, now);
+                entries.materials.insert(identity, material);
             }
             Err(error) => {
-                entry.backoff.fail();
-                let pause = Duration::from_millis(entry.backoff.delay_ms(rand));
-                entry.due = instant + pause;
-                tracing::warn!(%identity, "no certificate, next attempt in {pause:?}: {error}");
-                entry.error = Some(error);
+                let text = error.clone();
+                let Some(pause) = entries.renewals.failed(&identity, error, now, rand) else {
+                    return material::remove(&self.control_plane.secret_dir, &identity);
+                };
+                tracing::warn!(%identity, "no certificate, next attempt in {pause:?}: {text}");
             }
         }
         self.publish(&entries);
-    }
-
-    fn drop_expired(&self, entries: &mut Entries, now: u64) {
-        let mut dropped = false;
-        for (identity, entry) in &mut entries.by_identity {
-            let Some(expired) =
-                entry.material.take_if(|material| material.credentials.not_after() <= now)
-            else {
-                continue;
-            };
-            let ago = span(now.saturating_sub(expired.credentials.not_after()));
-            tracing::error!(%identity, "certificate expired {ago} ago by this machine's clock");
-            entry.error.get_or_insert_with(|| format!("expired {ago} ago by this machine's clock"));
-            dropped = true;
-        }
-        if dropped {
-            self.publish(entries);
-        }
     }
 
     /// A replaced root file means another CA, or a new root of it: everything is fetched again.
@@ -396,25 +364,17 @@ impl CertStore {
         }
         tracing::info!("{} changed: all certificates are renewed", self.control_plane.ca.root);
         entries.roots = roots;
-        for entry in entries.by_identity.values_mut() {
-            entry.stale = true;
-            entry.due = Instant::now();
-        }
+        entries.renewals.renew_all(self.begun.elapsed());
     }
 
     fn own_certificate(&self, entries: &Entries) -> Option<Arc<ClientCertificate>> {
-        let material = entries.by_identity.get(self.own.as_ref()?)?.material.as_ref()?;
+        let material = entries.materials.get(self.own.as_ref()?)?;
         (material.credentials.not_after() > (self.clock)()).then(|| material.client.clone())
-    }
-
-    fn is_own(&self, identity: &Identity) -> bool {
-        self.own.as_ref() == Some(identity)
     }
 
     /// Puts the certificates into force.
     fn publish(&self, entries: &Entries) {
-        let held = entries.by_identity.iter();
-        let held = held.filter_map(|(identity, entry)| Some((identity, entry.material.as_ref()?)));
+        let held = entries.materials.iter();
         let map: HashMap<_, _> =
             held.map(|(identity, m)| (identity.clone(), m.credentials.clone())).collect();
         if let Some(metrics) = self.metrics.get() {
@@ -431,8 +391,7 @@ impl CertStore {
 
     fn refusal(&self, identity: &Identity, waited: Duration) -> Refusal {
         let entries = self.lock();
-        let error_of =
-            |identity| entries.by_identity.get(identity).and_then(|e| e.error.as_deref());
+        let error_of = |identity| entries.renewals.get(identity).and_then(|e| e.error.as_deref());
         let may_ask = self.own.is_none() || self.own_certificate(&entries).is_some();
         let own_error = self.own.as_ref().and_then(error_of);
         let why = match (error_of(identity), may_ask, own_error) {
@@ -453,36 +412,6 @@ impl CertStore {
 
     fn lock(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Entry {
-    fn new(material: Option<Material>, rand: u64) -> Self {
-        let now = Instant::now();
-        Self {
-            // What an earlier process left under another root serves until the new one is here.
-            stale: material.as_ref().is_some_and(|m| m.foreign_root),
-            material,
-            backoff: Backoff::default(),
-            due: now,
-            in_flight: false,
-            since: now,
-            urgent: false,
-            rand,
-            error: None,
-        }
-    }
-
-    /// Moves on the moment of renewal of a certificate that is not yet due.
-    fn postpone(&mut self, instant: Instant, now: u64) {
-        let Some(material) = &self.material else { return };
-        if self.in_flight || self.stale || self.backoff.failures > 0 || self.due > instant {
-            return;
-        }
-        let (not_before, not_after) =
-            (material.credentials.not_before(), material.credentials.not_after());
-        let wait = Rotation { not_before, not_after }.wait(now, self.rand);
-        self.due = instant + Duration::from_secs(wait);
     }
 }
 

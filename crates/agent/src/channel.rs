@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hbone::clock;
+pub use hbone::clock::span;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -105,28 +107,26 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
         Some(status) if last.downcast_ref::<tonic::Status>().is_some() => {
             format!("{}: {}", status.code(), status.message())
         }
-        _ => last.to_string(),
+        // HTTP/2 keeps only the words of an error below it.
+        _ => match last.to_string() {
+            words if words.contains("alert: CertificateExpired") => {
+                not_accepted("CertificateExpired")
+            }
+            words => words,
+        },
     }
 }
 
 /// What a failed handshake means, clocks included.
 pub fn explain_tls(error: &rustls::Error) -> String {
-    use CertificateError as C;
-    let since = |a: &UnixTime, b: &UnixTime| span(a.as_secs().saturating_sub(b.as_secs()));
     match error {
-        rustls::Error::InvalidCertificate(C::NotValidYetContext { time, not_before }) => format!(
-            "the certificate is not valid yet for another {by}: this machine's clock is {by} behind, or \
-             the other one's is ahead",
-            by = since(not_before, time)
-        ),
-        rustls::Error::InvalidCertificate(C::ExpiredContext { time, not_after }) => format!(
-            "the certificate expired {by} ago: it was not renewed, or this machine's clock is {by} ahead",
-            by = since(time, not_after)
-        ),
-        rustls::Error::InvalidCertificate(C::UnknownIssuer) => {
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "the certificate is not signed by a root \
             of this mesh: the proxy has the root of another control plane"
                 .to_owned()
+        }
+        rustls::Error::InvalidCertificate(reason) => {
+            clock::explain_certificate(reason).unwrap_or_else(|| error.to_string())
         }
         rustls::Error::AlertReceived(
             alert @ (AlertDescription::CertificateExpired
@@ -136,22 +136,16 @@ pub fn explain_tls(error: &rustls::Error) -> String {
             | AlertDescription::CertificateRequired
             | AlertDescription::AccessDenied
             | AlertDescription::UnknownCA),
-        ) => format!(
-            "the other side does not accept this proxy's certificate ({alert:?}): compare the clocks of \
-             both, and their roots"
-        ),
+        ) => not_accepted(&format!("{alert:?}")),
         other => other.to_string(),
     }
 }
 
-/// Seconds in words.
-pub fn span(seconds: u64) -> String {
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min", seconds / 60),
-        3600..172_800 => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
-        _ => format!("{} days", seconds / 86_400),
-    }
+fn not_accepted(alert: &str) -> String {
+    format!(
+        "the other side does not accept this proxy's certificate ({alert}): compare the clocks of \
+         both, and their roots"
+    )
 }
 
 /// The first error of a type in a chain of sources. IO errors carry theirs inside.
@@ -256,6 +250,8 @@ fn tls_config(
 
 #[cfg(test)]
 mod tests {
+    use rustls::pki_types::UnixTime;
+
     use super::*;
     use crate::control_plane::RootCert;
 
@@ -272,7 +268,7 @@ mod tests {
                 time: time(1000),
                 not_before: time(1000 + 12_000),
             },
-            "clock is 3 h 20 min behind",
+            "clock is at least 3 h 20 min behind",
         );
         check(
             CertificateError::ExpiredContext { time: time(1090), not_after: time(1000) },
@@ -281,15 +277,8 @@ mod tests {
         check(CertificateError::UnknownIssuer, "root");
         let alert = rustls::Error::AlertReceived(AlertDescription::CertificateExpired);
         assert!(explain(&alert).contains("compare the clocks"));
-    }
-
-    #[test]
-    fn spans() {
-        let check = |seconds, want: &str| assert_eq!(span(seconds), want);
-        check(0, "0 s");
-        check(61, "1 min");
-        check(3660, "1 h 1 min");
-        check(200_000, "2 days");
+        let words = std::io::Error::other("received fatal alert: CertificateExpired");
+        assert!(explain(&words).contains("compare the clocks"));
     }
 
     #[tokio::test]

@@ -122,8 +122,14 @@ pub(crate) fn make_private_dir(dir: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Replaces a file so that a reader, or a crash, finds the old content or the new. Mode 0600.
+/// Replaces a file so that a reader, or a crash, finds the old content or the new. Mode 0600. A process that drains and
+/// its successor write to the same folder: one at a time.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().map(fs::File::open).transpose()?;
+    if let Some(folder) = &folder {
+        // Let go when the file is closed, also by a crash.
+        folder.lock()?;
+    }
     let temporary = path.with_added_extension("new");
     let write = || {
         // A leftover may have been created with another mode.
@@ -137,10 +143,7 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         file.sync_all()?;
         fs::rename(&temporary, path)?;
         // The name, too, must survive a power cut.
-        match path.parent() {
-            Some(dir) => fs::File::open(dir)?.sync_all(),
-            None => Ok(()),
-        }
+        folder.as_ref().map_or(Ok(()), fs::File::sync_all)
     };
     write().inspect_err(|_| {
         // Room on a full disk matters more than what was written of the file.
@@ -293,6 +296,24 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&dir), mode(&dir.join(FILE))), (0o700, 0o600));
+    }
+
+    #[test]
+    fn two_processes_may_write_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let writers: Vec<_> = (0..4_u8)
+            .map(|n| {
+                let path = path.clone();
+                std::thread::spawn(move || {
+                    (0..20).for_each(|_| replace(&path, &vec![n; 10_000]).unwrap());
+                })
+            })
+            .collect();
+        writers.into_iter().for_each(|w| w.join().unwrap());
+        let found = fs::read(&path).unwrap();
+        assert!(found.len() == 10_000 && found.iter().all(|b| *b == found[0]));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -5,10 +5,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::watch;
+
 /// The things that are awaited. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
     pending: Arc<Mutex<BTreeMap<&'static str, usize>>>,
+    /// Counts changes.
+    changed: watch::Sender<u64>,
 }
 
 impl Readiness {
@@ -34,6 +38,16 @@ impl Readiness {
         self.change(|pending| pending.is_empty())
     }
 
+    /// Waits until everything is done.
+    pub async fn ready(&self) {
+        // Subscribed before the first look: a change in between is not missed.
+        let mut changed = self.changed.subscribe();
+        while !self.is_ready() {
+            // The sender lives in `self`.
+            let _ = changed.changed().await;
+        }
+    }
+
     fn change<T>(&self, f: impl FnOnce(&mut BTreeMap<&'static str, usize>) -> T) -> T {
         f(&mut self.pending.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -54,6 +68,7 @@ impl Drop for Awaited {
                 pending.remove(self.name);
             }
         });
+        self.of.changed.send_modify(|changes| *changes += 1);
     }
 }
 

@@ -61,6 +61,11 @@ impl ConfigStore {
         self.current.load_full()
     }
 
+    /// Publications so far. Read before a [`Self::load`], it is at most that of what is loaded.
+    pub fn generation(&self) -> u64 {
+        *self.generation.borrow()
+    }
+
     /// Wakes after each publication. The value counts them.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.generation.subscribe()

@@ -38,14 +38,15 @@ const REQUESTS: usize = 32;
 /// How long a control plane may take to answer the opening of a stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs until `shutdown` says so.
-pub async fn run_xds(
+/// Puts the last good configuration into force before it returns; the future then keeps it current until `shutdown`
+/// says so.
+pub fn run_xds(
     control_plane: Arc<ControlPlane>,
     store: Arc<ConfigStore>,
     certs: Arc<CertStore>,
     status: Arc<XdsStatus>,
-    mut shutdown: watch::Receiver<bool>,
-) {
+    shutdown: watch::Receiver<bool>,
+) -> impl Future<Output = ()> + Send + use<> {
     let defaults = Defaults { trust_domain: control_plane.trust_domain.clone() };
     let client = Client::new(node(&control_plane), defaults);
     let client = match control_plane.login {
@@ -57,6 +58,10 @@ pub async fn run_xds(
     let saver = Saver::start(control_plane.state_dir.clone(), trust_domain);
     let mut session = Session { control_plane, store, certs, status, client, saver };
     session.restore();
+    run(session, shutdown)
+}
+
+async fn run(mut session: Session, mut shutdown: watch::Receiver<bool>) {
     tokio::select! {
         () = session.keep_connected() => {}
         _ = shutdown.wait_for(|stop| *stop) => {}
@@ -138,16 +143,9 @@ impl Session {
 
     /// Waits for the certificate that the control plane wants to see.
     async fn own_certificate(&self) -> Arc<ClientCertificate> {
-        let mut changed = self.certs.subscribe();
-        loop {
-            if let Some(own) = self.certs.client_certificate() {
-                return own;
-            }
-            let why = self.certs.own_error();
-            self.status.update(|view| view.error = Some(waiting_for_certificate(why)));
-            // Cannot end: we hold the store.
-            let _ = changed.changed().await;
-        }
+        let waiting =
+            |why| self.status.update(|view| view.error = Some(waiting_for_certificate(why)));
+        self.certs.own(waiting).await
     }
 
     /// One stream from its opening to its end.

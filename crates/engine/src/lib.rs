@@ -9,13 +9,19 @@
 mod authz;
 mod dns;
 mod endpoint;
+mod live;
 mod outbound;
+mod pool;
+mod renewals;
 mod rotate;
 
 pub use authz::{Allowed, InboundFacts, Verdict, authorize, demands_mutual_tls, dry_run_matches};
 pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
+pub use live::{Drain, ended_by};
 pub use outbound::{
     Candidate, MAX_CANDIDATES, OutboundFacts, OutboundPlan, Transport, plan_every_endpoint,
     plan_outbound,
 };
+pub use pool::{BookLimits, Carrier, Next, PoolBook, Turn};
+pub use renewals::{Begin, MAX_REQUESTS, Renewals, State, TICK};
 pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};

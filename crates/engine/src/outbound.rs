@@ -61,6 +61,18 @@ pub enum Transport {
     },
 }
 
+impl Candidate {
+    /// Whether what was planned still holds: a candidate that is tried seconds after the plan may have joined the mesh
+    /// meanwhile, or its address may have gone to another.
+    pub fn is_current(&self, snapshot: &Snapshot) -> bool {
+        snapshot.workload(&self.workload.uid).is_some_and(|now| {
+            now.protocol == self.workload.protocol
+                && now.waypoint == self.workload.waypoint
+                && now.addresses.contains(&self.target.ip())
+        })
+    }
+}
+
 /// Plans one outbound connection. `rand` decides among equals; the same input gives the same plan.
 pub fn plan_outbound(snapshot: &Snapshot, facts: &OutboundFacts<'_>, rand: u64) -> OutboundPlan {
     plan(snapshot, facts, |call, snapshot| endpoint::choose(call, snapshot, rand))

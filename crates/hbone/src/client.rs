@@ -2,9 +2,9 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::Poll;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,9 +12,11 @@ use h2::client::SendRequest;
 use h2::{RecvStream, SendStream};
 use http::HeaderMap;
 use model::Identity;
+use rustls::AlertDescription;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
+use crate::clock;
 use crate::error::TunnelError;
 use crate::headers::ConnectHeaders;
 use crate::stream::{FlushHandle, TlsStream};
@@ -40,6 +42,9 @@ struct TunnelState {
     /// No new streams: GOAWAY, a broken connection, or a ping without answer.
     closed: AtomicBool,
     peer: Identity,
+    /// Why the peer refused our certificate, which is valid in these seconds.
+    alert: Arc<OnceLock<AlertDescription>>,
+    validity: (u64, u64),
     /// Asks for a ping now.
     doubt: Notify,
     /// Counts answered pings.
@@ -97,8 +102,13 @@ impl Tunnel {
         let config = credentials
             .client_config(expected)
             .map_err(|e| TunnelError::Handshake(e.to_string()))?;
-        let tls = TlsStream::connect(tcp, config).await?;
+        let validity = (credentials.not_before(), credentials.not_after());
+        let tls = TlsStream::connect(tcp, config).await.map_err(|e| match e {
+            TunnelError::Alert(alert) => refused(alert, validity),
+            other => other,
+        })?;
         let peer = tls.peer()?;
+        let alert = tls.alert();
         let flush = tls.flush_handle();
         let (send, connection) = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
@@ -113,6 +123,8 @@ impl Tunnel {
             streams: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             peer,
+            alert,
+            validity,
             doubt: Notify::new(),
             pongs: watch::Sender::new(0),
         });
@@ -129,9 +141,10 @@ impl Tunnel {
         let request = headers.request(target).map_err(|e| TunnelError::Handshake(e.to_string()))?;
         self.state.streams.fetch_add(1, Ordering::Relaxed);
         let slot = Slot(self.state.clone());
-        let mut send = self.send.clone().ready().await?;
-        let (response, stream) = send.send_request(request, false)?;
-        let response = response.await?;
+        let failed = |e| self.failed(e);
+        let mut send = self.send.clone().ready().await.map_err(failed)?;
+        let (response, stream) = send.send_request(request, false).map_err(failed)?;
+        let response = response.await.map_err(failed)?;
         if !response.status().is_success() {
             let reason = response.headers().get("x-ambit-reason");
             return Err(TunnelError::Refused {
@@ -149,14 +162,25 @@ impl Tunnel {
         })
     }
 
+    /// A refusal of our certificate looks like a connection that broke.
+    fn failed(&self, error: h2::Error) -> TunnelError {
+        match self.state.alert.get() {
+            Some(alert) => refused(*alert, self.state.validity),
+            None => error.into(),
+        }
+    }
+
     /// Streams that live on this tunnel, or are about to.
     pub fn streams(&self) -> usize {
         self.state.streams.load(Ordering::Relaxed)
     }
 
-    /// True when no new stream may be opened.
+    /// True when no new stream may be opened: it broke, or the peer said GOAWAY.
     pub fn is_closed(&self) -> bool {
+        // The clone has no request of its own that it could wait for, so the answer is there at once.
+        let mut asking = Context::from_waker(Waker::noop());
         self.state.closed.load(Ordering::Relaxed)
+            || matches!(self.send.clone().poll_ready(&mut asking), Poll::Ready(Err(_)))
     }
 
     /// Pings the peer, and says whether it answers in time. A tunnel that is found dead this way is not torn down: streams
@@ -176,6 +200,10 @@ impl Tunnel {
     pub fn capacity(&self, ours: usize) -> usize {
         ours.min(self.send.current_max_send_streams())
     }
+}
+
+fn refused(alert: AlertDescription, validity: (u64, u64)) -> TunnelError {
+    TunnelError::RefusedByPeer(clock::explain_alert(alert, validity, clock::now()))
 }
 
 /// Drives one client connection: protocol, flush after each poll, keepalive. The connection stays where

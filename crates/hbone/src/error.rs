@@ -19,6 +19,9 @@ pub enum TunnelError {
     PeerIdentity { found: String, expected: String },
     #[error("the peer refused our certificate: {0}")]
     RefusedByPeer(String),
+    /// The same where our certificate is not at hand; see [`TunnelError::RefusedByPeer`].
+    #[error("the peer refused our certificate: {0:?}")]
+    Alert(rustls::AlertDescription),
     #[error("TLS handshake failed: {0}")]
     Handshake(String),
     #[error("HTTP/2 failed: {0}")]
@@ -35,12 +38,19 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
+    /// The peer takes no more requests on this tunnel.
+    pub(crate) fn is_go_away(&self) -> bool {
+        matches!(self, Self::Http2(e) if e.is_go_away() && e.is_remote())
+    }
+
     /// The code for logs and metrics.
     pub fn reason(&self) -> Reason {
         match self {
             Self::Connect { .. } => Reason::ConnectFailed,
             Self::Timeout { .. } => Reason::ConnectTimeout,
-            Self::PeerCertificate(_) | Self::RefusedByPeer(_) => Reason::PeerCertificate,
+            Self::PeerCertificate(_) | Self::RefusedByPeer(_) | Self::Alert(_) => {
+                Reason::PeerCertificate
+            }
             Self::PeerIdentity { .. } => Reason::PeerIdentityMismatch,
             Self::Handshake(_) | Self::Http2(_) | Self::Closed => Reason::TunnelHandshake,
             Self::Refused { .. } => Reason::TunnelRefused,

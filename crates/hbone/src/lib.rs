@@ -8,6 +8,7 @@
 
 mod buffer;
 mod client;
+pub mod clock;
 mod error;
 mod headers;
 mod pool;

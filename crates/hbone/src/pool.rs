@@ -1,15 +1,16 @@
 //! Which tunnel a new stream takes.
 //!
-//! A pool belongs to one thread. Its key names the source pod and the destination *workload*, so that an
+//! A pool belongs to one thread. Its key names the source *pod* and the destination *workload*, so that an
 //! address that a new pod has taken over never meets the connection of the old one. Per key there is one
 //! dial at a time; those who wait for it share its result. Streams go to the tunnel with the fewest.
+//! Which tunnel that is, who dials and what is given back is decided by [`engine::PoolBook`].
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::{Identity, WorkloadUid};
+use engine::{BookLimits, Carrier, Next, PoolBook};
+use model::{Identity, Str, WorkloadUid};
 use tokio::net::TcpStream;
 
 use crate::client::{Tunnel, TunnelStream};
@@ -20,8 +21,9 @@ use crate::{Credentials, MAX_STREAMS};
 /// Everything that two streams must share to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PoolKey {
-    /// The pod whose address the tunnel comes from.
-    pub source: WorkloadUid,
+    /// The pod whose address the tunnel comes from. Its own id, which no other pod ever has: a pod that is made anew
+    /// under the name of an old one is the same workload.
+    pub source: Str,
     pub source_identity: Identity,
     pub destination: WorkloadUid,
     /// Where the tunnel goes: the workload's address, port 15008.
@@ -67,26 +69,29 @@ pub struct PoolStats {
 #[derive(Debug)]
 pub struct Pool {
     limits: PoolLimits,
+    /// From where the book counts time.
+    begun: Instant,
     /// Locked only between awaits; one thread, so never contended.
-    entries: Mutex<HashMap<PoolKey, Entry>>,
+    book: Mutex<Book>,
 }
 
-#[derive(Debug, Default)]
-struct Entry {
-    tunnels: Vec<Pooled>,
-    gate: Arc<tokio::sync::Mutex<()>>,
-    /// Counts dials that failed, so that those who waited for one learn of it and do not dial again.
-    failures: u64,
-    last_failure: Option<(String, model::Reason)>,
+type Book = PoolBook<PoolKey, Tunnel, tokio::sync::Mutex<()>>;
+
+impl Carrier for Tunnel {
+    fn streams(&self) -> usize {
+        Self::streams(self)
+    }
+
+    fn capacity(&self, ours: usize) -> usize {
+        Self::capacity(self, ours)
+    }
+
+    fn is_closed(&self) -> bool {
+        Self::is_closed(self)
+    }
 }
 
-#[derive(Debug)]
-struct Pooled {
-    tunnel: Tunnel,
-    last_used: Instant,
-}
-
-/// Attempts for one stream: a pooled tunnel may be on its way out (GOAWAY in flight), a fresh one is not.
+/// Attempts for one stream: a tunnel may be on its way out (GOAWAY in flight), and rarely the next one, too.
 const ATTEMPTS: usize = 3;
 /// A CONNECT on a pooled tunnel that is not answered this long puts the tunnel in doubt: the peer's machine may be gone
 /// without a word. The peer's application may be slow as well, so that the tunnel is asked (a ping) before it is given up.
@@ -94,7 +99,9 @@ const DOUBT: Duration = Duration::from_secs(1);
 
 impl Pool {
     pub fn new(limits: PoolLimits) -> Self {
-        Self { limits, entries: Mutex::default() }
+        let PoolLimits { streams, tunnels, idle, spare, .. } = limits;
+        let book = PoolBook::new(BookLimits { streams, tunnels, idle, spare });
+        Self { limits, begun: Instant::now(), book: Mutex::new(book) }
     }
 
     /// Opens a stream to `target`. `connect` makes the TCP connection when a new tunnel is needed;
@@ -112,7 +119,8 @@ impl Pool {
     {
         let mut last = TunnelError::Closed;
         for _ in 0..ATTEMPTS {
-            let (tunnel, fresh) = match self.pick(key) {
+            let pooled = self.lock().pick(key, self.now());
+            let (tunnel, fresh) = match pooled {
                 Some(tunnel) => (tunnel, false),
                 // Boxed: few streams dial, and the others should not carry a handshake's size.
                 None => (Box::pin(self.dial(key, credentials, &connect)).await?, true),
@@ -123,10 +131,11 @@ impl Pool {
                 open_or_doubt(&tunnel, target, headers, key.gateway).await
             };
             match opened {
-                // The tunnel was closing: the request was not processed, another tunnel may take it.
+                // The tunnel was closing: the request was not processed, another tunnel may take it. A fresh one can only be
+                // told to go away: it met a proxy that is just being replaced.
                 Err(
                     e @ (TunnelError::Http2(_) | TunnelError::Closed | TunnelError::Timeout { .. }),
-                ) if !fresh => {
+                ) if !fresh || e.is_go_away() => {
                     tracing::debug!(error = %e, gateway = %key.gateway, "pooled tunnel is gone, dialling anew");
                     tunnel.retire();
                     last = e;
@@ -138,57 +147,31 @@ impl Pool {
     }
 
     pub fn stats(&self) -> PoolStats {
-        let entries = self.lock();
-        let tunnels = || entries.values().flat_map(|e| &e.tunnels);
-        PoolStats {
-            tunnels: tunnels().count(),
-            streams: tunnels().map(|p| p.tunnel.streams()).sum(),
+        let book = self.lock();
+        let mut stats = PoolStats::default();
+        for (_, tunnel) in book.tunnels() {
+            stats.tunnels += 1;
+            stats.streams += tunnel.streams();
         }
+        stats
     }
 
     /// Drops closed tunnels and those idle for too long. Call it now and then.
     pub fn sweep(&self, now: Instant) {
-        self.lock().retain(|_, entry| {
-            for pooled in &mut entry.tunnels {
-                if pooled.tunnel.streams() > 0 {
-                    pooled.last_used = now;
-                }
-            }
-            entry.tunnels.retain(|p| !p.tunnel.is_closed());
-            // One stays for the long time, whoever was used last; the others are spare.
-            let keep = entry.tunnels.iter().map(|p| p.last_used).max();
-            let mut kept = false;
-            entry.tunnels.retain(|p| {
-                let main = !kept && Some(p.last_used) == keep;
-                kept |= main;
-                let limit = if main { self.limits.idle } else { self.limits.spare };
-                now.saturating_duration_since(p.last_used) < limit
-            });
-            // Somebody dials while others hold the gate.
-            !entry.tunnels.is_empty() || Arc::strong_count(&entry.gate) > 1
-        });
+        self.lock().sweep(now.saturating_duration_since(self.begun));
     }
 
     /// Forgets every tunnel of a pod that leaves. Streams that live go on.
-    pub fn forget_source(&self, source: &WorkloadUid) {
-        self.lock().retain(|key, _| key.source != *source);
+    pub fn forget_source(&self, source: &Str) {
+        self.lock().forget(|key| key.source == *source);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PoolKey, Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The open tunnel with the fewest streams, if it has room.
-    fn pick(&self, key: &PoolKey) -> Option<Tunnel> {
-        let mut entries = self.lock();
-        let entry = entries.get_mut(key)?;
-        entry.tunnels.retain(|p| !p.tunnel.is_closed());
-        let pooled = entry.tunnels.iter_mut().min_by_key(|p| p.tunnel.streams())?;
-        if pooled.tunnel.streams() >= pooled.tunnel.capacity(self.limits.streams) {
-            return None;
-        }
-        pooled.last_used = Instant::now();
-        Some(pooled.tunnel.clone())
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
     }
 
     async fn dial<C>(
@@ -200,28 +183,16 @@ impl Pool {
     where
         C: Future<Output = std::io::Result<TcpStream>>,
     {
-        let (gate, failures) = {
-            let mut entries = self.lock();
-            let entry = entries.entry(key.clone()).or_default();
-            (entry.gate.clone(), entry.failures)
-        };
-        let _one_at_a_time = gate.lock().await;
-        // While we waited somebody may have made a tunnel, or failed to.
-        if let Some(tunnel) = self.pick(key) {
-            return Ok(tunnel);
-        }
-        {
-            let entries = self.lock();
-            let total: usize = entries.values().map(|e| e.tunnels.len()).sum();
-            if total >= self.limits.tunnels {
-                return Err(TunnelError::PoolFull(self.limits.tunnels));
+        let turn = self.lock().queue(key);
+        let _one_at_a_time = turn.gate.lock().await;
+        let next = self.lock().next(key, &turn, self.now());
+        match next {
+            Next::Take(tunnel) => return Ok(tunnel),
+            Next::Full(limit) => return Err(TunnelError::PoolFull(limit)),
+            Next::Failed { message, reason } => {
+                return Err(TunnelError::Shared { message, reason });
             }
-            if let Some(entry) = entries.get(key)
-                && entry.failures != failures
-                && let Some((message, reason)) = &entry.last_failure
-            {
-                return Err(TunnelError::Shared { message: message.clone(), reason: *reason });
-            }
+            Next::Dial => {}
         }
         let dialled = tokio::time::timeout(self.limits.dial, handshake(key, credentials, connect));
         let result = dialled.await.unwrap_or_else(|_| {
@@ -231,19 +202,12 @@ impl Pool {
                 seconds: self.limits.dial.as_secs(),
             })
         });
-        let mut entries = self.lock();
-        let entry = entries.entry(key.clone()).or_default();
-        match result {
-            Ok(tunnel) => {
-                entry.tunnels.push(Pooled { tunnel: tunnel.clone(), last_used: Instant::now() });
-                Ok(tunnel)
-            }
-            Err(e) => {
-                entry.failures += 1;
-                entry.last_failure = Some((e.to_string(), e.reason()));
-                Err(e)
-            }
-        }
+        let told = match &result {
+            Ok(tunnel) => Ok(tunnel.clone()),
+            Err(e) => Err((e.to_string(), e.reason())),
+        };
+        self.lock().dialled(key, told, self.now());
+        result
     }
 }
 

@@ -11,15 +11,16 @@
 
 use std::io::{self, BufRead as _, IoSlice, Write as _};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use rustls::{ClientConfig, Connection, ServerConfig};
+use rustls::{AlertDescription, ClientConfig, Connection, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::buffer::Scratch;
+use crate::clock;
 use crate::error::TunnelError;
 use crate::tls::{PeerRefused, UnexpectedPeer};
 use crate::{RELAY_CHUNK, peer_identity};
@@ -54,6 +55,8 @@ struct Inner {
     /// Ciphertext that rustls holds for us.
     queued: usize,
     eof: bool,
+    /// Why the peer does not want us. HTTP/2 keeps only words of errors.
+    alert: Arc<OnceLock<AlertDescription>>,
 }
 
 #[derive(Debug)]
@@ -81,7 +84,15 @@ impl TlsStream {
 
     async fn handshake(tcp: TcpStream, mut tls: Connection) -> Result<Self, TunnelError> {
         tls.set_buffer_limit(None);
-        let mut inner = Inner { tcp, tls, unread: None, small: Vec::new(), queued: 0, eof: false };
+        let mut inner = Inner {
+            tcp,
+            tls,
+            unread: None,
+            small: Vec::new(),
+            queued: 0,
+            eof: false,
+            alert: Arc::default(),
+        };
         std::future::poll_fn(|cx| inner.poll_handshake(cx)).await?;
         if inner.tls.alpn_protocol() != Some(b"h2") {
             return Err(TunnelError::Handshake("the peer did not agree on ALPN h2".into()));
@@ -98,6 +109,11 @@ impl TlsStream {
             .and_then(|chain| chain.first())
             .ok_or_else(|| TunnelError::PeerCertificate("the peer sent none".into()))?;
         peer_identity(leaf).map_err(TunnelError::PeerCertificate)
+    }
+
+    /// The peer's alert, once there is one. With TLS 1.3 it comes after our own handshake is done.
+    pub(crate) fn alert(&self) -> Arc<OnceLock<AlertDescription>> {
+        lock(&self.shared).alert.clone()
     }
 
     pub fn flush_handle(&self) -> FlushHandle {
@@ -174,9 +190,13 @@ impl Inner {
                 self.unread = None;
             }
         }
-        self.tls
-            .process_new_packets()
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        self.tls.process_new_packets().map_err(|e| {
+            if let rustls::Error::AlertReceived(alert) = &e {
+                // Only the first counts.
+                let _ = self.alert.set(*alert);
+            }
+            io::Error::new(io::ErrorKind::InvalidData, e)
+        })?;
         Poll::Ready(Ok(true))
     }
 
@@ -360,24 +380,16 @@ fn handshake_io(e: io::Error) -> TunnelError {
         rustls::Error::NoCertificatesPresented => {
             TunnelError::PeerCertificate("the peer sent none".into())
         }
-        rustls::Error::AlertReceived(alert) => TunnelError::RefusedByPeer(format!("{alert:?}")),
+        rustls::Error::AlertReceived(alert) => TunnelError::Alert(*alert),
         other => TunnelError::Handshake(other.to_string()),
     }
 }
 
-/// A certificate that is outside of its time usually means a clock; say so, and by how much.
 fn explain_certificate(reason: &rustls::CertificateError) -> String {
-    use rustls::CertificateError as E;
     match reason {
-        E::NotValidYetContext { time, not_before } => format!(
-            "it is valid only in {} s: the clock of this node or of the issuer is off",
-            not_before.as_secs().saturating_sub(time.as_secs())
-        ),
-        E::ExpiredContext { time, not_after } => format!(
-            "it expired {} s ago: it was not renewed, or a clock is off",
-            time.as_secs().saturating_sub(not_after.as_secs())
-        ),
-        E::UnknownIssuer => "it was not issued by this mesh's root (unknown issuer)".into(),
-        other => format!("{other:?}"),
+        rustls::CertificateError::UnknownIssuer => {
+            "it was not issued by this mesh's root (unknown issuer)".into()
+        }
+        other => clock::explain_certificate(other).unwrap_or_else(|| format!("{other:?}")),
     }
 }

@@ -124,7 +124,7 @@ async fn double_echo() -> SocketAddr {
 
 fn key(gateway: SocketAddr, expected: &str) -> PoolKey {
     PoolKey {
-        source: WorkloadUid("a".into()),
+        source: "a".into(),
         source_identity: id("client"),
         destination: WorkloadUid("b".into()),
         gateway,
@@ -221,17 +221,28 @@ async fn wrong_identities_are_refused_on_both_sides() {
     let unknown = go(key(strange, "server"), ca.credentials(&id("client"))).await.unwrap_err();
     assert!(matches!(unknown, TunnelError::PeerCertificate(_)), "{unknown}");
 
-    let late = ca.with_times(&id("server"), 3600, 7200);
+    let late = ca.with_times(&id("server"), 3630, 7200);
     let (future, _) = server(late, false).await;
     let clock = go(key(future, "server"), ca.credentials(&id("client"))).await.unwrap_err();
-    assert!(clock.to_string().contains("clock"), "{clock}");
+    assert!(clock.to_string().contains("clock is at least 1 h 0 min behind"), "{clock}");
 
     // The server refuses us: with TLS 1.3 we learn of it after our own handshake is done.
     let mut k = key(gateway, "server");
-    k.source = WorkloadUid("foreign".into());
+    k.source = "foreign".into();
     assert!(go(k, foreign.credentials(&id("server"))).await.is_err());
+    // Not yet valid and expired: the server's clock says so, and ours.
+    for (from, until, want) in [
+        (3630, 7200, "clock is at least 1 h 0 min behind"),
+        (-7200, -3630, "expired 1 h 0 min ago, by this machine's clock too"),
+    ] {
+        let mut k = key(gateway, "server");
+        k.source = want.into();
+        let refused = go(k, ca.with_times(&id("client"), from, until)).await.unwrap_err();
+        assert_eq!(refused.reason(), Reason::PeerCertificate, "{refused}");
+        assert!(refused.to_string().contains(want), "{refused}");
+    }
     let mut k = key(gateway, "server");
-    k.source = WorkloadUid("domain".into());
+    k.source = "domain".into();
     let elsewhere = ca.credentials(&Identity::new("other.domain", "shop", "client"));
     assert!(go(k, elsewhere).await.is_err());
 }
@@ -254,6 +265,26 @@ async fn a_refusal_names_its_reason_and_a_dead_gateway_fails_once_for_all() {
     for result in futures_util::future::join_all(calls).await {
         assert_eq!(result.unwrap_err().reason(), Reason::ConnectFailed);
     }
+}
+
+/// A pod that is made anew under its old name is the same workload with the same identity, in another network: it must
+/// not speak through what its predecessor left.
+#[tokio::test]
+async fn a_new_pod_of_an_old_name_dials_its_own_tunnel() {
+    let ca = Ca::new();
+    let (gateway, tunnels) = server(ca.credentials(&id("server")), false).await;
+    let target = double_echo().await;
+    let pool = Pool::new(PoolLimits::default());
+    let client = ca.credentials(&id("client"));
+    let old = key(gateway, "server");
+    let new = PoolKey { source: "a, born later".into(), ..old.clone() };
+    call(&pool, &old, &client, target, b"x".to_vec()).await.unwrap();
+    call(&pool, &new, &client, target, b"x".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2);
+    pool.forget_source(&old.source);
+    assert_eq!(pool.stats().tunnels, 1, "only the old one's is forgotten");
+    call(&pool, &new, &client, target, b"x".to_vec()).await.unwrap();
+    assert_eq!(tunnels.load(Ordering::SeqCst), 2);
 }
 
 /// Forwards to `gateway`. The first connection stops moving once `frozen` is told, and stays open: a machine that is gone.
@@ -394,4 +425,104 @@ async fn a_server_that_has_answered_may_want_nothing_more() {
         // What the application still had to say is lost, and said to be; its end alone is not.
         assert_eq!(ended.by, if more { EndedBy::Peer } else { EndedBy::Both });
     }
+}
+
+/// A server that says GOAWAY before the first request of each of its first `going` tunnels.
+async fn going_server(credentials: Arc<Credentials>, going: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        for number in 0.. {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let credentials = credentials.clone();
+            tokio::spawn(async move {
+                let Ok(mut tunnel) = ServerTunnel::accept(tcp, credentials.server_config()).await
+                else {
+                    return;
+                };
+                if number < going {
+                    tunnel.drain();
+                }
+                while let Some(Ok(incoming)) = tunnel.next().await {
+                    let (mut send, _) = incoming.accept(None).unwrap();
+                    send.send_data("hello".into(), true).unwrap();
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_peer_that_is_being_replaced_costs_no_stream() {
+    let ca = Ca::new();
+    let client = ca.credentials(&id("client"));
+    let target = "127.0.0.1:1".parse().unwrap();
+    // However the GOAWAY meets the request: before, between, or behind it.
+    for _ in 0..20 {
+        let gateway = going_server(ca.credentials(&id("server")), 1).await;
+        let pool = Pool::new(PoolLimits::default());
+        let headers = ConnectHeaders::default();
+        let key = key(gateway, "server");
+        let open = pool.open(&key, &client, target, &headers, || TcpStream::connect(gateway)).await;
+        let mut stream = open.unwrap();
+        assert_eq!(stream.receive.data().await.unwrap().unwrap(), "hello");
+    }
+}
+
+/// Serves until told to drain; each tunnel that it has then says GOAWAY.
+async fn draining_server(
+    credentials: Arc<Credentials>,
+) -> (SocketAddr, tokio::sync::watch::Sender<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (drain, drains) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            // Tunnels that come later are those of the successor.
+            let mut drains = drains.clone();
+            drains.mark_unchanged();
+            let credentials = credentials.clone();
+            tokio::spawn(async move {
+                let mut tunnel =
+                    ServerTunnel::accept(tcp, credentials.server_config()).await.unwrap();
+                let mut held = Vec::new();
+                loop {
+                    tokio::select! {
+                        next = tunnel.next() => match next {
+                            Some(Ok(incoming)) => held.push(incoming.accept(None).unwrap()),
+                            _ => return,
+                        },
+                        Ok(()) = drains.changed() => tunnel.drain(),
+                    }
+                }
+            });
+        }
+    });
+    (address, drain)
+}
+
+#[tokio::test]
+async fn many_tunnels_that_go_at_once_cost_no_stream() {
+    let ca = Ca::new();
+    let client = ca.credentials(&id("client"));
+    let (gateway, drain) = draining_server(ca.credentials(&id("server"))).await;
+    // More tunnels than a stream has attempts.
+    let pool = Pool::new(PoolLimits { streams: 1, ..PoolLimits::default() });
+    let (key, headers) = (key(gateway, "server"), ConnectHeaders::default());
+    let target = "127.0.0.1:1".parse().unwrap();
+    let open = || pool.open(&key, &client, target, &headers, || TcpStream::connect(gateway));
+    let mut old = Vec::new();
+    for _ in 0..6 {
+        old.push(open().await.unwrap());
+    }
+    assert_eq!(pool.stats().tunnels, 6);
+    // Places are free again, on tunnels that are told to go in this moment.
+    old.truncate(1);
+    drain.send_replace(true);
+    for _ in 0..4 {
+        open().await.unwrap();
+    }
+    // What lives is left alone.
+    assert!(futures_util::FutureExt::now_or_never(old[0].receive.data()).is_none());
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
-use crate::control::{self, Answer, ExecPlace, Request};
+use crate::control::{self, Action, Answer, ExecPlace, Request, Restarted};
 use crate::logs;
 use crate::place::{LabInfo, Place, running};
 use crate::status::Status;
@@ -21,6 +21,20 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub fn status(lab: &LabInfo) -> Result<Status> {
     match call(lab, &Request::Status, &[])? {
         Answer::Status(status) => Ok(*status),
+        other => bail!("the lab gave an odd answer: {other:?}"),
+    }
+}
+
+/// Starts, stops or replaces a process of the mesh, on one node or on all, one after the other.
+pub fn process(
+    lab: &LabInfo,
+    action: Action,
+    name: &str,
+    node: Option<&str>,
+) -> Result<Vec<Restarted>> {
+    let request = Request::Process { action, name: name.to_owned(), node: node.map(str::to_owned) };
+    match call(lab, &request, &[])? {
+        Answer::Done(done) => Ok(done),
         other => bail!("the lab gave an odd answer: {other:?}"),
     }
 }

@@ -27,6 +27,12 @@ pub(crate) enum Request {
     Status,
     /// End the lab.
     Down,
+    /// Start, stop or replace a process of the mesh, on one node or on all.
+    Process {
+        action: Action,
+        name: String,
+        node: Option<String>,
+    },
     /// Run a command; stdin, stdout and stderr come beside it.
     Exec {
         place: ExecPlace,
@@ -35,6 +41,31 @@ pub(crate) enum Request {
         /// stdin and stdout are a terminal.
         terminal: bool,
     },
+}
+
+/// What to do with a process of the mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Action {
+    /// Replace it: by one beside it where that is possible.
+    Restart,
+    /// End it, until somebody starts it.
+    Stop,
+    Start,
+}
+
+/// What was done with a process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Restarted {
+    pub name: String,
+    pub node: Option<String>,
+    /// The process that was replaced and drains now.
+    pub old: Option<i32>,
+    /// The process that serves now.
+    pub new: Option<i32>,
+    /// From the order until the new one was ready.
+    pub milliseconds: u64,
 }
 
 /// Where a command runs.
@@ -52,6 +83,7 @@ pub enum ExecPlace {
 pub(crate) enum Answer {
     Status(Box<Status>),
     Ending,
+    Done(Vec<Restarted>),
     /// The command ended with this status.
     Exited(u8),
     Error(String),

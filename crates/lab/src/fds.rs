@@ -1,7 +1,8 @@
 //! Starts programs with chosen open files at chosen numbers, and nothing else inherited.
 //!
 //! Invariants: every file of this process is close-on-exec (std and our own code open them so); what a program gets is
-//! exactly stdin, stdout, stderr and the list here. So no key, token or socket of the lab leaks into a child.
+//! exactly stdin, stdout, stderr and the list here. So no key, token or socket of the lab leaks into a child. No signal is
+//! blocked in it, whatever the starting thread blocks.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -9,6 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::SigSet;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 
@@ -28,7 +30,8 @@ pub(crate) fn pass(command: &mut Command, fds: Vec<OwnedFd>) {
             // SAFETY: between fork and exec nothing else uses the target number; the source is open.
             check(unsafe { libc::dup2(*copy, target) })?;
         }
-        Ok(())
+        // Inherited otherwise: a program with SIGTERM blocked never learns that it should end.
+        Ok(SigSet::empty().thread_set_mask()?)
     };
     #[expect(unsafe_code, reason = "files are placed between fork and exec")]
     // SAFETY: the closure makes only async-signal-safe system calls and does not allocate.

@@ -34,6 +34,8 @@ pub struct Options {
     pub images: Vec<(String, PathBuf)>,
     /// Where `istiod-lite` and `ztunnel` are. `None`: no mesh, plain pods only.
     pub bin_dir: Option<PathBuf>,
+    /// Seconds that a ztunnel which was replaced keeps its connections.
+    pub drain_seconds: u64,
     /// Namespaces whose pods on one node are joined without a tunnel; `*` for all.
     pub same_node_direct: Vec<String>,
     /// A program that calls [`crate::hidden`] first; usually the running one.
@@ -47,6 +49,7 @@ pub(crate) struct WorldConfig {
     pub(crate) info: LabInfo,
     pub(crate) images: Vec<(String, PathBuf)>,
     pub(crate) bin_dir: Option<PathBuf>,
+    pub(crate) drain_seconds: u64,
     pub(crate) same_node_direct: Vec<String>,
 }
 
@@ -140,6 +143,7 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         info,
         images,
         bin_dir: options.bin_dir.clone(),
+        drain_seconds: options.drain_seconds,
         same_node_direct: options.same_node_direct.clone(),
     })
 }
@@ -161,7 +165,7 @@ fn run_lab(
     let (dns, world_dns) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
 
-    // Blocked here, so that the thread below is the one that gets them. Children start with an empty mask.
+    // Blocked here, so that the thread below is the one that gets them. What is started gets an empty mask (`fds::pass`).
     let stop_signals = stop_signals();
     stop_signals.thread_block()?;
     let mut command = Command::new(&options.helper);

@@ -33,6 +33,7 @@ mod procs;
 mod reconcile;
 mod stage;
 pub mod status;
+mod supervise;
 mod upstream;
 mod world;
 mod zds;
@@ -41,7 +42,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-pub use control::ExecPlace;
+pub use control::{Action, ExecPlace, Restarted};
 
 /// Hidden subcommands: the lab's inner processes.
 pub(crate) const STAGE: &str = "__lab-stage";

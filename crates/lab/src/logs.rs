@@ -8,6 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
@@ -23,17 +24,49 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(100);
 /// A pipe whose other end a process gets as its output, copied to `path` by a task until the last writer is gone.
 pub(crate) fn pipe_to(path: PathBuf) -> io::Result<OwnedFd> {
     let (reader, write) = crate::fds::pipe()?;
-    tokio::spawn(copy(reader, Log::open(path)));
+    let output = Output::to(path);
+    tokio::spawn(copy(reader, move |bytes| output.append(bytes)));
     Ok(write)
 }
 
-async fn copy(mut from: pipe::Receiver, mut to: Log) {
+/// A log that several processes write at once, such as one that drains and its successor.
+#[derive(Clone)]
+pub(crate) struct Output(Arc<Mutex<Log>>);
+
+impl Output {
+    pub(crate) fn to(path: PathBuf) -> Self {
+        Self(Arc::new(Mutex::new(Log::open(path))))
+    }
+
+    /// A pipe for one of the processes. Its lines stay whole.
+    pub(crate) fn pipe(&self) -> io::Result<OwnedFd> {
+        let (reader, write) = crate::fds::pipe()?;
+        let (output, mut begun) = (self.clone(), Vec::new());
+        tokio::spawn(copy(reader, move |bytes| {
+            begun.extend_from_slice(bytes);
+            let whole = begun.iter().rposition(|b| *b == b'\n').map_or(0, |last| last + 1);
+            // What has no end is no line, and not kept back for ever; neither is the last.
+            let all = bytes.is_empty() || begun.len() - whole > CHUNK;
+            let whole = if all { begun.len() } else { whole };
+            output.append(&begun[..whole]);
+            begun.drain(..whole);
+        }));
+        Ok(write)
+    }
+
+    fn append(&self, bytes: &[u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).append(bytes);
+    }
+}
+
+/// Passes on what is written; an empty piece at the end.
+async fn copy(mut from: pipe::Receiver, mut append: impl FnMut(&[u8])) {
     let mut buffer = vec![0; CHUNK];
     loop {
         match from.read(&mut buffer).await {
-            Ok(0) => return,
-            Ok(n) => to.append(&buffer[..n]),
-            Err(e) => return tracing::warn!("read the output for {}: {e}", to.path.display()),
+            Ok(0) => return append(&[]),
+            Ok(n) => append(&buffer[..n]),
+            Err(e) => return tracing::warn!("read the output of a process: {e}"),
         }
     }
 }
@@ -135,6 +168,29 @@ fn pause(time: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn two_processes_write_one_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.log");
+        let output = Output::to(path.clone());
+        let [mut a, mut b] = [(); 2].map(|()| File::from(output.pipe().unwrap()));
+        let written = |want: &str| {
+            let (path, want) = (path.clone(), want.to_owned());
+            async move {
+                while fs::read_to_string(&path).unwrap_or_default() != want {
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        a.write_all(b"beg").unwrap();
+        b.write_all(b"whole\nno end").unwrap();
+        written("whole\n").await;
+        a.write_all(b"un\n").unwrap();
+        written("whole\nbegun\n").await;
+        drop(b);
+        written("whole\nbegun\nno end").await;
+    }
 
     #[test]
     fn logs_roll_over_and_are_printed_in_order() {

@@ -1,8 +1,8 @@
 //! The mesh's own processes: `istiod-lite` on the underlay, one `ztunnel` per node, watched and started again.
 //!
 //! Invariants: a node token goes to its ztunnel over an inherited pipe and to istiod-lite as a hash, and to nobody else;
-//! each start of a ztunnel gets a new one. A process that dies is started again with a growing pause; the pods' capture
-//! stays in place meanwhile, so that nothing goes out in the clear.
+//! each start of a ztunnel gets a new one. While a ztunnel is away the pods' capture stays in place, so that nothing goes out
+//! in the clear.
 
 use std::fs::{self, DirBuilder};
 use std::io::Write as _;
@@ -10,54 +10,46 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use aws_lc_rs::digest::{SHA256, digest};
 use net::NetNs;
 use tokio::sync::mpsc;
 
+use crate::fds;
 use crate::launch::Event;
-use crate::logs;
 use crate::network::{Network, UNDERLAY_V4, UNDERLAY_V6};
 use crate::place::Place;
-use crate::procs::{Process, Processes};
+use crate::procs::Processes;
 use crate::status::ProcessStatus;
+use crate::supervise::{self, Around, Control, DRAINING, Start, States, Watched, lock};
 use crate::zds::Agent;
 
 /// Where the control plane serves xDS and the CA, as in Istio.
 const XDS_PORT: u16 = 15012;
 /// Metrics, readiness and debugging of the control plane.
 pub(crate) const STATUS_PORT: u16 = 15014;
-/// Pauses between starts of a process that dies.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A process that lived this long starts over with the first pause.
-const FORGIVEN_AFTER: Duration = Duration::from_secs(30);
-/// How soon a ztunnel sees the control plane's root certificate.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Bytes of entropy in a token.
 const TOKEN: usize = 32;
-/// How much of a dead process's log is shown.
-const TAIL: u64 = 600;
-
 /// The running mesh.
 #[derive(Clone, Debug)]
 pub(crate) struct Mesh {
     /// In the order of the nodes.
     pub(crate) agents: Vec<Agent>,
-    states: Arc<Mutex<Vec<ProcessStatus>>>,
+    controls: Vec<Control>,
+    states: States,
 }
 
-/// What a supervisor needs beside what it starts.
-#[derive(Clone)]
-struct Around {
-    place: Place,
-    processes: Processes,
-    events: mpsc::Sender<Event>,
-    states: Arc<Mutex<Vec<ProcessStatus>>>,
+/// What the user wants of every ztunnel.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// How long one that was replaced keeps its connections.
+    pub(crate) drain: Duration,
+    /// Namespaces, separated by commas, whose pods on one node are joined without a tunnel.
+    pub(crate) same_node_direct: String,
 }
 
 /// Tells istiod-lite which tokens are good.
@@ -97,9 +89,9 @@ pub(crate) fn start(
     network: &Network,
     processes: &Processes,
     events: &mpsc::Sender<Event>,
-    same_node_direct: &[String],
+    settings: &Settings,
 ) -> Result<Mesh> {
-    let states = Arc::new(Mutex::new(vec![]));
+    let states = States::default();
     let around = Around {
         place: place.clone(),
         processes: processes.clone(),
@@ -109,18 +101,13 @@ pub(crate) fn start(
     let registry = Registry::default();
     let istiod_dir = place.private().join("istiod");
     DirBuilder::new().recursive(true).mode(0o700).create(&istiod_dir)?;
-    let (program, registry_for) = (bin_dir.join("istiod-lite"), registry.clone());
-    let (yaml, objects, state) = (dir.to_owned(), place.objects(), istiod_dir.clone());
-    let begin = move |_: u32| {
-        let mut command = Command::new(&program);
-        command.arg("--dir").arg(&yaml).arg("--dir").arg(&objects).arg("--state-dir").arg(&state);
-        command.arg("--listen").arg(format!("{UNDERLAY_V4}:{XDS_PORT}"));
-        command.arg("--listen").arg(format!("[{UNDERLAY_V6}]:{XDS_PORT}"));
-        command.arg("--status-listen").arg(format!("{UNDERLAY_V4}:{STATUS_PORT}"));
-        command.arg("--token-registry-fd").arg("3");
-        Ok(Start { command, files: vec![registry_for.connect()?], ns: None })
+    let istiod = Istiod {
+        program: bin_dir.join("istiod-lite"),
+        dirs: [dir.to_owned(), place.objects()],
+        state: istiod_dir.clone(),
+        registry: registry.clone(),
     };
-    tokio::spawn(supervise(around.clone(), "istiod-lite".to_owned(), None, None, begin));
+    let mut controls = vec![istiod.watch_over(around.clone())];
     let mut agents = vec![];
     for node in &network.nodes {
         let home = place.private().join(&node.name);
@@ -137,34 +124,73 @@ pub(crate) fn start(
             home,
             root: istiod_dir.join("root-cert.pem"),
             registry: registry.clone(),
-            same_node_direct: same_node_direct.join(","),
+            settings: settings.clone(),
         };
-        let root = ztunnel.root.clone();
-        let begin = move |_: u32| ztunnel.start();
-        tokio::spawn(supervise(
-            around.clone(),
-            "ztunnel".to_owned(),
-            Some(node.name.clone()),
-            Some(root),
-            begin,
-        ));
+        controls.push(ztunnel.watch_over(around.clone()));
     }
-    Ok(Mesh { agents, states })
+    Ok(Mesh { agents, controls, states })
 }
 
 impl Mesh {
+    /// Those of this name, of one node or of all; the error names what there is.
+    pub(crate) fn controls(&self, name: &str, node: Option<&str>) -> Result<Vec<Control>, String> {
+        let named = |c: &&Control| c.name == name;
+        let on_node = |c: &&Control| node.is_none_or(|node| c.node.as_deref() == Some(node));
+        let found: Vec<Control> =
+            self.controls.iter().filter(named).filter(on_node).cloned().collect();
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        let label = |c: &Control| match &c.node {
+            Some(node) => format!("{} on {node}", c.name),
+            None => c.name.clone(),
+        };
+        let there: Vec<String> = self.controls.iter().map(label).collect();
+        let asked = node.map_or_else(|| name.to_owned(), |node| format!("{name} on {node}"));
+        Err(format!("no process {asked}; there are: {}", there.join(", ")))
+    }
+
     pub(crate) fn statuses(&self) -> Vec<ProcessStatus> {
         let mut all = lock(&self.states).clone();
-        all.sort_by(|a, b| (&a.name, &a.node).cmp(&(&b.name, &b.node)));
+        // One that drains stands below the one that serves.
+        let draining = |s: &ProcessStatus| s.state == DRAINING;
+        all.sort_by(|a, b| (&a.name, &a.node, draining(a)).cmp(&(&b.name, &b.node, draining(b))));
         all
     }
 }
 
-/// How to start a process.
-struct Start {
-    command: Command,
-    files: Vec<OwnedFd>,
-    ns: Option<NetNs>,
+struct Istiod {
+    program: PathBuf,
+    /// The user's YAML, and the objects of the lab.
+    dirs: [PathBuf; 2],
+    state: PathBuf,
+    registry: Registry,
+}
+
+impl Istiod {
+    fn watch_over(self, around: Around) -> Control {
+        let watched = Watched {
+            name: "istiod-lite".to_owned(),
+            node: None,
+            after: None,
+            beside: false,
+            drain: Duration::ZERO,
+        };
+        supervise::watch_over(around, watched, move || self.start())
+    }
+
+    fn start(&self) -> Result<Start> {
+        let mut command = Command::new(&self.program);
+        for dir in &self.dirs {
+            command.arg("--dir").arg(dir);
+        }
+        command.arg("--state-dir").arg(&self.state);
+        command.arg("--listen").arg(format!("{UNDERLAY_V4}:{XDS_PORT}"));
+        command.arg("--listen").arg(format!("[{UNDERLAY_V6}]:{XDS_PORT}"));
+        command.arg("--status-listen").arg(format!("{UNDERLAY_V4}:{STATUS_PORT}"));
+        command.arg("--token-registry-fd").arg("3");
+        Ok(Start { command, files: vec![self.registry.connect()?], ns: None, ready: None })
+    }
 }
 
 struct Ztunnel {
@@ -175,11 +201,21 @@ struct Ztunnel {
     home: PathBuf,
     root: PathBuf,
     registry: Registry,
-    /// Namespaces, separated by commas.
-    same_node_direct: String,
+    settings: Settings,
 }
 
 impl Ztunnel {
+    fn watch_over(self, around: Around) -> Control {
+        let watched = Watched {
+            name: "ztunnel".to_owned(),
+            node: Some(self.node.clone()),
+            after: Some(self.root.clone()),
+            beside: true,
+            drain: self.settings.drain,
+        };
+        supervise::watch_over(around, watched, move || self.start())
+    }
+
     fn start(&self) -> Result<Start> {
         let token = token()?;
         let hash: String =
@@ -197,11 +233,14 @@ impl Ztunnel {
             .arg(self.home.join("state"))
             .arg("--secret-dir")
             .arg(self.home.join("secret"));
-        if !self.same_node_direct.is_empty() {
-            command.arg("--same-node-direct").arg(&self.same_node_direct);
+        command.arg("--drain-seconds").arg(self.settings.drain.as_secs().to_string());
+        if !self.settings.same_node_direct.is_empty() {
+            command.arg("--same-node-direct").arg(&self.settings.same_node_direct);
         }
-        command.arg("--token-fd").arg("3");
-        Ok(Start { command, files: vec![read], ns: Some(self.ns.clone()) })
+        let (ready, say_ready) = fds::pipe()?;
+        command.arg("--token-fd").arg("3").arg("--ready-fd").arg("4");
+        let (files, ns) = (vec![read, say_ready], Some(self.ns.clone()));
+        Ok(Start { command, files, ns, ready: Some(ready) })
     }
 }
 
@@ -234,94 +273,4 @@ impl Registry {
         }
         state.told.push(Told { node: node.to_owned(), line, at: SystemTime::now(), secrets });
     }
-}
-
-/// Starts a process again and again. `after`: a file that must be there first.
-async fn supervise(
-    around: Around,
-    name: String,
-    node: Option<String>,
-    after: Option<PathBuf>,
-    begin: impl Fn(u32) -> Result<Start> + Send,
-) {
-    let label = node.as_ref().map_or_else(|| name.clone(), |n| format!("{name} on {n}"));
-    let log = around.place.logs().join(format!(
-        "{}.log",
-        node.as_ref().map_or_else(|| name.clone(), |n| format!("{name}_{n}"))
-    ));
-    let mut state = ProcessStatus {
-        name,
-        node,
-        state: "Starting".to_owned(),
-        ready: false,
-        config: None,
-        pid: None,
-        restarts: 0,
-        log: log.display().to_string(),
-    };
-    around.publish(&state);
-    if let Some(file) = after {
-        while !file.exists() {
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-    }
-    let mut pause = FIRST_PAUSE;
-    loop {
-        let began = Instant::now();
-        let why = match start_one(&around, &begin, state.restarts, &log) {
-            Ok(process) => {
-                (state.state, state.pid) = ("Running".to_owned(), Some(process.pid()));
-                around.publish(&state);
-                let code = process.ended().await;
-                format!("ended with status {code}")
-            }
-            Err(e) => format!("{e:#}"),
-        };
-        if began.elapsed() >= FORGIVEN_AFTER {
-            pause = FIRST_PAUSE;
-        }
-        (state.state, state.pid) = (why.clone(), None);
-        state.restarts += 1;
-        around.publish(&state);
-        let said = logs::tail(&log, TAIL);
-        let last = said.lines().last().unwrap_or_default();
-        let text = format!(
-            "{label} {why}; started again in {} ms; its log ({}) ends with: {last}",
-            pause.as_millis(),
-            log.display()
-        );
-        // Fails only when the lab is ending.
-        let _ = around.events.send(Event::Warning(text)).await;
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-}
-
-fn start_one(
-    around: &Around,
-    begin: &impl Fn(u32) -> Result<Start>,
-    attempt: u32,
-    log: &Path,
-) -> Result<Process> {
-    let Start { mut command, files, ns } = begin(attempt)?;
-    let output = logs::pipe_to(log.to_owned())?;
-    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).current_dir("/");
-    let start = || around.processes.start(command, files);
-    match ns {
-        // A process starts in the network namespace of the thread that starts it.
-        Some(ns) => ns.run(start).context("enter the node")?,
-        None => start(),
-    }
-}
-
-impl Around {
-    fn publish(&self, state: &ProcessStatus) {
-        let mut all = lock(&self.states);
-        all.retain(|s| (&s.name, &s.node) != (&state.name, &state.node));
-        all.push(state.clone());
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -98,6 +98,10 @@ impl Process {
         }
     }
 
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.borrow().is_some()
+    }
+
     /// Waits for its end: exit status, or 128 plus the signal.
     pub(crate) async fn ended(&self) -> u8 {
         let mut ended = self.ended.clone();

@@ -3,20 +3,29 @@
 //! One packet per message on a SEQPACKET socket, the namespace's file beside it, each answered. A ztunnel that connects
 //! (again) is told all pods first, then "that is all".
 //!
-//! Invariants: one ztunnel at a time, the newest; one message is under way at a time; a pod counts as enrolled when ztunnel
-//! said so, and a caller waits for that as long as it takes: without ztunnel the pod does not start (fail closed).
+//! With its answers ztunnel sends copies of its listeners. They are kept and given to the next one, so that connections
+//! wait in their queues while no ztunnel runs, and two that overlap share them. A ztunnel that sends none has the kept ones
+//! closed: beside its own they would swallow connections.
+//!
+//! Invariants: pods are told to one ztunnel, the newest; when its line breaks, every other line is cut as well, so that a
+//! ztunnel that still serves connects anew and hears everything again; one message is under way at a time; a pod counts as
+//! enrolled when ztunnel said so, and a caller waits for that as long as it takes: without ztunnel the pod does not start
+//! (fail closed).
 
 use std::collections::BTreeMap;
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::future::poll_fn;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::time::Duration;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use net::NetNs;
+use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen,
-    recv, sendmsg, socket,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    UnixAddr, bind, listen, recvmsg, sendmsg, socket,
 };
 use prost::Message as _;
 use tokio::io::Interest;
@@ -34,6 +43,11 @@ use crate::fds::watched;
 const MAX_PACKET: usize = 64 * 1024;
 /// Binding a pod's listeners takes milliseconds; a ztunnel that is silent this long is given up.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long connections wait for a ztunnel. After it they are reset, and new ones refused: a client that hangs does not
+/// learn that it should try elsewhere.
+const KEEP: Duration = Duration::from_secs(30);
+/// Files beside one message: as many as the kernel passes.
+const MAX_FILES: usize = 253;
 /// Commands that wait for ztunnel: the pods of a node, each at most twice.
 const QUEUE: usize = 512;
 
@@ -75,6 +89,9 @@ impl Agent {
             listener: watched(listener)?,
             commands,
             pods: BTreeMap::new(),
+            pages: vec![],
+            lines: vec![],
+            alone_since: None,
         };
         tokio::spawn(server.run());
         Ok(Self(sender))
@@ -103,93 +120,132 @@ struct Server {
     commands: mpsc::Receiver<Command>,
     /// Everything ztunnel is to serve, and who waits to hear that it does.
     pods: BTreeMap<String, Pod>,
+    /// Listeners of the operators' pages, as ztunnel sent them last.
+    pages: Vec<OwnedFd>,
+    /// The newest last: that one is told.
+    lines: Vec<AsyncFd<OwnedFd>>,
+    /// When the last line broke, while listeners are kept for the next.
+    alone_since: Option<Instant>,
 }
 
 struct Pod {
     captured: Captured,
     waiting: Option<oneshot::Sender<Result<(), String>>>,
+    /// As ztunnel sent them last.
+    listeners: Vec<OwnedFd>,
 }
 
 impl Server {
     async fn run(mut self) {
         loop {
-            // Without ztunnel, commands change only the list.
-            let line = tokio::select! {
+            let give_up = self.alone_since.map(|since| since + KEEP);
+            tokio::select! {
                 line = accept(&self.listener) => match line {
-                    Ok(line) => line,
+                    Ok(line) => self.greet(line).await,
                     Err(e) => return tracing::error!("{}: ZDS: {e}", self.node),
                 },
                 command = self.commands.recv() => match command {
-                    Some(command) => {
-                        self.note(command);
-                        continue;
-                    }
+                    Some(command) => self.obey(command).await,
                     None => return,
                 },
-            };
-            match self.serve(&line).await {
-                Ok(()) => return,
-                Err(e) => tracing::info!("{}: ztunnel's line: {e:#}", self.node),
+                (index, why) = first_that_breaks(&self.lines) => self.lost(index, &why),
+                () = tokio::time::sleep_until(give_up.unwrap_or_else(Instant::now).into()), if give_up.is_some() => {
+                    tracing::warn!("{}: no ztunnel for {} s, connections are refused", self.node, KEEP.as_secs());
+                    self.close_listeners();
+                }
             }
         }
     }
 
-    /// Remembers a command for the next ztunnel.
-    fn note(&mut self, command: Command) {
-        match command {
-            Command::Add(captured, waiting) => {
-                self.pods.insert(
-                    captured.uid.clone(),
-                    Pod { captured: *captured, waiting: Some(waiting) },
-                );
-            }
-            Command::Remove(uid, reply) => {
-                self.pods.remove(&uid);
-                let _ = reply.send(());
-            }
-        }
-    }
-
-    /// Talks to one ztunnel. Ok: the agent is to end.
-    async fn serve(&mut self, line: &AsyncFd<OwnedFd>) -> Result<()> {
-        let hello = receive(line).await.context("hello")?;
-        let hello = ZdsHello::decode(&*hello).context("hello")?;
+    /// Tells a new ztunnel everything. From then on it is the one that is told.
+    async fn greet(&mut self, line: AsyncFd<OwnedFd>) {
+        let hello = tokio::time::timeout(PATIENCE, receive(&line)).await;
+        let Ok(Ok(Ok(hello))) = hello.map(|h| h.map(|(packet, _)| ZdsHello::decode(&*packet)))
+        else {
+            return tracing::warn!("{}: somebody connected and said no hello", self.node);
+        };
         if hello.version != i32::from(Version::V1) {
-            bail!(
-                "ztunnel speaks ZDS version {}, this node agent V1: start programs of one release",
+            return tracing::warn!(
+                "{}: a ztunnel speaks ZDS version {}, this node agent V1: start programs of one release",
+                self.node,
                 hello.version
             );
         }
         tracing::info!("{}: ztunnel connected", self.node);
+        match self.snapshot(&line).await {
+            Ok(()) => {
+                self.lines.push(line);
+                self.alone_since = None;
+            }
+            Err(e) => {
+                tracing::warn!("{}: ztunnel's line: {e:#}", self.node);
+                self.call_all_back();
+            }
+        }
+    }
+
+    /// Has every ztunnel that still lives connect anew; the one that serves then hears everything again. One that drains
+    /// has hung up and does not come back.
+    fn call_all_back(&mut self) {
+        self.lines.clear();
+        let keeps = !self.pages.is_empty() || self.pods.values().any(|p| !p.listeners.is_empty());
+        self.alone_since = keeps.then(Instant::now);
+    }
+
+    async fn snapshot(&mut self, line: &AsyncFd<OwnedFd>) -> Result<()> {
         for uid in self.pods.keys().cloned().collect::<Vec<_>>() {
             self.add(line, &uid).await?;
         }
-        ask(line, Payload::SnapshotSent(SnapshotSent {}), None)
-            .await
-            .context("end of snapshot")?
-            .map_err(anyhow::Error::msg)?;
-        loop {
-            tokio::select! {
-                gone = receive(line) => {
-                    gone?;
-                    bail!("it spoke without being asked");
-                }
-                command = self.commands.recv() => {
-                    let Some(command) = command else { return Ok(()) };
-                    let (added, removed) = match &command {
-                        Command::Add(pod, _) => (Some(pod.uid.clone()), None),
-                        Command::Remove(uid, _) => (None, Some(uid.clone())),
-                    };
-                    if let Some(uid) = removed {
-                        // Whatever it answers, the pod is none of its business any more; a broken line is noticed next.
-                        let told = ask(line, Payload::Del(DelWorkload { uid }), None).await;
-                        self.note(command);
-                        told.context("remove a pod")?.map_err(anyhow::Error::msg)?;
-                    } else if let Some(uid) = added {
-                        self.note(command);
-                        self.add(line, &uid).await?;
-                    }
-                }
+        let pages: Vec<RawFd> = self.pages.iter().map(AsRawFd::as_raw_fd).collect();
+        let all = ask(line, Payload::SnapshotSent(SnapshotSent {}), &pages).await;
+        self.pages = all.context("end of snapshot")?.map_err(anyhow::Error::msg)?;
+        Ok(())
+    }
+
+    fn lost(&mut self, index: usize, why: &str) {
+        if index + 1 < self.lines.len() {
+            self.lines.remove(index);
+            return;
+        }
+        tracing::info!("{}: ztunnel's line: {why}", self.node);
+        self.call_all_back();
+    }
+
+    async fn obey(&mut self, command: Command) {
+        let Some(line) = self.lines.pop() else { return self.note(command) };
+        let done = match &command {
+            Command::Add(pod, _) => {
+                let uid = pod.uid.clone();
+                self.note(command);
+                self.add(&line, &uid).await
+            }
+            Command::Remove(uid, _) => {
+                let uid = uid.clone();
+                let told = ask(&line, Payload::Del(DelWorkload { uid }), &[]).await;
+                // Whatever it answers, the pod is none of its business any more; a broken line is noticed next.
+                self.note(command);
+                told.context("remove a pod").map(|_| ())
+            }
+        };
+        match done {
+            Ok(()) => self.lines.push(line),
+            Err(e) => {
+                tracing::warn!("{}: ztunnel's line: {e:#}", self.node);
+                self.call_all_back();
+            }
+        }
+    }
+
+    /// Changes the list.
+    fn note(&mut self, command: Command) {
+        match command {
+            Command::Add(captured, waiting) => {
+                let pod = Pod { captured: *captured, waiting: Some(waiting), listeners: vec![] };
+                self.pods.insert(pod.captured.uid.clone(), pod);
+            }
+            Command::Remove(uid, reply) => {
+                self.pods.remove(&uid);
+                let _ = reply.send(());
             }
         }
     }
@@ -203,15 +259,49 @@ impl Server {
             service_account: c.service_account.clone(),
         };
         let add = AddWorkload { uid: c.uid.clone(), workload_info: Some(info) };
-        let answer = ask(line, Payload::Add(add), Some(&c.ns)).await.context("add a pod")?;
-        if let Err(e) = &answer {
-            tracing::warn!("{}: ztunnel refused {}/{}: {e}", self.node, c.namespace, c.name);
-        }
+        let listeners = pod.listeners.iter().map(AsRawFd::as_raw_fd);
+        let files: Vec<RawFd> = [c.ns.as_fd().as_raw_fd()].into_iter().chain(listeners).collect();
+        let answer = ask(line, Payload::Add(add), &files).await.context("add a pod")?;
+        let answer = match answer {
+            Ok(listeners) => {
+                pod.listeners = listeners;
+                Ok(())
+            }
+            Err(e) => {
+                tracing::warn!("{}: ztunnel refused {}/{}: {e}", self.node, c.namespace, c.name);
+                pod.listeners = vec![];
+                Err(e)
+            }
+        };
         if let Some(waiting) = pod.waiting.take() {
             let _ = waiting.send(answer);
         }
         Ok(())
     }
+
+    fn close_listeners(&mut self) {
+        self.alone_since = None;
+        self.pages.clear();
+        self.pods.values_mut().for_each(|pod| pod.listeners.clear());
+    }
+}
+
+/// Waits until a ztunnel hangs up, or speaks without being asked.
+async fn first_that_breaks(lines: &[AsyncFd<OwnedFd>]) -> (usize, String) {
+    let mut waits: Vec<_> = lines.iter().map(|line| Box::pin(receive(line))).collect();
+    poll_fn(|cx| {
+        for (index, wait) in waits.iter_mut().enumerate() {
+            match wait.as_mut().poll(cx) {
+                Poll::Ready(Ok(_)) => {
+                    return Poll::Ready((index, "it spoke without being asked".to_owned()));
+                }
+                Poll::Ready(Err(e)) => return Poll::Ready((index, e.to_string())),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<AsyncFd<OwnedFd>> {
@@ -225,17 +315,16 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<AsyncFd<OwnedFd>> {
     watched(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Sends one message and waits for its answer; the inner error is ztunnel's refusal.
+/// Sends one message and waits for its answer: what ztunnel wants to be kept, or its refusal.
 async fn ask(
     line: &AsyncFd<OwnedFd>,
     payload: Payload,
-    ns: Option<&NetNs>,
-) -> Result<Result<(), String>> {
+    files: &[RawFd],
+) -> Result<Result<Vec<OwnedFd>, String>> {
     let packet = WorkloadRequest { payload: Some(payload) }.encode_to_vec();
-    let files: Vec<_> = ns.iter().map(|ns| ns.as_fd().as_raw_fd()).collect();
     let exchange = async {
         let sent = line.async_io(Interest::WRITABLE, |fd| {
-            let rights = [ControlMessage::ScmRights(&files)];
+            let rights = [ControlMessage::ScmRights(files)];
             let rights = if files.is_empty() { &[][..] } else { &rights[..] };
             let parts = [IoSlice::new(&packet)];
             Ok(sendmsg::<()>(fd.as_raw_fd(), &parts, rights, MsgFlags::MSG_NOSIGNAL, None)?)
@@ -243,27 +332,39 @@ async fn ask(
         sent.await?;
         receive(line).await
     };
-    let answer =
+    let (answer, files) =
         tokio::time::timeout(PATIENCE, exchange).await.context("ztunnel does not answer")??;
     let answer = WorkloadResponse::decode(&*answer).context("ztunnel's answer")?;
     let Some(workload_response::Payload::Ack(ack)) = answer.payload else {
         bail!("ztunnel's answer is empty")
     };
-    Ok(if ack.error.is_empty() { Ok(()) } else { Err(ack.error) })
+    Ok(if ack.error.is_empty() { Ok(files) } else { Err(ack.error) })
 }
 
-async fn receive(line: &AsyncFd<OwnedFd>) -> io::Result<Vec<u8>> {
-    let mut buffer = vec![0; MAX_PACKET];
-    let n = line
-        .async_io(Interest::READABLE, |fd| {
-            Ok(recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty())?)
-        })
-        .await?;
-    if n == 0 {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed"));
-    }
-    buffer.truncate(n);
-    Ok(buffer)
+/// One packet, and the files beside it.
+async fn receive(line: &AsyncFd<OwnedFd>) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    line.async_io(Interest::READABLE, |fd| {
+        let mut buffer = vec![0; MAX_PACKET];
+        let mut space = cmsg_space!([RawFd; MAX_FILES]);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = recvmsg::<()>(fd.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let mut files = vec![];
+        for part in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = part {
+                #[expect(unsafe_code, reason = "files received over a socket come as numbers")]
+                // SAFETY: the kernel has just made these numbers for this process; nobody else owns them.
+                files.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        let length = message.bytes;
+        if length == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed"));
+        }
+        buffer.truncate(length);
+        Ok((buffer, files))
+    })
+    .await
 }
 
 #[cfg(test)]

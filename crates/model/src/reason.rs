@@ -106,9 +106,9 @@ reasons! {
     /// A limit of this proxy is reached.
     Limit = "limit", flags "CONNECT",
         help "Raise the limit named in the message or lower the load.";
-    /// The proxy is going away.
+    /// The proxy was replaced, and the time for what it still carried is over.
     Draining = "draining", flags "-",
-        help "Connect again: the new proxy takes over.";
+        help "Connect again: the new proxy takes over. For longer connections raise --drain-seconds.";
 }
 
 impl fmt::Display for Reason {

@@ -12,6 +12,7 @@
 pub mod capture;
 pub mod datagram;
 pub mod flows;
+pub mod handed;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -1,5 +1,6 @@
-//! `meshctl local`: start a lab, look into it, end it.
+//! `meshctl local`: start a lab, look into it, replace parts of it, end it.
 
+mod process;
 mod status;
 mod up;
 
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use lab::{ExecPlace, client, place};
+use lab::{Action, ExecPlace, client, place};
 
 use crate::print;
 
@@ -18,6 +19,7 @@ Examples:
   meshctl local status
   meshctl local exec shop/client -- curl -s http://web/
   meshctl local logs shop/web -f
+  meshctl local restart ztunnel                       # replaced under traffic, which does not notice
   meshctl local down";
 
 #[derive(Debug, clap::Subcommand)]
@@ -45,8 +47,26 @@ pub(crate) enum Command {
   meshctl local logs shop/web -c sidecar -f
   meshctl local logs ztunnel_node-1     # the mesh's own: istiod-lite, ztunnel_NODE, lab")]
     Logs(LogsArgs),
+    /// Replace a process of the mesh while traffic goes on
+    ///
+    /// A new ztunnel starts beside the old one and takes over its listening sockets; new connections are the new one's, and
+    /// those that live stay with the old one until they end or `up --drain-seconds` are over. istiod-lite is ended and started.
+    #[command(after_help = process::RESTART_EXAMPLES)]
+    Restart(process::Args),
+    /// End a process of the mesh until it is started again
+    #[command(after_help = process::STOP_EXAMPLES)]
+    Stop(process::Args),
+    /// Start a process of the mesh that was stopped
+    #[command(after_help = process::STOP_EXAMPLES)]
+    Start(process::Args),
     /// End the lab and remove everything of it
     Down(Which),
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Output {
+    Table,
+    Json,
 }
 
 #[derive(Debug, clap::Args)]
@@ -95,6 +115,9 @@ pub(crate) fn run(command: Command) -> Result<ExitCode> {
         Command::Exec(args) => exec(args),
         Command::Status(args) => status::run(&args),
         Command::Logs(args) => logs(&args),
+        Command::Restart(args) => process::run(&args, Action::Restart),
+        Command::Stop(args) => process::run(&args, Action::Stop),
+        Command::Start(args) => process::run(&args, Action::Start),
         Command::Down(which) => down(&which),
     }
 }

@@ -7,7 +7,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use lab::status::{PodStatus, Status};
 use lab::{client, place};
 
-use super::Which;
+use super::{Output, Which};
 use crate::print::{self, Color};
 
 #[derive(Debug, clap::Args)]
@@ -17,12 +17,6 @@ pub(crate) struct Args {
     output: Output,
     #[command(flatten)]
     which: Which,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Output {
-    Table,
-    Json,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {

@@ -9,6 +9,9 @@ use lab::place::DEFAULT_NAME;
 
 use crate::print::{self, Color};
 
+/// Long enough for the connections of a database pool to be renewed; nobody waits for it.
+const DRAIN_SECONDS: u64 = 600;
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder with Kubernetes YAML
@@ -25,6 +28,10 @@ pub(crate) struct Args {
     /// Where istiod-lite and ztunnel are [default: beside meshctl]
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
+    /// How long a ztunnel that is replaced (`meshctl local restart`) keeps the connections it has; what is left then is ended
+    /// with the reason `draining`
+    #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_SECONDS)]
+    drain_seconds: u64,
     /// Join pods of these namespaces without a tunnel when both are on one node (comma-separated, `*` for all); by default
     /// every connection of the mesh is encrypted
     #[arg(long, value_name = "NAMESPACE", value_delimiter = ',')]
@@ -45,6 +52,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         nodes: args.nodes,
         images: args.images,
         bin_dir,
+        drain_seconds: args.drain_seconds,
         same_node_direct: args.same_node_direct,
         helper: exe,
     };

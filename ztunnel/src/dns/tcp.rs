@@ -37,11 +37,7 @@ pub(super) async fn serve(server: Arc<Server>, accepted: Accepted) {
         return;
     }
     let mut line = Line { server: &server, peer, resolver: destination, open: None };
-    let served = tokio::select! {
-        served = questions(&server, &mut client, &mut line) => served,
-        () = server.pod.left() => return,
-    };
-    match served {
+    match questions(&server, &mut client, &mut line).await {
         Ok(Some(first)) => line.relay(client, &first).await,
         // The end was the client's: an orderly one for it too.
         Ok(None) => drop(client.take()),
@@ -56,7 +52,15 @@ async fn questions(
     line: &mut Line<'_>,
 ) -> io::Result<Option<Vec<u8>>> {
     let Some(client) = &mut client.0 else { return Ok(None) };
-    while let Some(packet) = tokio::time::timeout(IDLE, read(client)).await?? {
+    loop {
+        // A pod that leaves, or a proxy that goes, ends the connection between two questions.
+        tokio::select! {
+            biased;
+            ready = tokio::time::timeout(IDLE, client.readable()) => ready??,
+            () = server.pod.left() => return Ok(None),
+        }
+        let read = tokio::time::timeout(IDLE, read(client)).await??;
+        let Some(packet) = read else { return Ok(None) };
         let answer = match server.decide(&packet, DnsProtocol::Tcp, line.resolver) {
             Decided::Ignore => return Err(io::ErrorKind::InvalidData.into()),
             Decided::Answer(bytes) => Some(bytes),
@@ -68,7 +72,6 @@ async fn questions(
         let Some(answer) = answer else { return Err(io::ErrorKind::InvalidData.into()) };
         tokio::time::timeout(IDLE, client.write_all(&framed(&answer)?)).await??;
     }
-    Ok(None)
 }
 
 /// The next message; `None` at an orderly end.

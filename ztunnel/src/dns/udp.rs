@@ -17,6 +17,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Decided, PATIENCE, Question, Server, wire};
+use crate::worker::Busy;
 
 /// Questions taken before others on this thread get their turn. Each takes some 10 µs.
 const BATCH: usize = 32;
@@ -29,8 +30,10 @@ thread_local! {
 }
 
 /// Takes questions until the pod leaves.
-pub(super) async fn serve(server: Arc<Server>, socket: UdpSocket, replies: Arc<Replies>) {
+pub(super) async fn serve(server: Arc<Server>, socket: Arc<UdpSocket>, replies: Arc<Replies>) {
     let pod = server.pod.clone();
+    // A question that was received is answered before the process goes.
+    let _receiving = Busy::new(&server.worker.shared);
     let left = pod.left();
     tokio::pin!(left);
     loop {
@@ -70,12 +73,13 @@ fn take(server: &Arc<Server>, socket: &UdpSocket, replies: &Arc<Replies>) -> io:
                 Some(places) => {
                     let (server, replies) = (server.clone(), replies.clone());
                     let packet = packet.to_vec();
+                    let busy = Busy::new(&server.worker.shared);
                     tokio::spawn(async move {
                         if let Some(bytes) = forward(&server, question, &packet).await {
                             // In the name that the question was sent to, as far as we know it.
                             say(&replies, got.to, got.from, &bytes);
                         }
-                        drop(places);
+                        drop((places, busy));
                     });
                 }
                 None => {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use engine::Rotation;
 use hbone::Credentials;
 use model::Identity;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
@@ -124,6 +125,11 @@ impl Material {
             algorithms.all,
         )
         .map_err(|e| explain_tls(&e))
+    }
+
+    pub(super) fn dates(&self) -> Rotation {
+        let (not_before, not_after) = (self.credentials.not_before(), self.credentials.not_after());
+        Rotation { not_before, not_after }
     }
 
     pub(super) fn identity(&self) -> &Identity {

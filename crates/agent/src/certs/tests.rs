@@ -133,7 +133,7 @@ async fn eight_at_once_and_those_with_waiting_connections_first() {
     let waiting = store.clone();
     let urgent = tokio::spawn(async move { waiting.wait(&pod("urgent"), LONG).await.is_ok() });
     tokio::time::sleep(Duration::from_millis(10)).await;
-    assert_eq!(world.ca.under_way.load(Ordering::SeqCst), MAX_FETCHES);
+    assert_eq!(world.ca.under_way.load(Ordering::SeqCst), engine::MAX_REQUESTS);
     // One answer makes room for the urgent one, however many were there before.
     world.ca.gate.add_permits(1);
     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -141,7 +141,7 @@ async fn eight_at_once_and_those_with_waiting_connections_first() {
     world.ca.gate.add_permits(1000);
     assert!(urgent.await.unwrap());
     store.wait(&pod("pod39"), LONG).await.unwrap();
-    assert_eq!(world.ca.most.load(Ordering::SeqCst), MAX_FETCHES);
+    assert_eq!(world.ca.most.load(Ordering::SeqCst), engine::MAX_REQUESTS);
 }
 
 #[tokio::test(start_paused = true)]
@@ -261,7 +261,67 @@ async fn clocks_that_disagree_are_named() {
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(store.clone().run(stopped));
     let refusal = store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap_err();
-    assert!(refusal.message.contains("clock is 1 h 0 min behind"), "{refusal}");
+    assert!(refusal.message.contains("clock is at least 1 h 0 min behind"), "{refusal}");
+}
+
+/// This machine's clock is set while the proxy runs, and differs from the CA's from the start.
+#[tokio::test(start_paused = true)]
+async fn two_minutes_either_way_harm_nobody() {
+    const BACKDATE: u64 = 120;
+    for skew in [-120_i64, 0, 120] {
+        let mut world = World::new(86_400);
+        let right = world.clock.clone();
+        let off = Arc::new(std::sync::atomic::AtomicI64::new(skew));
+        let (by, base) = (off.clone(), right.clone());
+        let ours: Clock = Arc::new(move || base().saturating_add_signed(by.load(Ordering::SeqCst)));
+        // As the CA does: valid from two minutes before its making.
+        let ca = Arc::get_mut(&mut world.ca).unwrap();
+        ca.clock = Arc::new(move || right() - BACKDATE);
+        world.clock = ours;
+        let store = world.start();
+        store.wait(&pod("a"), LONG).await.unwrap_or_else(|e| panic!("{skew}: {e}"));
+        let asked = world.asked().len();
+        // Set forth and back by two minutes: nothing is asked for, nothing is dropped.
+        for jump in [120, -120, -240, 0] {
+            off.store(skew + jump, Ordering::SeqCst);
+            tokio::time::sleep(engine::TICK * 2).await;
+            assert!(store.get(&pod("a")).is_some(), "{skew} {jump}");
+            assert!(store.client_certificate().is_some(), "{skew} {jump}");
+        }
+        assert_eq!(world.asked().len(), asked, "{skew}");
+        // By two days: it says so.
+        off.store(2 * 86_400, Ordering::SeqCst);
+        world.break_ca(true);
+        tokio::time::sleep(engine::TICK * 2).await;
+        let refusal = store.wait(&pod("a"), LONG).await.unwrap_err();
+        assert!(store.get(&pod("a")).is_none());
+        let words = format!("{refusal} {:?}", store.states());
+        assert!(words.contains("clock"), "{words}");
+    }
+}
+
+/// The clock jumps beyond the end of the certificate and back before anybody has looked: nothing changes in the store,
+/// and still who waits for the certificate gets it.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_right_again_is_noticed() {
+    let world = World::new(86_400);
+    let (ahead, right) = (Arc::new(AtomicUsize::new(0)), world.clock.clone());
+    let by = ahead.clone();
+    let clock: Clock = Arc::new(move || right() + by.load(Ordering::SeqCst) as u64);
+    let ca = world.ca.ca.lock().unwrap().clone();
+    let cp = Arc::new(control_plane(world.dir.path(), &ca, "https://127.0.0.1:1"));
+    let store = CertStore::with(cp, world.ca.clone(), clock);
+    let (_stop, stopped) = watch::channel(false);
+    tokio::spawn(store.clone().run(stopped));
+    store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap();
+    ahead.store(200_000, Ordering::SeqCst);
+    let waiting = store.clone();
+    let waiting = tokio::spawn(async move { waiting.own(|_| ()).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!waiting.is_finished(), "expired by this clock");
+    ahead.store(0, Ordering::SeqCst);
+    let found = tokio::time::timeout(Duration::from_secs(120), waiting).await;
+    found.expect("noticed within two looks").unwrap();
 }
 
 /// The real CA client: a token for the first certificate, that certificate for all others.

@@ -129,6 +129,25 @@ fn destinations() {
 
 /// What the control plane says in words of another version is neither reached in plaintext nor balanced to.
 #[test]
+fn a_plan_grows_old() {
+    let plain = |n| Workload { protocol: TunnelProtocol::None, ..pod(n) };
+    let before = world(web(), [plain(1)]);
+    let OutboundPlan::Connect { candidates, .. } = plan_to(&before, "10.96.0.1:80", 0) else {
+        panic!("there is an endpoint");
+    };
+    let check = |now: Vec<Workload>, want: bool| {
+        assert_eq!(candidates[0].is_current(&world(web(), now)), want);
+    };
+    check(vec![plain(1)], true);
+    check(vec![Workload { health: Health::Unhealthy, ..plain(1) }], true);
+    // Joined the mesh, moved, gone; another has its address.
+    check(vec![pod(1)], false);
+    check(vec![Workload { addresses: plain(2).addresses, ..plain(1) }], false);
+    check(vec![], false);
+    check(vec![Workload { addresses: plain(1).addresses, ..plain(2) }], false);
+}
+
+#[test]
 fn what_cannot_be_read_is_not_reached() {
     let mut strange = pod(2);
     strange.protocol = TunnelProtocol::Unreadable;

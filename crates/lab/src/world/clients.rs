@@ -104,6 +104,11 @@ impl Client {
                 let process = self.start(target, Wish { argv, env, terminal }, files)?;
                 self.wait(&process, stream)?
             }
+            Reply::Order(controls, action) => {
+                // One after the other: of two nodes at a time, one goes on as it is.
+                let done = controls.iter().map(|control| control.order(action));
+                Answer::Done(done.collect::<Result<_, _>>().map_err(anyhow::Error::msg)?)
+            }
         };
         if down {
             let _ = self.inputs.blocking_send(Input::End);
@@ -178,6 +183,16 @@ impl World {
         match request {
             Request::Status => Reply::Answer(Answer::Status(Box::new(self.status()))),
             Request::Down => Reply::Answer(Answer::Ending),
+            Request::Process { action, name, node } => {
+                let found = self.mesh.as_ref().map_or_else(
+                    || Err("this lab has no mesh".to_owned()),
+                    |mesh| mesh.controls(&name, node.as_deref()),
+                );
+                match found {
+                    Ok(controls) => Reply::Order(controls, action),
+                    Err(why) => Reply::Answer(Answer::Error(why)),
+                }
+            }
             Request::Exec { place: ExecPlace::Node { node }, .. } => match self.network.node(&node)
             {
                 Some(index) => {

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use crate::mesh::STATUS_PORT;
 use crate::network::UNDERLAY_V4;
 use crate::status::Status;
+use crate::supervise::DRAINING;
 
 /// Answers come from memory, over a bridge.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -43,7 +44,7 @@ struct Proxy {
 /// Fills in what the processes say about themselves.
 pub(super) fn ask(status: &mut Status) {
     let debug = istiod();
-    for process in &mut status.processes {
+    for process in status.processes.iter_mut().filter(|p| p.state != DRAINING) {
         match &process.node {
             None => {
                 process.ready = get(UNDERLAY_V4.into(), STATUS_PORT, "/readyz").is_ok();

@@ -32,16 +32,17 @@ use nix::mount::{MsFlags, mount};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::control::{Answer, Request};
+use crate::control::{Action, Answer, Request};
 use crate::dns::server::{Current, Upstream};
 use crate::launch::{Event, WorldConfig, WorldFds};
-use crate::mesh::{self, Mesh};
+use crate::mesh::{self, Mesh, Settings};
 use crate::network::Network;
 use crate::objects::ObjectFiles;
 use crate::place::Place;
 use crate::pod::worker::{Report, Shared};
 use crate::procs::Processes;
 use crate::reconcile::Key;
+use crate::supervise::Control;
 use crate::{dns, ids};
 
 /// Things that happened and wait for the owner. Senders wait when it is full.
@@ -84,6 +85,8 @@ enum Reply {
     Answer(Answer),
     /// Ask this pod's worker how to run the command, or run it in this network namespace.
     Enter(clients::Target),
+    /// Have these supervisors do it.
+    Order(Vec<Control>, Action),
 }
 
 /// The state of everything.
@@ -202,8 +205,14 @@ impl World {
         }
         let mesh = match &config.bin_dir {
             Some(bin) => {
-                let (dir, direct) = (&config.info.dir, &config.same_node_direct);
-                Some(mesh::start(&place, bin, dir, &network, &processes, &events, direct)?)
+                // Copies of every pod's listeners are kept here.
+                net::socket::raise_open_files().context("raise the limit of open files")?;
+                let settings = Settings {
+                    drain: Duration::from_secs(config.drain_seconds),
+                    same_node_direct: config.same_node_direct.join(","),
+                };
+                let dir = &config.info.dir;
+                Some(mesh::start(&place, bin, dir, &network, &processes, &events, &settings)?)
             }
             None => None,
         };

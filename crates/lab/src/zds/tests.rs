@@ -1,7 +1,9 @@
 //! The agent against a ztunnel made of a few lines.
 
 use super::*;
-use nix::sys::socket::{connect, send};
+use std::net::TcpListener;
+
+use nix::sys::socket::{connect, recv, send};
 
 /// A ztunnel's end of the line, blocking.
 struct Proxy(OwnedFd);
@@ -18,18 +20,43 @@ impl Proxy {
 
     /// Takes one message, answers with an error (empty: none), and says in a word what it was.
     fn answer(&self, error: &str) -> String {
+        self.answer_with(error, &[]).0
+    }
+
+    /// The same with listeners for the agent; and the files that came.
+    fn answer_with(&self, error: &str, listeners: &[RawFd]) -> (String, Vec<OwnedFd>) {
         let mut buffer = vec![0; MAX_PACKET];
-        let n = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+        let mut space = cmsg_space!([RawFd; MAX_FILES]);
+        let mut parts = [IoSliceMut::new(&mut buffer)];
+        let line = self.0.as_raw_fd();
+        let got =
+            recvmsg::<()>(line, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
+        let mut files = vec![];
+        for part in got.cmsgs().unwrap() {
+            let ControlMessageOwned::ScmRights(fds) = part else { continue };
+            #[expect(unsafe_code, reason = "files received over a socket come as numbers")]
+            // SAFETY: the kernel has just made these numbers for this process.
+            files.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+        let n = got.bytes;
         let request = WorkloadRequest::decode(&buffer[..n]).unwrap();
         let ack = xds::zds::Ack { error: error.to_owned() };
         let answer = WorkloadResponse { payload: Some(workload_response::Payload::Ack(ack)) };
-        send(self.0.as_raw_fd(), &answer.encode_to_vec(), MsgFlags::empty()).unwrap();
-        match request.payload.unwrap() {
+        let (packet, rights) = (answer.encode_to_vec(), [ControlMessage::ScmRights(listeners)]);
+        let rights = if listeners.is_empty() { &[][..] } else { &rights[..] };
+        sendmsg::<()>(line, &[IoSlice::new(&packet)], rights, MsgFlags::empty(), None).unwrap();
+        let what = match request.payload.unwrap() {
             Payload::Add(add) => format!("add {}", add.uid),
             Payload::Del(del) => format!("del {}", del.uid),
             Payload::SnapshotSent(_) => "all".to_owned(),
             Payload::Keep(keep) => format!("keep {}", keep.uid),
-        }
+        };
+        (what, files)
+    }
+
+    /// The agent has cut the line.
+    fn is_cut(&self) -> bool {
+        recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty()).unwrap() == 0
     }
 }
 
@@ -108,5 +135,89 @@ fn a_proxy_of_another_version_is_turned_away() {
             recv(line.as_raw_fd(), &mut [0; 64], MsgFlags::empty())
         });
         assert_eq!(heard.await.unwrap(), Ok(0), "closed without a word");
+    });
+}
+
+/// Waits in a thread of its own: the agent's tasks go on.
+async fn apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+/// Connects, takes one pod and the end of the snapshot; what came beside them is counted.
+async fn takes_one(path: &Path, gives: Vec<TcpListener>) -> (Proxy, [usize; 2]) {
+    let path = path.to_owned();
+    apart(move || {
+        let proxy = Proxy::connect(&path);
+        let fds: Vec<RawFd> = gives.iter().map(AsRawFd::as_raw_fd).collect();
+        let (of_pods, pages) = fds.split_at(fds.len().saturating_sub(1));
+        let (what, with_pod) = proxy.answer_with("", of_pods);
+        assert_eq!(what, "add a");
+        let (what, with_all) = proxy.answer_with("", pages);
+        assert_eq!(what, "all");
+        (proxy, [with_pod.len(), with_all.len()])
+    })
+    .await
+}
+
+fn listeners(count: usize) -> Vec<TcpListener> {
+    (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect()
+}
+
+#[test]
+fn listeners_are_kept_for_the_next_proxy() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("zds.sock");
+        let agent = Agent::start(&path, "node-1").unwrap();
+        let adding = tokio::spawn({
+            let agent = agent.clone();
+            async move { agent.add(pod("a")).await }
+        });
+        tokio::task::yield_now().await;
+        let ours = listeners(3);
+        let (waits, page) = (ours[0].local_addr().unwrap(), ours[2].local_addr().unwrap());
+        let (first, came) = takes_one(&path, ours).await;
+        // The namespace alone: nobody was there before.
+        assert_eq!(came, [1, 0]);
+        assert_eq!(adding.await.unwrap(), Ok(()));
+        drop(first);
+        // Nobody accepts, and yet connections are taken.
+        let clients = [waits, page].map(|at| std::net::TcpStream::connect(at).unwrap());
+        let (second, came) = takes_one(&path, vec![]).await;
+        assert_eq!(came, [3, 1]);
+        // It kept none of them, so neither does the agent.
+        drop((second, clients));
+        assert!(std::net::TcpStream::connect(waits).is_err());
+        let (_third, came) = takes_one(&path, vec![]).await;
+        assert_eq!(came, [1, 0]);
+    });
+}
+
+#[test]
+fn the_newest_proxy_is_told_and_the_one_before_if_that_is_lost() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("zds.sock");
+        let agent = Agent::start(&path, "node-1").unwrap();
+        let adding = tokio::spawn({
+            let agent = agent.clone();
+            async move { agent.add(pod("a")).await }
+        });
+        tokio::task::yield_now().await;
+        let (old, _) = takes_one(&path, vec![]).await;
+        assert_eq!(adding.await.unwrap(), Ok(()));
+        let (new, _) = takes_one(&path, vec![]).await;
+        let line = tokio::task::spawn_blocking(move || (new.answer(""), new));
+        assert_eq!(agent.add(pod("b")).await, Ok(()));
+        let (said, new) = line.await.unwrap();
+        assert_eq!(said, "add b");
+        // It is lost: the one before is called back, and hears everything.
+        drop(new);
+        assert!(apart(move || old.is_cut()).await);
+        let said = apart(move || {
+            let old = Proxy::connect(&path);
+            ([old.answer(""), old.answer(""), old.answer("")], old)
+        });
+        assert_eq!(said.await.0, ["add a", "add b", "all"]);
     });
 }
