@@ -95,10 +95,7 @@ async fn serve(
         busy: AtomicUsize::new(0),
     });
     let (stop, stopped) = watch::channel(false);
-    let tracer = match traces {
-        Some(traces) => Tracer::start(traces, metrics.spans(), stopped.clone()),
-        None => Tracer::off(),
-    };
+    let tracer = Tracer::start(traces, metrics.spans(), stopped.clone());
     let (workers, commands) = start_workers(&shared, &metrics, &lines, &tracer)?;
     let quit = Arc::new(Notify::new());
     let state = admin_state(

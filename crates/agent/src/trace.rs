@@ -102,12 +102,13 @@ impl Tracer {
         Self(None)
     }
 
-    /// Starts the task that sends, on the current runtime.
+    /// Starts the task that sends, on the current runtime; off without settings.
     pub fn start(
-        settings: TraceSettings,
+        settings: Option<TraceSettings>,
         counts: Arc<SpanCounts>,
         stop: watch::Receiver<bool>,
     ) -> Self {
+        let Some(settings) = settings else { return Self::off() };
         let (queue, spans) = mpsc::channel(QUEUE);
         let sampler = settings.sampler;
         let (sending, done) = watch::channel(());

@@ -103,7 +103,7 @@ async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
     assert!(Tracer::off().begin(None).is_none());
     let counts = Arc::new(SpanCounts::default());
     let text = TraceText { endpoint: "http://127.0.0.1:1".to_owned(), ..TraceText::default() };
-    let settings = text.settings().unwrap().unwrap();
+    let settings = text.settings().unwrap();
     let (stop, stopped) = watch::channel(false);
     let tracer = Tracer::start(settings, counts.clone(), stopped);
     let parent = SpanContext::parse(HEADER.as_bytes());
