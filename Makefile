@@ -11,7 +11,7 @@ DENY_STAMP := $(CACHE)/tools/cargo-deny-$(DENY_VERSION)
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the programs, optimized
 	$(CARGO) build --release --locked --bins
@@ -21,7 +21,7 @@ test: programs ## install what the tests need where that is allowed, then run th
 	$(CARGO) test --workspace --locked --no-fail-fast
 
 unit: ## the tests that need no namespaces and no other programs
-	$(CARGO) test --locked -p model -p engine -p compile -p xds -p sim -p tidy
+	$(CARGO) test --locked -p model -p engine -p compile -p xds -p sim -p echo -p tidy
 
 SEEDS ?= 0..200000
 
@@ -56,6 +56,21 @@ fuzz-planted: ## the same with a bug planted in each target: each must be found,
 fuzz-merge: ## fuzz, then keep in fuzz/corpus what adds coverage, and write the table in fuzz/README.md
 	fuzz/run merge $(SECONDS)
 
+cluster-up: ## a real Kubernetes of two nodes on this machine, as root; the first build takes a quarter of an hour
+	@echo "export KUBECONFIG=$$(e2e/cluster/up)"
+
+cluster-down: ## stop it, and remove what it wrote
+	@e2e/cluster/down
+
+cluster-test: ## start it, look whether it is a cluster and can do what a cluster can, stop it, look whether anything is left
+	@e2e/cluster/test
+
+clean-cluster: ## the same as cluster-down, and remove the programs that were built for it
+	@e2e/cluster/down --clean
+
+conformance-baseline: ## the official Gateway API suite against the cluster without any mesh: what must be green and red
+	@e2e/conformance/baseline
+
 lint: ## clippy on everything, warnings are errors
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
@@ -84,4 +99,5 @@ $(DENY_STAMP):
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
-.PHONY: help build test unit sim e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs
+.PHONY: help build test unit sim e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs \
+	cluster-up cluster-down cluster-test clean-cluster conformance-baseline
