@@ -9,12 +9,14 @@
 
 pub mod access_log;
 pub mod authority;
+pub mod collector;
 pub mod command;
 pub mod envoy;
 pub mod lab;
 pub mod leftovers;
 pub mod programs;
 pub mod status;
+pub mod stock;
 pub mod suite;
 pub mod wire;
 pub mod yaml;

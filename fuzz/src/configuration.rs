@@ -1,10 +1,13 @@
 //! What a user writes into files, and what the programs of a node say to each other.
 
+use std::collections::{BTreeSet, VecDeque};
+
 use compile::{Folder, MeshConfig, compile};
 use istiod_lite::tokens::Tokens;
 use prost::Message;
 use xds::codec::{self, Defaults, Interner};
 use xds::zds::{WorkloadRequest, WorkloadResponse, ZdsHello};
+use ztunnel::zds::{PodEvent, Snapshot};
 
 use crate::planted;
 
@@ -41,7 +44,7 @@ pub fn objects(data: &[u8]) {
     }
 }
 
-/// The messages between a node's agent and its proxy.
+/// The messages between a node's agent and its proxy: as one, and as a line of them, a length before each.
 pub fn zds(data: &[u8]) {
     if let Ok(request) = WorkloadRequest::decode(data) {
         let again = WorkloadRequest::decode(&request.encode_to_vec()[..]);
@@ -53,6 +56,32 @@ pub fn zds(data: &[u8]) {
     }
     if let Ok(answer) = WorkloadResponse::decode(data) {
         assert_eq!(WorkloadResponse::decode(&answer.encode_to_vec()[..]), Ok(answer));
+    }
+    line(data);
+}
+
+/// What the proxy makes of a line: it keeps what was named before the end of the snapshot, and nothing else.
+fn line(mut data: &[u8]) {
+    let (mut snapshot, mut added, mut over) = (Snapshot::default(), BTreeSet::new(), false);
+    while let Some((length, rest)) = data.split_first() {
+        let (packet, rest) = rest.split_at(usize::from(*length).min(rest.len()));
+        data = rest;
+        match snapshot.read(packet, VecDeque::from([()])) {
+            Ok(Some(PodEvent::Add { uid, .. })) => {
+                assert!(!uid.is_empty());
+                added.insert(uid);
+            }
+            Ok(Some(PodEvent::Remove { uid })) => {
+                added.remove(&uid);
+            }
+            Ok(Some(PodEvent::Only { uids, .. })) => {
+                assert!(!over, "a snapshot ends once");
+                assert!(added.iter().all(|uid| uids.contains(uid)), "a pod that was added is lost");
+                over = true;
+            }
+            Ok(None) => {}
+            Err(words) => assert!(words.len() < 1024, "an agent must not fill the log"),
+        }
     }
 }
 

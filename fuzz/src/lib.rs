@@ -6,15 +6,17 @@
 
 mod configuration;
 mod discovery;
+mod names;
 mod peer;
 mod planted;
 
 pub use configuration::{objects, registry, zds};
 pub use discovery::{address, authorization, delta};
+pub use names::dns;
 pub use peer::{csr, headers, identity};
 
 /// Every target by name.
-pub const TARGETS: [(&str, fn(&[u8])); 9] = [
+pub const TARGETS: [(&str, fn(&[u8])); 10] = [
     ("headers", headers),
     ("identity", identity),
     ("csr", csr),
@@ -23,5 +25,6 @@ pub const TARGETS: [(&str, fn(&[u8])); 9] = [
     ("authorization", authorization),
     ("delta", delta),
     ("zds", zds),
+    ("dns", dns),
     ("objects", objects),
 ];

@@ -53,6 +53,13 @@ pub(crate) fn zds(request: &WorkloadRequest) {
     bug(keep.uid.contains(char::is_control), "a control character in a uid to keep");
 }
 
+pub(crate) fn asked(name: &str, ipv6: bool) {
+    bug(
+        ipv6 && name.starts_with('_'),
+        "an IPv6 question for a name that begins with an underscore",
+    );
+}
+
 pub(crate) fn compiled(p: &Policy) {
     let other = |m: &Match| {
         m.destination_ports.iter().any(|port| *port != 80)

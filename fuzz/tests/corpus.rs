@@ -33,6 +33,35 @@ fn write_seeds() {
     peer();
     discovery();
     configuration();
+    names();
+}
+
+/// Questions by hand, and answers.
+fn names() {
+    let question = |name: &str, kind: u8| {
+        let mut packet = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00".to_vec();
+        for label in name.split('.') {
+            packet.push(u8::try_from(label.len()).unwrap());
+            packet.extend(label.as_bytes());
+        }
+        packet.extend([0, 0, kind, 0, 1]);
+        packet
+    };
+    let both = |count: u8, packet: &[u8], reply: &[u8]| {
+        let length = u16::try_from(packet.len()).unwrap().to_be_bytes();
+        [&[count][..], &length, packet, reply].concat()
+    };
+    let a = question("web.shop.svc.cluster.local", 1);
+    let mut answer = a.clone();
+    answer[2] |= 0x80;
+    seed("dns", "a", both(3, &a, &answer));
+    seed("dns", "many", both(200, &question("web", 28), &[]));
+    seed("dns", "txt", both(1, &question("_x.example", 16), &answer));
+    // EDNS: 1232 bytes by UDP.
+    let mut edns = question("web.shop", 28);
+    edns[11] = 1;
+    edns.extend(b"\x00\x00\x29\x04\xd0\x00\x00\x00\x00\x00\x00");
+    seed("dns", "edns", both(60, &edns, &answer));
 }
 
 fn seed(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
@@ -76,6 +105,11 @@ fn discovery() {
     seed("zds", "del", b"\x12\x04\x12\x02u1");
     seed("zds", "keep", b"\x2a\x04\x0a\x02u1");
     seed("zds", "ack", b"\x0a\x04\x0a\x02no");
+    // A line: two pods named, one kept, the end of the snapshot, one gone.
+    let line: [&[u8]; 4] =
+        [&wire("zds_add"), b"\x2a\x04\x0a\x02u2", b"\x1a\x00", b"\x12\x04\x12\x02u1"];
+    let line = line.iter().flat_map(|m| [&[u8::try_from(m.len()).unwrap()][..], m].concat());
+    seed("zds", "line", line.collect::<Vec<u8>>());
     let mut stream = Vec::new();
     for (which, fixture) in [(0, "delta_response"), (2, "delta_request"), (3, "")] {
         let message = if fixture.is_empty() { Vec::new() } else { wire(fixture) };

@@ -10,11 +10,14 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use agent::access_log::{self, AccessLog, Utc};
 use agent::admin::{AdminState, Certificate, CertificateInfo};
 use agent::certs::CertStore;
-use agent::channel::ControlPlane;
+use agent::control_plane::{
+    Anchors, CERTIFICATE_LIFETIME, ControlPlane, Login, Proxy, RootCert, Server,
+};
 use agent::logging;
 use agent::metrics::Metrics;
 use agent::readiness::Readiness;
 use agent::store::ConfigStore;
+use agent::trace::{TraceSettings, Tracer};
 use agent::xds_client::{XdsPhase, XdsStatus, XdsView, run_xds};
 use anyhow::{Context, bail, ensure};
 use model::{Reason, Refusal};
@@ -47,6 +50,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         other => bail!("--log-format is text or json, not {other:?}"),
     };
     let log = logging::start(log_format, &config.log_level)?;
+    let traces = traces(&config)?;
     let files = net::socket::raise_open_files().context("reading the limit of open files")?;
     let token = config.token_fd.map(read_token).transpose()?;
     let ready = config.ready_fd.map(|fd| inherited("--ready-fd", fd)).transpose()?;
@@ -57,14 +61,18 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         open_files = files,
         "ztunnel starts"
     );
+    for warning in config.istio.iter().flat_map(|seam| &seam.warnings) {
+        tracing::warn!("{warning}");
+    }
     // Control plane, certificates and the admin pages: away from the threads that move bytes.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(config, token, ready, log))
+    runtime.block_on(serve(config, token, traces, ready, log))
 }
 
 async fn serve(
     config: Config,
     token: Option<String>,
+    traces: Option<TraceSettings>,
     ready: Option<File>,
     log: logging::LogControl,
 ) -> anyhow::Result<()> {
@@ -86,7 +94,9 @@ async fn serve(
         open: AtomicUsize::new(0),
         busy: AtomicUsize::new(0),
     });
-    let (workers, commands) = start_workers(&shared, &metrics, &lines)?;
+    let (stop, stopped) = watch::channel(false);
+    let tracer = Tracer::start(traces, metrics.spans(), stopped.clone());
+    let (workers, commands) = start_workers(&shared, &metrics, &lines, &tracer)?;
     let quit = Arc::new(Notify::new());
     let state = admin_state(
         &config,
@@ -107,7 +117,6 @@ async fn serve(
         pods_named,
         pages.clone(),
     );
-    let (stop, stopped) = watch::channel(false);
     tokio::spawn(certs.clone().run(stopped.clone()));
     tokio::spawn(run_xds(control_plane, store, certs, status.clone(), stopped));
     tokio::spawn(async move {
@@ -124,6 +133,7 @@ async fn serve(
     pages.close();
     drain(&config, &commands, &shared, &quit).await?;
     stop.send_replace(true);
+    tracer.ended().await;
     lines.flush(LAST_LINES);
     Ok(())
 }
@@ -143,7 +153,13 @@ async fn take_pods(shared: Arc<Shared>, pods: Pods, hang_up: Arc<HangUp>) {
     let _ = tokio::time::timeout(limit, view.wait_for(enough)).await;
     let socket = shared.config.zds_socket.clone();
     let thread = std::thread::Builder::new().name("node-agent".into());
-    let started = thread.spawn(move || zds::run(&socket, &hang_up, |event| pods.handle(event)));
+    // Istio's agent keeps no listeners for the next process, which shares our ports instead.
+    let hands_over = shared.config.istio.is_none();
+    let handle = move |event| {
+        let added = pods.handle(event);
+        if hands_over { added } else { added.map(|_| Vec::new()) }
+    };
+    let started = thread.spawn(move || zds::run(&socket, &hang_up, handle));
     if let Err(e) = started {
         tracing::error!("no thread for the node agent, this proxy serves nobody: {e}");
     }
@@ -181,18 +197,54 @@ fn read_token(fd: i32) -> anyhow::Result<String> {
 }
 
 fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPlane {
-    ControlPlane {
+    let own = Server {
         address: config.xds_address.clone(),
-        server_name: config.xds_server_name.clone(),
-        root_cert: config.root_cert.clone(),
-        node: config.node.clone(),
+        name: config.xds_server_name.clone(),
+        root: RootCert::File(config.root_cert.clone()),
+        headers: Vec::new(),
+    };
+    let control_plane = ControlPlane {
+        xds: own.clone(),
+        ca: own,
+        login: Login::Certificate { bootstrap_token },
+        anchors: Anchors::RootFile,
+        proxy: Proxy::of_node(&config.node),
         cluster: config.cluster.as_str().into(),
         network: config.network.as_str().into(),
         trust_domain: config.trust_domain.as_str().into(),
+        certificate_lifetime: CERTIFICATE_LIFETIME,
         state_dir: config.state_dir.clone(),
         secret_dir: config.secret_dir.clone(),
-        bootstrap_token,
+    };
+    let Some(seam) = config.istio.as_deref().cloned() else { return control_plane };
+    ControlPlane {
+        xds: seam.xds,
+        ca: seam.ca,
+        login: Login::Token(seam.token),
+        anchors: Anchors::CaAnswer,
+        proxy: seam.proxy,
+        certificate_lifetime: seam.certificate_lifetime,
+        ..control_plane
     }
+}
+
+/// Where spans go and what they say of this proxy; `None` while tracing is off.
+fn traces(config: &Config) -> anyhow::Result<Option<TraceSettings>> {
+    let settings = config.traces.text().settings().map_err(anyhow::Error::msg)?;
+    Ok(settings.map(|mut settings| {
+        let own = [
+            ("service.version", env!("CARGO_PKG_VERSION")),
+            ("k8s.node.name", &config.node),
+            ("k8s.cluster.name", &config.cluster),
+        ];
+        for (key, value) in own {
+            // What the user says of it counts more.
+            if !settings.resource.iter().any(|(known, _)| known == key) {
+                settings.resource.push((key.to_owned(), value.to_owned()));
+            }
+        }
+        settings
+    }))
 }
 
 fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
@@ -213,10 +265,11 @@ fn start_workers(
     shared: &Arc<Shared>,
     metrics: &Metrics,
     lines: &AccessLog,
+    tracer: &Tracer,
 ) -> anyhow::Result<Workers> {
     let (mut workers, mut commands) = (Vec::new(), Vec::new());
     for index in 0..shared.config.worker_threads() {
-        let recorder = Recorder::new(metrics.clone(), lines.clone());
+        let recorder = Recorder::new(metrics.clone(), lines.clone(), tracer.clone());
         let worker = Arc::new(Worker::new(shared.clone(), recorder));
         let (send, receive) = mpsc::channel(COMMANDS);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -258,6 +311,7 @@ fn admin_state(
             "drainSeconds": config.drain_seconds,
             "dnsProxy": config.dns_proxy,
             "accessLog": config.access_log,
+            "traces": config.traces.endpoint,
         }),
         quit: Box::new(move || quit.notify_one()),
     }

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use agent::trace::TraceText;
 use clap::Args;
+
+use crate::istio::Seam;
 
 /// Configuration of `ztunnel proxy`.
 #[derive(Args, Clone, Debug)]
@@ -82,9 +85,78 @@ pub struct Config {
     /// Address where readiness (15021) is served.
     #[arg(long, env = "READINESS_ADDR", default_value = "[::]:15021")]
     pub readiness_address: std::net::SocketAddr,
+    #[command(flatten)]
+    pub traces: Traces,
+    /// Started the way Istio's DaemonSet starts its proxy: another login, and istio-cni's capture in the pods.
+    #[arg(skip)]
+    pub istio: Option<Box<Seam>>,
+}
+
+/// Spans of connections, by OTLP over gRPC. Off without an endpoint. The variables are OpenTelemetry's own.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Tracing")]
+pub struct Traces {
+    /// Collector: `http://HOST:4317`, or https with the certificate's root beside it.
+    #[arg(long = "otlp-endpoint", env = "OTEL_EXPORTER_OTLP_ENDPOINT", default_value = "")]
+    pub endpoint: String,
+    /// Only `grpc`.
+    #[arg(
+        long = "otlp-protocol",
+        env = "OTEL_EXPORTER_OTLP_PROTOCOL",
+        default_value = "",
+        hide = true
+    )]
+    pub protocol: String,
+    /// `key=value,key=value`, sent with each call.
+    #[arg(
+        long = "otlp-headers",
+        env = "OTEL_EXPORTER_OTLP_HEADERS",
+        default_value = "",
+        hide_env_values = true
+    )]
+    pub headers: String,
+    /// PEM file with the root of the collector's certificate.
+    #[arg(long = "otlp-certificate", env = "OTEL_EXPORTER_OTLP_CERTIFICATE", default_value = "")]
+    pub certificate: String,
+    /// `service.name` of the spans.
+    #[arg(long = "otlp-service-name", env = "OTEL_SERVICE_NAME", default_value = "ztunnel")]
+    pub service_name: String,
+    /// `key=value,key=value`: more about this proxy.
+    #[arg(long = "otlp-resource", env = "OTEL_RESOURCE_ATTRIBUTES", default_value = "")]
+    pub resource: String,
+    /// always_on, always_off or traceidratio, perhaps behind parentbased_.
+    #[arg(
+        long = "trace-sampler",
+        env = "OTEL_TRACES_SAMPLER",
+        default_value = "parentbased_always_on"
+    )]
+    pub sampler: String,
+    /// The part of all traces, for traceidratio: 0 to 1.
+    #[arg(long = "trace-sampler-arg", env = "OTEL_TRACES_SAMPLER_ARG", default_value = "")]
+    pub sampler_arg: String,
+}
+
+impl Traces {
+    pub fn text(&self) -> TraceText {
+        TraceText {
+            endpoint: self.endpoint.clone(),
+            protocol: self.protocol.clone(),
+            headers: self.headers.clone(),
+            certificate: self.certificate.clone(),
+            service_name: self.service_name.clone(),
+            resource: self.resource.clone(),
+            sampler: self.sampler.clone(),
+            sampler_arg: self.sampler_arg.clone(),
+        }
+    }
 }
 
 impl Config {
+    /// How connections of the pods come to our listeners.
+    pub fn capture(&self) -> Capture {
+        if self.istio.is_some() { Capture::Redirect } else { Capture::Tproxy }
+    }
+
     /// Data threads to start. The applications need cores too, and fewer threads share tunnels better:
     /// on two cores, one thread took 17 to 30 % less CPU per small request than two. More than 8 on one
     /// node gained nothing in Istio's experience, and every thread costs listeners in every pod.
@@ -92,6 +164,16 @@ impl Config {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         self.workers.unwrap_or_else(|| cores.div_ceil(2).min(8)).clamp(1, 64)
     }
+}
+
+/// How connections of the pods come to our listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capture {
+    /// By our own rules (`net::capture`): an accepted socket's local address is where the client wanted to go.
+    Tproxy,
+    /// By istio-cni's rules: the destination is rewritten, connection tracking knows the original one, and answers to
+    /// connections in a client's name come back by the mark that those rules put on the connection.
+    Redirect,
 }
 
 /// How long a new connection waits for what is still on its way.

@@ -194,7 +194,11 @@ mod tests {
             let (pod, source) = (pod(), ([10, 0, 0, 2], 4711).into());
             let peer = Arc::new(Identity::new("cluster.local", "shop", "client"));
             let mut record = Record::tunnelled(&pod, source, peer.clone());
-            let recorder = Recorder::new(Metrics::new("ztunnel", "0"), AccessLog::off());
+            let recorder = Recorder::new(
+                Metrics::new("ztunnel", "0"),
+                AccessLog::off(),
+                agent::trace::Tracer::off(),
+            );
             let live = Live {
                 pod,
                 direction: Direction::Inbound,

@@ -132,6 +132,14 @@ struct Question {
 }
 
 impl Server {
+    /// Who is to answer a datagram that the mesh cannot. `None`: it was for nobody but us.
+    fn resolver_of(&self, to: SocketAddr) -> Option<SocketAddr> {
+        match &self.worker.shared.config.istio {
+            Some(seam) => Some(seam.resolver),
+            None => Self::is_captured(to).then_some(to),
+        }
+    }
+
     /// Only what capture turned around was for a resolver. What the pod sends to the listener itself is not.
     fn is_captured(to: SocketAddr) -> bool {
         to.port() == RESOLVER_PORT && !to.ip().is_loopback()

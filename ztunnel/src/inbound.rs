@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use agent::access_log::Direction;
+use agent::trace::SpanContext;
 use engine::{Allowed, InboundFacts, Verdict, authorize};
 use futures_util::FutureExt as _;
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
@@ -15,7 +16,7 @@ use net::socket::{ConnectOpts, SourcePorts};
 use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 
-use crate::config::{Waits, is_local};
+use crate::config::{Capture, Waits, is_local};
 use crate::connections::Live;
 use crate::outbound::{Ends, ResetOnDrop, connect_from, credentials, finish, own_workload};
 use crate::pod::Pod;
@@ -25,6 +26,7 @@ use crate::worker::{Accepted, Busy, Worker};
 /// Serves a plaintext connection to the pod.
 pub(crate) async fn serve_plaintext(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Inbound, &pod, &accepted);
+    worker.recorder.trace(&mut record, None);
     let connected = Box::pin(plaintext(&worker, &pod, accepted, &mut record)).await;
     finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
@@ -40,7 +42,7 @@ async fn plaintext(
     let tcp = ResetOnDrop(Some(tcp));
     let call = Call { source: peer, destination, peer: None, host: None };
     let workload = admit(worker, pod, &call, record).await?;
-    let app = connect_to_app(pod, &workload, &call).await?;
+    let app = connect_to_app(worker, pod, &workload, &call).await?;
     Ok((call.live(pod, record), Ends::Sockets(tcp.take(), app)))
 }
 
@@ -133,6 +135,8 @@ async fn serve_stream(
     incoming: Incoming,
 ) {
     let mut record = Record::tunnelled(&pod, source, peer.clone());
+    let parent = incoming.headers.traceparent.as_ref();
+    worker.recorder.trace(&mut record, parent.and_then(|h| SpanContext::parse(h.as_bytes())));
     let connected = Box::pin(stream(&worker, &pod, source, peer, incoming, &mut record)).await;
     finish(&worker, connected, &mut record).await;
     worker.recorder.write(record);
@@ -165,7 +169,7 @@ async fn stream(
     let call = Call { source, destination, peer: Some(peer), host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
-        let app = connect_to_app(pod, &workload, &call).await?;
+        let app = connect_to_app(worker, pod, &workload, &call).await?;
         Ok::<_, Refusal>((workload, app))
     };
     let (workload, app) = match admitted.await {
@@ -206,7 +210,7 @@ pub(crate) async fn admit_joined(
     let (source, destination) = (record.source_address, record.destination);
     let call = Call { source, destination, peer: record.peer.clone(), host };
     let workload = admit(worker, pod, &call, record).await?;
-    let app = connect_to_app(pod, &workload, &call).await?;
+    let app = connect_to_app(worker, pod, &workload, &call).await?;
     let live = Live { hbone: false, ..call.live(pod, record) };
     Ok((live, app))
 }
@@ -308,7 +312,12 @@ fn called_service(snapshot: &Snapshot, workload: &Workload, call: &Call) -> Opti
 }
 
 /// The last hop, in the client's name: the application sees who called.
-async fn connect_to_app(pod: &Pod, workload: &Workload, call: &Call) -> Result<TcpStream, Refusal> {
+async fn connect_to_app(
+    worker: &Worker,
+    pod: &Pod,
+    workload: &Workload,
+    call: &Call,
+) -> Result<TcpStream, Refusal> {
     let to = call.destination;
     // `authorize` has refused these already; the socket must not depend on that.
     if MESH_PORTS.contains(&to.port()) || !is_local(&workload.addresses, to.ip()) {
@@ -319,7 +328,11 @@ async fn connect_to_app(pod: &Pod, workload: &Workload, call: &Call) -> Result<T
     // family cannot be impersonated.
     let foreign = !is_local(&workload.addresses, from) && from.is_ipv4() == to.is_ipv4();
     let opts = ConnectOpts {
-        mark: Some(if foreign { MARK_TO_APP } else { MARK_PROXY }),
+        mark: Some(match worker.shared.config.capture() {
+            Capture::Tproxy if foreign => MARK_TO_APP,
+            // istio-cni's rules know one mark and tell the answers by the connection's.
+            Capture::Tproxy | Capture::Redirect => MARK_PROXY,
+        }),
         transparent_source: foreign.then_some(from),
         source_ports: SourcePorts::OutsideEphemeral,
         nodelay: true,

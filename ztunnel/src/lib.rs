@@ -9,6 +9,7 @@ pub mod config;
 pub mod connections;
 pub mod dns;
 mod inbound;
+pub mod istio;
 pub mod listeners;
 mod outbound;
 pub mod pages;

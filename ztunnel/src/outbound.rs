@@ -28,6 +28,7 @@ use crate::worker::{Accepted, Worker};
 /// Serves one connection from the application to its end.
 pub(crate) async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Outbound, &pod, &accepted);
+    worker.recorder.trace(&mut record, None);
     // On the heap and gone before the relay starts: an idle connection keeps what the relay needs, not
     // what it took to get there.
     let connected = Box::pin(connect(&worker, &pod, accepted, &mut record)).await;
@@ -234,7 +235,7 @@ fn connect_headers(
     ConnectHeaders {
         baggage: ConnectHeaders::baggage_of(source),
         forwarded: format!("for={};host={host}", peer.ip()).parse().ok(),
-        traceparent: None,
+        traceparent: record.trace.as_ref().and_then(|t| t.context.to_string().parse().ok()),
     }
 }
 

@@ -1,4 +1,6 @@
-//! What is said about a connection: one access-log line, and its metrics.
+//! What is said about a connection: one access-log line, its metrics, and a span where tracing is on.
+
+mod span;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,6 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use agent::access_log::{AccessLog, ConnectionRecord, Direction, Outcome, Party};
 use agent::metrics::{Flushed, Interner, Metrics, Reporter, Security, TcpMetrics, TrafficKey};
+use agent::trace::{Position, SpanContext, Tracer};
 use hbone::{Ended, EndedBy, Transfer};
 use model::{ConfigVersion, Identity, PolicyKey, Provenance, Reason, Refusal, Service, Workload};
 
@@ -42,6 +45,8 @@ pub struct Record {
     pub refusal: Option<Refusal>,
     /// Set once bytes can flow: the connection counts as opened.
     pub counted: Option<Arc<Counted>>,
+    /// Its place in a trace, where tracing is on; apart, since it mostly is not.
+    pub trace: Option<Box<Position>>,
 }
 
 impl Record {
@@ -99,6 +104,7 @@ impl Record {
             moved: Arc::new(Transfer::default()),
             refusal: None,
             counted: None,
+            trace: None,
         }
     }
 
@@ -127,6 +133,13 @@ impl Record {
             None => format!("{who} broke the connection"),
         };
         self.refusal = Some(Refusal::new(Reason::ConnectionBroken, words));
+    }
+
+    /// The policy that decided, and its rule: the one that refused, else the one that allowed.
+    fn decided_by(&self) -> (Option<&PolicyKey>, Option<&Provenance>) {
+        let refused = self.refusal.as_ref().map(|r| (r.policy.as_ref(), r.provenance.as_ref()));
+        let allowed = self.allowed_by.as_ref().map(|(policy, rule)| (Some(policy), Some(rule)));
+        refused.or(allowed).unwrap_or_default()
     }
 
     /// Bytes of the client's application and of the server's.
@@ -166,13 +179,19 @@ fn by_sender(first_is_client: bool, moved: &Transfer) -> (u64, u64) {
 pub struct Recorder {
     metrics: Metrics,
     log: AccessLog,
+    tracer: Tracer,
     /// Only the worker's own thread locks it.
     interner: Mutex<Interner>,
 }
 
 impl Recorder {
-    pub fn new(metrics: Metrics, log: AccessLog) -> Self {
-        Self { metrics, log, interner: Mutex::default() }
+    pub fn new(metrics: Metrics, log: AccessLog, tracer: Tracer) -> Self {
+        Self { metrics, log, tracer, interner: Mutex::default() }
+    }
+
+    /// Gives a connection its place in a trace: in that of its peer, or in a new one. Nothing where tracing is off.
+    pub fn trace(&self, record: &mut Record, parent: Option<SpanContext>) {
+        record.trace = self.tracer.begin(parent).map(Box::new);
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -212,6 +231,9 @@ impl Recorder {
         if self.log.is_on() {
             self.log_line(&record);
         }
+        if let Some(position) = record.trace.as_deref().filter(|p| p.context.sampled) {
+            self.tracer.end(span::of(&record, position));
+        }
     }
 
     fn handle(&self, record: &Record) -> Arc<TcpMetrics> {
@@ -240,9 +262,7 @@ impl Recorder {
         let own = record.peer.as_ref().map(|_| &record.pod.identity);
         let peer = record.peer.as_deref();
         let refusal = record.refusal.as_ref();
-        let refused = refusal.map(|r| (r.policy.as_ref(), r.provenance.as_ref()));
-        let allowed = record.allowed_by.as_ref().map(|(policy, rule)| (Some(policy), Some(rule)));
-        let (policy, rule) = refused.or(allowed).unwrap_or_default();
+        let (policy, rule) = record.decided_by();
         let outcome = match refusal {
             Some(refusal) => Outcome::Failed { reason: refusal.reason, message: &refusal.message },
             None => Outcome::Complete,

@@ -111,6 +111,7 @@ pub(crate) async fn join(
     let host = outbound.service.as_ref().map(|s| s.key.hostname.to_string());
     let moved = outbound.moved.clone();
     let mut record = Record::joined(&server, source, peer, candidate.target, moved);
+    worker.recorder.trace(&mut record, outbound.trace.as_ref().map(|trace| trace.context));
     Some(match inbound::admit_joined(worker, &server, &mut record, host).await {
         Ok((live, app)) => Ok(Box::new(Joined { app, record, live })),
         Err(refusal) => {

@@ -23,7 +23,7 @@ use net::socket::{ListenOpts, listen};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::config::Config;
+use crate::config::{Capture, Config};
 use crate::connections::Connections;
 use crate::listeners::{Listeners, Role, Share, take_or_open};
 use crate::pod::{Pod, canonical};
@@ -242,7 +242,7 @@ fn listen_in(pod: &Pod, port: u16, transparent: bool) -> io::Result<std::net::Tc
 pub struct Accepted {
     pub tcp: TcpStream,
     pub peer: SocketAddr,
-    /// The local address: with TPROXY, where the client wanted to go.
+    /// Where the client wanted to go.
     pub destination: SocketAddr,
     pub at: Instant,
 }
@@ -266,15 +266,13 @@ pub(crate) async fn accept<F, R>(
         };
         match accepted {
             Ok((tcp, peer)) => {
-                let Ok(destination) = tcp.local_addr() else { continue };
+                let peer = canonical(peer);
+                let capture = worker.shared.config.capture();
+                let Ok(destination) = wanted(&tcp, peer, capture) else { continue };
                 // Small writes of the relay are whole messages already.
                 let _ = tcp.set_nodelay(true);
-                let accepted = Accepted {
-                    tcp,
-                    peer: canonical(peer),
-                    destination: canonical(destination),
-                    at: Instant::now(),
-                };
+                let accepted =
+                    Accepted { tcp, peer, destination: canonical(destination), at: Instant::now() };
                 let busy = Busy::new(&worker.shared);
                 let served = serve(worker.clone(), pod.clone(), accepted);
                 tokio::spawn(served.map(move |()| drop(busy)));
@@ -286,6 +284,16 @@ pub(crate) async fn accept<F, R>(
             }
         }
     }
+}
+
+/// Where the client wanted to go. A connection that was not turned around wanted to go to the listener itself.
+fn wanted(tcp: &TcpStream, peer: SocketAddr, capture: Capture) -> io::Result<SocketAddr> {
+    if capture == Capture::Redirect
+        && let Ok(original) = net::socket::original_destination(tcp, peer.is_ipv6())
+    {
+        return Ok(original);
+    }
+    tcp.local_addr()
 }
 
 /// The connection was gone before we took it.

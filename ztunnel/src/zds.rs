@@ -32,18 +32,21 @@ use xds::zds::{Ack, Version, WorkloadInfo, WorkloadRequest, WorkloadResponse, Zd
 const MAX_PACKET: usize = 4096;
 /// The namespace and the listeners: as many as the kernel passes in one message.
 const MAX_FILES: usize = MAX_HANDED + 1;
-/// Pause before the next attempt to reach the agent.
-const RECONNECT: Duration = Duration::from_millis(200);
+/// Pods that an agent may name: ten times what a node is built for. A broken agent must not fill the memory.
+const MAX_NAMED: usize = 10_000;
+/// Pauses before the next attempts to reach the agent. Pods that start wait for us, so the longest is short.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What the agent wants.
+/// What the agent wants. `F` is a file that came beside the message.
 #[derive(Debug)]
-pub enum PodEvent {
+pub enum PodEvent<F = OwnedFd> {
     Add {
         uid: String,
         info: WorkloadInfo,
-        netns: OwnedFd,
+        netns: F,
         /// Listeners of the process that served the pod before.
-        handed: Vec<OwnedFd>,
+        handed: Vec<F>,
     },
     Remove {
         uid: String,
@@ -52,7 +55,7 @@ pub enum PodEvent {
     Only {
         uids: HashSet<String>,
         /// Listeners of the operators' pages.
-        handed: Vec<OwnedFd>,
+        handed: Vec<F>,
     },
 }
 
@@ -80,21 +83,27 @@ impl HangUp {
 /// Runs until the process ends or hangs up, on a thread of its own. `handle` acts on an event and returns the
 /// error to tell the agent, or the listeners that it is to keep.
 pub fn run(path: &Path, hang_up: &HangUp, mut handle: impl FnMut(PodEvent) -> Added) {
-    let mut complained = false;
+    let (mut pause, mut complaint) = (FIRST_PAUSE, String::new());
     while !hang_up.gone.load(Ordering::SeqCst) {
         match serve(path, hang_up, &mut handle) {
             _ if hang_up.gone.load(Ordering::SeqCst) => return,
-            Ok(()) => tracing::info!("the node agent closed the line, connecting again"),
-            Err(e) if complained => tracing::debug!(error = %e, "node agent"),
+            Ok(()) => {
+                tracing::info!("the node agent closed the line, connecting again");
+                (pause, complaint) = (FIRST_PAUSE, String::new());
+            }
+            // The same again and again says nothing new.
+            Err(e) if complaint == e.to_string() => tracing::debug!(error = %e, "node agent"),
             Err(e) => {
                 tracing::warn!(socket = %path.display(), error = %e, "no line to the node agent, trying on");
-                complained = true;
+                complaint = e.to_string();
             }
         }
-        std::thread::sleep(RECONNECT);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
+/// One line to the agent, from hello to its end. An error when the agent never said a word.
 fn serve(
     path: &Path,
     hang_up: &HangUp,
@@ -108,18 +117,45 @@ fn serve(
     }
     let hello = ZdsHello { version: Version::V1.into() };
     send(line.as_raw_fd(), &hello.encode_to_vec(), MsgFlags::MSG_NOSIGNAL)?;
+    let first = match receive(&line) {
+        Ok(Some(first)) => first,
+        // One that closes with our hello unread resets the line.
+        Ok(None) => return Err(refused()),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(refused()),
+        Err(e) => return Err(e),
+    };
     tracing::info!(socket = %path.display(), "connected to the node agent");
+    match converse(&line, first, handle) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidData => Err(e),
+        Err(e) => {
+            tracing::warn!(error = %e, "the line to the node agent broke");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
 
-    // Uids named before `SnapshotSent`; `None` after it.
-    let mut named = Some(HashSet::new());
-    while let Some((packet, files)) = receive(&line)? {
-        let result = match WorkloadRequest::decode(&*packet) {
-            Ok(request) => match event(request, files, &mut named) {
-                Ok(Some(event)) => handle(event),
-                Ok(None) => Ok(Vec::new()),
-                Err(e) => Err(e),
-            },
-            Err(e) => Err(format!("message not understood: {e}")),
+/// An agent that takes us names pods, or says that there are none.
+fn refused() -> io::Error {
+    let words = "the agent closed the line after our hello, which says that this proxy speaks ZDS version V1: it speaks \
+                 another version, or serves another proxy";
+    io::Error::new(io::ErrorKind::Unsupported, words)
+}
+
+type Packet = (Vec<u8>, VecDeque<OwnedFd>);
+
+fn converse(
+    line: &OwnedFd,
+    first: Packet,
+    handle: &mut impl FnMut(PodEvent) -> Added,
+) -> io::Result<()> {
+    let mut snapshot = Snapshot::default();
+    let mut next = Some(first);
+    while let Some((packet, files)) = next {
+        let result = match snapshot.read(&packet, files) {
+            Ok(Some(event)) => handle(event),
+            Ok(None) => Ok(Vec::new()),
+            Err(e) => Err(e),
         };
         let (listeners, error) = match result {
             Ok(listeners) => (listeners, String::new()),
@@ -130,7 +166,8 @@ fn serve(
         }
         let answer =
             WorkloadResponse { payload: Some(workload_response::Payload::Ack(Ack { error })) };
-        answer_with(&line, &answer.encode_to_vec(), &listeners)?;
+        answer_with(line, &answer.encode_to_vec(), &listeners)?;
+        next = receive(line)?;
     }
     Ok(())
 }
@@ -144,37 +181,69 @@ fn answer_with(line: &OwnedFd, packet: &[u8], listeners: &[OwnedFd]) -> io::Resu
     Ok(())
 }
 
-fn event(
-    request: WorkloadRequest,
-    mut files: VecDeque<OwnedFd>,
-    named: &mut Option<HashSet<String>>,
-) -> Result<Option<PodEvent>, String> {
-    let mut name = |uid: &str| {
-        if let Some(named) = named.as_mut() {
-            named.insert(uid.to_owned());
+/// What one line's messages mean: a snapshot of all pods first, then changes.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Uids named before `SnapshotSent`; `None` after it.
+    named: Option<HashSet<String>>,
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self { named: Some(HashSet::new()) }
+    }
+}
+
+impl Snapshot {
+    /// Reads a message of the agent. The error is for the agent.
+    pub fn read<F>(
+        &mut self,
+        packet: &[u8],
+        mut files: VecDeque<F>,
+    ) -> Result<Option<PodEvent<F>>, String> {
+        let request =
+            WorkloadRequest::decode(packet).map_err(|e| format!("message not understood: {e}"))?;
+        match request.payload {
+            Some(Payload::Add(add)) => {
+                self.name(&add.uid)?;
+                let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
+                let netns = files.pop_front().ok_or("AddWorkload without a network namespace")?;
+                Ok(Some(PodEvent::Add { uid: add.uid, info, netns, handed: files.into() }))
+            }
+            Some(Payload::Keep(keep)) => {
+                self.name(&keep.uid)?;
+                Ok(None)
+            }
+            Some(Payload::Del(del)) => {
+                if let Some(named) = &mut self.named {
+                    named.remove(&del.uid);
+                }
+                Ok(Some(PodEvent::Remove { uid: del.uid }))
+            }
+            Some(Payload::SnapshotSent(_)) => {
+                Ok(self.named.take().map(|uids| PodEvent::Only { uids, handed: files.into() }))
+            }
+            None => {
+                Err("message of a kind that this proxy does not know (it speaks ZDS V1)".into())
+            }
         }
-    };
-    match request.payload {
-        Some(Payload::Add(add)) => {
-            name(&add.uid);
-            let info = add.workload_info.ok_or("AddWorkload without workload_info")?;
-            let netns = files.pop_front().ok_or("AddWorkload without a network namespace")?;
-            Ok(Some(PodEvent::Add { uid: add.uid, info, netns, handed: files.into() }))
+    }
+
+    fn name(&mut self, uid: &str) -> Result<(), String> {
+        if uid.is_empty() {
+            return Err("a pod without a uid".to_owned());
         }
-        Some(Payload::Keep(keep)) => {
-            name(&keep.uid);
-            Ok(None)
+        let Some(named) = &mut self.named else { return Ok(()) };
+        if named.len() >= MAX_NAMED && !named.contains(uid) {
+            return Err(format!("more than {MAX_NAMED} pods on one node"));
         }
-        Some(Payload::Del(del)) => Ok(Some(PodEvent::Remove { uid: del.uid })),
-        Some(Payload::SnapshotSent(_)) => {
-            Ok(named.take().map(|uids| PodEvent::Only { uids, handed: files.into() }))
-        }
-        None => Err("empty message".into()),
+        named.insert(uid.to_owned());
+        Ok(())
     }
 }
 
 /// One packet and the descriptors beside it. `None` when the agent closed.
-fn receive(line: &OwnedFd) -> io::Result<Option<(Vec<u8>, VecDeque<OwnedFd>)>> {
+fn receive(line: &OwnedFd) -> io::Result<Option<Packet>> {
     let mut buffer = vec![0; MAX_PACKET];
     let mut control = nix::cmsg_space!([i32; MAX_FILES]);
     let mut parts = [IoSliceMut::new(&mut buffer)];

@@ -1,7 +1,8 @@
 //! Asks the control plane's CA for certificates.
 //!
-//! The proxy shows its own certificate; for its first one it shows the one-time token of its node. Every
-//! request names the identity wanted (`ImpersonatedIdentity`), as Istio's node proxies do.
+//! Under istiod-lite the proxy shows its own certificate; for its first one it shows the one-time token of its node.
+//! Under Istio it shows its service account's token each time. Every request names the identity wanted
+//! (`ImpersonatedIdentity`), as Istio's node proxies do.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,10 +19,9 @@ use tonic::{Code, Request};
 use tonic_prost::ProstCodec;
 use xds::ca::{IstioCertificateRequest, IstioCertificateResponse};
 
-use crate::channel::{self, ChannelError, ClientCertificate, ControlPlane};
+use crate::channel::{self, ChannelError, ClientCertificate};
+use crate::control_plane::{ControlPlane, Login};
 
-/// Lifetime we ask for, as Istio's proxies do. The CA may give less.
-const LIFETIME_SECONDS: i64 = 24 * 3600;
 /// Longest wait for one certificate: signing takes milliseconds, a CA that restarts seconds.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -72,7 +72,11 @@ impl std::fmt::Debug for CaClient {
 
 impl CaClient {
     pub fn new(control_plane: Arc<ControlPlane>) -> Self {
-        let token = Mutex::new(control_plane.bootstrap_token.clone());
+        let token = match &control_plane.login {
+            Login::Certificate { bootstrap_token } => bootstrap_token.clone(),
+            Login::Token(_) => None,
+        };
+        let token = Mutex::new(token);
         Self { control_plane, channel: tokio::sync::Mutex::default(), token }
     }
 
@@ -82,11 +86,17 @@ impl CaClient {
         csr: String,
         own: Option<Arc<ClientCertificate>>,
     ) -> Result<Vec<String>, CaError> {
-        let request = request(&identity, csr);
-        let itself = identity == self.control_plane.proxy_identity();
+        let message = self.message(&identity, csr);
+        if let Login::Token(_) = self.control_plane.login {
+            // A connection for each: the CA's server would take pings on one that is idle for an attack, and a root that
+            // was replaced counts from the next call on.
+            let channel = channel::connect(&self.control_plane.ca, None).await?;
+            return self.call(channel, message, None).await;
+        }
+        let itself = self.control_plane.own_identity().is_some_and(|own| own == identity);
         let token = if itself { self.lock_token().clone() } else { None };
         let refused = match own {
-            Some(own) => match self.with_certificate(&own, request.clone()).await {
+            Some(own) => match self.with_certificate(&own, message.clone()).await {
                 // A CA that was set up anew does not know us: the token may help.
                 Err(error) if token.is_some() && may_be_our_certificate(&error) => error,
                 result => return result,
@@ -94,8 +104,8 @@ impl CaClient {
             None => CaError::NoCredentials,
         };
         let token = token.ok_or(refused)?;
-        let channel = channel::connect(&self.control_plane, None).await?;
-        let chain = call(channel, request, Some(&token)).await?;
+        let channel = channel::connect(&self.control_plane.ca, None).await?;
+        let chain = self.call(channel, message, Some(&token)).await?;
         // The CA took it: it is worth nothing now.
         *self.lock_token() = None;
         Ok(chain)
@@ -104,10 +114,10 @@ impl CaClient {
     async fn with_certificate(
         &self,
         own: &ClientCertificate,
-        request: IstioCertificateRequest,
+        message: IstioCertificateRequest,
     ) -> Result<Vec<String>, CaError> {
         let channel = self.channel(own).await?;
-        let result = call(channel, request, None).await;
+        let result = self.call(channel, message, None).await;
         if let Err(
             CaError::Refused { code: Code::Unavailable | Code::Unknown, .. } | CaError::Timeout,
         ) = &result
@@ -126,9 +136,35 @@ impl CaClient {
             return Ok(channel.clone());
         }
         // The lock is held meanwhile: eight requests at once need one connection.
-        let channel = channel::connect(&self.control_plane, Some(own)).await?;
+        let channel = channel::connect(&self.control_plane.ca, Some(own)).await?;
         *cached = Some((own.serial.clone(), channel.clone()));
         Ok(channel)
+    }
+
+    fn message(&self, identity: &Identity, csr: String) -> IstioCertificateRequest {
+        let value = prost_types::Value { kind: Some(Kind::StringValue(identity.to_string())) };
+        let metadata = Struct { fields: [(xds::IMPERSONATED_IDENTITY.to_owned(), value)].into() };
+        let lifetime = self.control_plane.certificate_lifetime.as_secs();
+        let validity_duration = i64::try_from(lifetime).unwrap_or(i64::MAX);
+        IstioCertificateRequest { csr, validity_duration, metadata: Some(metadata) }
+    }
+
+    async fn call(
+        &self,
+        channel: Channel,
+        message: IstioCertificateRequest,
+        token: Option<&str>,
+    ) -> Result<Vec<String>, CaError> {
+        let mut request = Request::new(message);
+        self.control_plane.sign_in(&self.control_plane.ca, request.metadata_mut())?;
+        if let Some(token) = token {
+            let mut value = MetadataValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| CaError::Answer("the node token is not printable".to_owned()))?;
+            value.set_sensitive(true);
+            request.metadata_mut().insert("authorization", value);
+        }
+        let exchange = exchange(channel, request);
+        tokio::time::timeout(CALL_TIMEOUT, exchange).await.map_err(|_| CaError::Timeout)?
     }
 
     fn lock_token(&self) -> std::sync::MutexGuard<'_, Option<String>> {
@@ -158,24 +194,10 @@ fn may_be_our_certificate(error: &CaError) -> bool {
     }
 }
 
-fn request(identity: &Identity, csr: String) -> IstioCertificateRequest {
-    let value = prost_types::Value { kind: Some(Kind::StringValue(identity.to_string())) };
-    let metadata = Struct { fields: [(xds::IMPERSONATED_IDENTITY.to_owned(), value)].into() };
-    IstioCertificateRequest { csr, validity_duration: LIFETIME_SECONDS, metadata: Some(metadata) }
-}
-
-async fn call(
+async fn exchange(
     channel: Channel,
-    message: IstioCertificateRequest,
-    token: Option<&str>,
+    request: Request<IstioCertificateRequest>,
 ) -> Result<Vec<String>, CaError> {
-    let mut request = Request::new(message);
-    if let Some(token) = token {
-        let mut value = MetadataValue::try_from(format!("Bearer {token}"))
-            .map_err(|_| CaError::Answer("the node token is not printable".to_owned()))?;
-        value.set_sensitive(true);
-        request.metadata_mut().insert("authorization", value);
-    }
     let refused = |status: tonic::Status| CaError::Refused {
         code: status.code(),
         message: match std::error::Error::source(&status) {
@@ -183,17 +205,12 @@ async fn call(
             None => status.message().to_owned(),
         },
     };
-    let exchange = async {
-        let mut grpc = Grpc::new(channel);
-        grpc.ready().await.map_err(|e| CaError::Refused {
-            code: Code::Unavailable,
-            message: channel::explain(&e),
-        })?;
-        let codec = ProstCodec::<IstioCertificateRequest, IstioCertificateResponse>::default();
-        let path = PathAndQuery::from_static(xds::CREATE_CERTIFICATE_PATH);
-        grpc.unary(request, path, codec).await.map_err(refused)
-    };
-    let response =
-        tokio::time::timeout(CALL_TIMEOUT, exchange).await.map_err(|_| CaError::Timeout)??;
+    let mut grpc = Grpc::new(channel);
+    grpc.ready()
+        .await
+        .map_err(|e| CaError::Refused { code: Code::Unavailable, message: channel::explain(&e) })?;
+    let codec = ProstCodec::<IstioCertificateRequest, IstioCertificateResponse>::default();
+    let path = PathAndQuery::from_static(xds::CREATE_CERTIFICATE_PATH);
+    let response = grpc.unary(request, path, codec).await.map_err(refused)?;
     Ok(response.into_inner().cert_chain)
 }

@@ -24,7 +24,8 @@ use tokio::time::Instant;
 mod material;
 
 use crate::ca_client::{CaClient, Issuer};
-use crate::channel::{ClientCertificate, ControlPlane, span};
+use crate::channel::{ClientCertificate, span};
+use crate::control_plane::ControlPlane;
 use crate::metrics::Metrics;
 use material::{KeyRequest, Material};
 
@@ -39,7 +40,8 @@ pub struct CertStore {
     control_plane: Arc<ControlPlane>,
     issuer: Arc<dyn Issuer>,
     clock: Clock,
-    own: Identity,
+    /// Whom the proxy itself is, where it needs a certificate to ask for others.
+    own: Option<Identity>,
     /// From where the book of renewals counts time.
     begun: Instant,
     /// What data threads read.
@@ -93,7 +95,7 @@ impl CertStore {
 
     /// With another CA and another clock.
     fn with(control_plane: Arc<ControlPlane>, issuer: Arc<dyn Issuer>, clock: Clock) -> Arc<Self> {
-        let own = control_plane.proxy_identity();
+        let own = control_plane.own_identity();
         let dir = &control_plane.secret_dir;
         if let Err(e) = material::make_secret_dir(dir) {
             tracing::warn!(
@@ -102,7 +104,7 @@ impl CertStore {
             );
         }
         let roots = control_plane.roots().unwrap_or_default();
-        let found = material::read_all(dir, &roots, clock());
+        let found = material::read_all(dir, control_plane.anchors(&roots), clock());
         tracing::debug!("{} certificates found in {}", found.len(), dir.display());
         let entries = Entries {
             renewals: Renewals::new(own.clone()),
@@ -122,7 +124,9 @@ impl CertStore {
             changed: watch::Sender::new(0),
             metrics: OnceLock::new(),
         });
-        store.prefetch(&own);
+        if let Some(own) = own {
+            store.prefetch(&own);
+        }
         store
     }
 
@@ -140,7 +144,7 @@ impl CertStore {
 
     /// The last workload with this identity has left.
     pub fn forget(&self, identity: &Identity) {
-        if *identity == self.own {
+        if self.own.as_ref() == Some(identity) {
             return;
         }
         let mut entries = self.lock();
@@ -210,7 +214,7 @@ impl CertStore {
 
     /// Why the proxy has no certificate of its own, or cannot renew it.
     pub fn own_error(&self) -> Option<String> {
-        self.lock().renewals.get(&self.own).and_then(|state| state.error.clone())
+        self.lock().renewals.get(self.own.as_ref()?).and_then(|state| state.error.clone())
     }
 
     /// The control plane does not accept our certificate: get another one, valid or not.
@@ -310,7 +314,8 @@ impl CertStore {
                 let chain = issuer.issue(identity.clone(), request.csr.clone(), own).await;
                 let chain = chain.map_err(|e| e.to_string())?;
                 let roots = control_plane.roots().map_err(|e| e.to_string())?;
-                let material = Material::issued(&identity, &request, &chain, &roots, clock())?;
+                let anchors = control_plane.anchors(&roots);
+                let material = Material::issued(&identity, &request, &chain, anchors, clock())?;
                 if let Err(e) = material.write(&control_plane.secret_dir) {
                     tracing::warn!(%identity, "the certificate is not kept for a restart: {e}");
                 }
@@ -357,16 +362,13 @@ impl CertStore {
         if entries.roots == roots {
             return;
         }
-        tracing::info!(
-            "{} changed: all certificates are renewed",
-            self.control_plane.root_cert.display()
-        );
+        tracing::info!("{} changed: all certificates are renewed", self.control_plane.ca.root);
         entries.roots = roots;
         entries.renewals.renew_all(self.begun.elapsed());
     }
 
     fn own_certificate(&self, entries: &Entries) -> Option<Arc<ClientCertificate>> {
-        let material = entries.materials.get(&self.own)?;
+        let material = entries.materials.get(self.own.as_ref()?)?;
         (material.credentials.not_after() > (self.clock)()).then(|| material.client.clone())
     }
 
@@ -390,12 +392,13 @@ impl CertStore {
     fn refusal(&self, identity: &Identity, waited: Duration) -> Refusal {
         let entries = self.lock();
         let error_of = |identity| entries.renewals.get(identity).and_then(|e| e.error.as_deref());
-        let own = self.own_certificate(&entries);
-        let why = match (error_of(identity), own, error_of(&self.own)) {
+        let may_ask = self.own.is_none() || self.own_certificate(&entries).is_some();
+        let own_error = self.own.as_ref().and_then(error_of);
+        let why = match (error_of(identity), may_ask, own_error) {
             (Some(error), _, _) => error.to_owned(),
-            (None, None, Some(error)) => format!("the proxy itself has none: {error}"),
-            (None, None, None) => "the proxy itself has none yet".to_owned(),
-            (None, Some(_), _) => "the CA has not answered yet".to_owned(),
+            (None, false, Some(error)) => format!("the proxy itself has none: {error}"),
+            (None, false, None) => "the proxy itself has none yet".to_owned(),
+            (None, true, _) => "the CA has not answered yet".to_owned(),
         };
         let waited = waited.as_secs_f32();
         let message = format!("no certificate for {identity} within {waited} s: {why}");

@@ -5,7 +5,6 @@
 //! root, a certificate or a clock.
 
 use std::error::Error;
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -14,8 +13,6 @@ use std::time::Duration;
 use hbone::clock;
 pub use hbone::clock::span;
 use hyper_util::rt::TokioIo;
-use model::{Identity, Str};
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
@@ -25,6 +22,8 @@ use tonic::codegen::Service;
 use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::control_plane::Server;
+
 /// TCP and TLS together. A control plane that is overloaded answers later than one that is down refuses.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A control plane that vanished without a word is noticed after one interval and one timeout.
@@ -33,63 +32,6 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Flow-control windows: a whole mesh comes in one response.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
-/// The service account of every node proxy.
-const PROXY_NAMESPACE: &str = "istio-system";
-const PROXY_ACCOUNT: &str = "ztunnel";
-
-/// What a proxy knows of its control plane and of itself before it has heard anything.
-#[derive(Clone)]
-pub struct ControlPlane {
-    /// `https://HOST:PORT`.
-    pub address: String,
-    /// The name that the control plane's certificate must carry.
-    pub server_name: String,
-    /// PEM file with the mesh's roots.
-    pub root_cert: PathBuf,
-    /// Name of this proxy's node.
-    pub node: String,
-    pub cluster: Str,
-    pub network: Str,
-    pub trust_domain: Str,
-    /// Folder for the last good configuration.
-    pub state_dir: PathBuf,
-    /// Folder for keys and certificates, on tmpfs.
-    pub secret_dir: PathBuf,
-    /// One-time token for this proxy's first certificate.
-    pub bootstrap_token: Option<String>,
-}
-
-impl ControlPlane {
-    /// The identity under which this proxy speaks to the control plane.
-    pub fn proxy_identity(&self) -> Identity {
-        Identity::new(self.trust_domain.clone(), PROXY_NAMESPACE, PROXY_ACCOUNT)
-    }
-
-    /// The mesh's roots, read anew each time: the file may be replaced while we run.
-    pub fn roots(&self) -> Result<Vec<CertificateDer<'static>>, ChannelError> {
-        let bad = |problem: String| ChannelError::Root { path: self.root_cert.clone(), problem };
-        let pem = std::fs::read(&self.root_cert).map_err(|e| bad(e.to_string()))?;
-        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-        let roots = roots.map_err(|e| bad(e.to_string()))?;
-        if roots.is_empty() {
-            return Err(bad("no certificate in it".to_owned()));
-        }
-        Ok(roots)
-    }
-}
-
-impl std::fmt::Debug for ControlPlane {
-    /// Never the token.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ControlPlane")
-            .field("address", &self.address)
-            .field("server_name", &self.server_name)
-            .field("node", &self.node)
-            .field("trust_domain", &self.trust_domain)
-            .finish_non_exhaustive()
-    }
-}
-
 /// The certificate with which this proxy shows itself.
 pub struct ClientCertificate {
     pub chain: Vec<CertificateDer<'static>>,
@@ -109,8 +51,10 @@ impl std::fmt::Debug for ClientCertificate {
 pub enum ChannelError {
     #[error("{address:?} is not the address of a control plane: https://HOST:PORT is expected")]
     Address { address: String },
-    #[error("the mesh's root certificates in {path}: {problem}")]
-    Root { path: PathBuf, problem: String },
+    #[error("the root certificates of the control plane ({from}): {problem}")]
+    Root { from: String, problem: String },
+    #[error("the proxy's token ({from}): {problem}")]
+    Token { from: String, problem: String },
     #[error("the proxy's own certificate cannot be used: {0}")]
     Own(String),
     #[error("cannot connect to {address}: {problem}")]
@@ -121,14 +65,14 @@ pub enum ChannelError {
 
 /// Connects, and says at once when that is not possible.
 pub async fn connect(
-    control_plane: &ControlPlane,
+    server: &Server,
     own: Option<&ClientCertificate>,
 ) -> Result<Channel, ChannelError> {
-    let connector = Connector::new(control_plane, own)?;
-    let address = control_plane.address.clone();
+    let connector = Connector::new(server, own)?;
+    let address = server.address.clone();
     let bad_address = |_| ChannelError::Address { address: address.clone() };
     // TLS is the connector's affair, so to tonic this looks plain; the server sees what it should see.
-    let origin = format!("https://{}:{}", control_plane.server_name, connector.port);
+    let origin = format!("https://{}:{}", server.name, connector.port);
     let endpoint = Endpoint::from_shared(address.replacen("https://", "http://", 1))
         .map_err(bad_address)?
         .origin(origin.parse().map_err(|_| ChannelError::Address { address: origin })?)
@@ -141,7 +85,7 @@ pub async fn connect(
     endpoint.connect_with_connector(connector).await.map_err(|e| {
         // Our own words if they are in there, else the last word of the chain.
         find::<ChannelError>(&e).cloned().unwrap_or_else(|| ChannelError::Connect {
-            address: control_plane.address.clone(),
+            address: server.address.clone(),
             problem: explain(&e),
         })
     })
@@ -233,18 +177,18 @@ struct Connector {
 }
 
 impl Connector {
-    fn new(cp: &ControlPlane, own: Option<&ClientCertificate>) -> Result<Self, ChannelError> {
-        let bad = || ChannelError::Address { address: cp.address.clone() };
-        let uri: Uri = cp.address.parse().map_err(|_| bad())?;
+    fn new(server: &Server, own: Option<&ClientCertificate>) -> Result<Self, ChannelError> {
+        let bad = || ChannelError::Address { address: server.address.clone() };
+        let uri: Uri = server.address.parse().map_err(|_| bad())?;
         if uri.scheme_str() != Some("https") {
             return Err(bad());
         }
         let host = uri.host().ok_or_else(bad)?.trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().ok_or_else(bad)?;
-        let name = ServerName::try_from(cp.server_name.clone())
-            .map_err(|_| ChannelError::Address { address: cp.server_name.clone() })?;
-        let tls = TlsConnector::from(Arc::new(tls_config(cp, own)?));
-        Ok(Self { address: cp.address.clone(), host, port, name, tls })
+        let name = ServerName::try_from(server.name.clone())
+            .map_err(|_| ChannelError::Address { address: server.name.clone() })?;
+        let tls = TlsConnector::from(Arc::new(tls_config(server, own)?));
+        Ok(Self { address: server.address.clone(), host, port, name, tls })
     }
 
     async fn connect(self) -> Result<TokioIo<TlsStream<TcpStream>>, ChannelError> {
@@ -279,12 +223,15 @@ impl Service<Uri> for Connector {
 }
 
 fn tls_config(
-    cp: &ControlPlane,
+    server: &Server,
     own: Option<&ClientCertificate>,
 ) -> Result<ClientConfig, ChannelError> {
     let mut roots = RootCertStore::empty();
-    for root in cp.roots()? {
-        roots.add(root).map_err(|e| bad_root(&cp.root_cert, &e))?;
+    for root in server.root.read()? {
+        roots.add(root).map_err(|e| ChannelError::Root {
+            from: server.root.to_string(),
+            problem: e.to_string(),
+        })?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
@@ -301,15 +248,12 @@ fn tls_config(
     Ok(config)
 }
 
-fn bad_root(path: &Path, error: &rustls::Error) -> ChannelError {
-    ChannelError::Root { path: path.to_owned(), problem: error.to_string() }
-}
-
 #[cfg(test)]
 mod tests {
     use rustls::pki_types::UnixTime;
 
     use super::*;
+    use crate::control_plane::RootCert;
 
     #[test]
     fn clocks_are_named() {
@@ -341,30 +285,23 @@ mod tests {
     async fn what_is_wrong_is_said() {
         let dir = tempfile::tempdir().unwrap();
         let root_cert = dir.path().join("root.pem");
-        let mut cp = ControlPlane {
+        let mut server = Server {
             address: "istiod:15012".into(),
-            server_name: "istiod.istio-system.svc".into(),
-            root_cert: root_cert.clone(),
-            node: "node-1".into(),
-            cluster: "c".into(),
-            network: "".into(),
-            trust_domain: "td".into(),
-            state_dir: dir.path().into(),
-            secret_dir: dir.path().into(),
-            bootstrap_token: Some("secret".into()),
+            name: "istiod.istio-system.svc".into(),
+            root: RootCert::File(root_cert.clone()),
+            headers: Vec::new(),
         };
-        assert!(!format!("{cp:?}").contains("secret"));
-        let error = async |cp: &ControlPlane| connect(cp, None).await.unwrap_err().to_string();
-        assert!(error(&cp).await.contains("https://HOST:PORT"));
-        cp.address = "http://127.0.0.1:1".into();
-        assert!(error(&cp).await.contains("https://HOST:PORT"));
-        cp.address = "https://127.0.0.1:1".into();
-        assert!(error(&cp).await.contains("root.pem"), "{}", error(&cp).await);
+        let error = async |server: &Server| connect(server, None).await.unwrap_err().to_string();
+        assert!(error(&server).await.contains("https://HOST:PORT"));
+        server.address = "http://127.0.0.1:1".into();
+        assert!(error(&server).await.contains("https://HOST:PORT"));
+        server.address = "https://127.0.0.1:1".into();
+        assert!(error(&server).await.contains("root.pem"), "{}", error(&server).await);
         std::fs::write(&root_cert, "nothing").unwrap();
-        assert!(error(&cp).await.contains("no certificate in it"));
+        assert!(error(&server).await.contains("no certificate in it"));
         let key = rcgen::KeyPair::generate().unwrap();
         let root = rcgen::CertificateParams::default().self_signed(&key).unwrap();
         std::fs::write(&root_cert, root.pem()).unwrap();
-        assert!(error(&cp).await.contains("refused"), "{}", error(&cp).await);
+        assert!(error(&server).await.contains("refused"), "{}", error(&server).await);
     }
 }

@@ -15,6 +15,8 @@ use std::time::Instant;
 
 use model::{ConfigVersion, Identity, Reason, Str};
 
+use crate::trace::SpanCounts;
+
 mod dns;
 mod expose;
 mod labels;
@@ -48,6 +50,7 @@ struct Inner {
     xds: Xds,
     proxies: Proxies,
     access_log_dropped: Arc<AtomicU64>,
+    spans: Arc<SpanCounts>,
 }
 
 impl Metrics {
@@ -64,6 +67,7 @@ impl Metrics {
             xds: Xds::default(),
             proxies: Proxies::default(),
             access_log_dropped: Arc::default(),
+            spans: Arc::default(),
         }))
     }
 
@@ -107,6 +111,11 @@ impl Metrics {
     /// Counts access-log lines that were dropped; the log itself adds to it.
     pub fn access_log_dropped(&self) -> Arc<AtomicU64> {
         self.0.access_log_dropped.clone()
+    }
+
+    /// What became of spans; the tracer itself adds to it.
+    pub fn spans(&self) -> Arc<SpanCounts> {
+        self.0.spans.clone()
     }
 
     /// The page for Prometheus, and its content type.

@@ -29,7 +29,9 @@ use tonic_prost::ProstCodec;
 use xds::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-use crate::channel::ControlPlane;
+use crate::control_plane::{
+    Anchors, CERTIFICATE_LIFETIME, ControlPlane, Login, Proxy, RootCert, Server,
+};
 
 pub(crate) const SERVER_NAME: &str = "istiod.istio-system.svc";
 
@@ -97,17 +99,24 @@ impl TestCa {
 pub(crate) fn control_plane(dir: &Path, ca: &TestCa, address: &str) -> ControlPlane {
     let root_cert = dir.join("root-cert.pem");
     std::fs::write(&root_cert, ca.root_pem()).unwrap();
-    ControlPlane {
+    let server = Server {
         address: address.to_owned(),
-        server_name: SERVER_NAME.to_owned(),
-        root_cert,
-        node: "node-1".to_owned(),
+        name: SERVER_NAME.to_owned(),
+        root: RootCert::File(root_cert),
+        headers: Vec::new(),
+    };
+    ControlPlane {
+        xds: server.clone(),
+        ca: server,
+        login: Login::Certificate { bootstrap_token: None },
+        anchors: Anchors::RootFile,
+        proxy: Proxy::of_node("node-1"),
         cluster: "Kubernetes".into(),
         network: "".into(),
         trust_domain: "cluster.local".into(),
+        certificate_lifetime: CERTIFICATE_LIFETIME,
         state_dir: dir.join("state"),
         secret_dir: dir.join("secrets"),
-        bootstrap_token: None,
     }
 }
 

@@ -18,6 +18,7 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::{Code, Streaming};
 use tonic_prost::ProstCodec;
+use xds::Kind;
 use xds::client::Client;
 use xds::codec::Defaults;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -25,7 +26,8 @@ use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 mod status;
 
 use crate::certs::CertStore;
-use crate::channel::{self, ClientCertificate, ControlPlane};
+use crate::channel::{self, ClientCertificate};
+use crate::control_plane::{ControlPlane, Login, Proxy};
 use crate::disk::{self, Saver};
 use crate::metrics::Termination;
 use crate::store::ConfigStore;
@@ -47,6 +49,11 @@ pub fn run_xds(
 ) -> impl Future<Output = ()> + Send + use<> {
     let defaults = Defaults { trust_domain: control_plane.trust_domain.clone() };
     let client = Client::new(node(&control_plane), defaults);
+    let client = match control_plane.login {
+        Login::Certificate { .. } => client,
+        // Istio's control plane knows its own types only.
+        Login::Token(_) => client.asking_for(&[Kind::Authorization, Kind::Address]),
+    };
     let trust_domain = control_plane.trust_domain.to_string();
     let saver = Saver::start(control_plane.state_dir.clone(), trust_domain);
     let mut session = Session { control_plane, store, certs, status, client, saver };
@@ -106,18 +113,31 @@ impl Session {
 
     async fn keep_connected(&mut self) {
         loop {
-            let own = self.own_certificate().await;
-            let Ended { why, termination, unauthenticated } = self.stream(&own).await;
-            // A stream also ends because its certificate did; then a newer one is here already.
-            let newest = self.certs.client_certificate();
-            if unauthenticated && newest.is_none_or(|newest| newest.serial == own.serial) {
-                self.certs.own_refused();
+            let own = match self.control_plane.login {
+                Login::Certificate { .. } => Some(self.own_certificate().await),
+                Login::Token(_) => None,
+            };
+            let Ended { mut why, termination, unauthenticated } = self.stream(own.as_deref()).await;
+            if unauthenticated {
+                self.not_known(own.as_deref(), &mut why);
             }
             let rand = getrandom::u64().unwrap_or_default();
             let pause = self.client.retry_in(rand);
             tracing::warn!("no configuration stream, next attempt in {pause:?}: {why}");
             self.status.ended(why, termination);
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// The control plane does not take us for who we say we are.
+    fn not_known(&self, own: Option<&ClientCertificate>, why: &mut String) {
+        if let Login::Token(token) = &self.control_plane.login {
+            why.push_str(&format!("; the proxy showed its token ({token})"));
+        }
+        // A stream also ends because its certificate did; then a newer one is here already.
+        let newest = self.certs.client_certificate();
+        if own.is_some_and(|own| newest.is_none_or(|newest| newest.serial == own.serial)) {
+            self.certs.own_refused();
         }
     }
 
@@ -129,13 +149,13 @@ impl Session {
     }
 
     /// One stream from its opening to its end.
-    async fn stream(&mut self, own: &ClientCertificate) -> Ended {
+    async fn stream(&mut self, own: Option<&ClientCertificate>) -> Ended {
         let (requests, outgoing) = mpsc::channel(REQUESTS);
         let mut incoming = match self.open(own, outgoing).await {
             Ok(incoming) => incoming,
             Err(ended) => return ended,
         };
-        self.status.connected(&self.control_plane.address);
+        self.status.connected(&self.control_plane.xds.address);
         for request in self.client.connect() {
             // Fails only when the stream has ended, and that is said below.
             let _ = requests.send(request).await;
@@ -160,26 +180,27 @@ impl Session {
 
     async fn open(
         &self,
-        own: &ClientCertificate,
+        own: Option<&ClientCertificate>,
         requests: mpsc::Receiver<DeltaDiscoveryRequest>,
     ) -> Result<Streaming<DeltaDiscoveryResponse>, Ended> {
         let failed = |why: String| Ended::because(why, Termination::ConnectionError);
-        let channel = channel::connect(&self.control_plane, Some(own))
-            .await
-            .map_err(|e| failed(e.to_string()))?;
+        let server = &self.control_plane.xds;
+        let channel = channel::connect(server, own).await.map_err(|e| failed(e.to_string()))?;
+        let mut request = tonic::Request::new(ReceiverStream::new(requests));
+        let signed = self.control_plane.sign_in(server, request.metadata_mut());
+        signed.map_err(|e| failed(e.to_string()))?;
         let opening = async {
             let mut grpc = Grpc::new(channel).max_decoding_message_size(xds::MAX_RESPONSE_BYTES);
             grpc.ready().await.map_err(|e| failed(channel::explain(&e)))?;
             let codec = ProstCodec::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>::default();
             let path = PathAndQuery::from_static(xds::DELTA_PATH);
-            let request = tonic::Request::new(ReceiverStream::new(requests));
             grpc.streaming(request, path, codec).await.map_err(|status| Ended::from(&status))
         };
         match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
             Ok(opened) => opened.map(tonic::Response::into_inner),
             Err(_) => Err(failed(format!(
                 "{} does not answer within {} s",
-                self.control_plane.address,
+                server.address,
                 OPEN_TIMEOUT.as_secs()
             ))),
         }
@@ -266,20 +287,26 @@ fn node(control_plane: &ControlPlane) -> Node {
     let text = |s: &str| prost_types::Value {
         kind: Some(prost_types::value::Kind::StringValue(s.to_owned())),
     };
-    let ControlPlane { node, cluster, network, trust_domain, .. } = control_plane;
-    let fields: BTreeMap<_, _> = [
-        ("NODE_NAME", node.as_str()),
+    let ControlPlane { proxy, cluster, network, trust_domain, .. } = control_plane;
+    let Proxy { node, pod, namespace, service_account, ip, metadata } = proxy;
+    // The control plane wants an address; it means nothing for a node's proxy.
+    let ip = ip.map_or_else(|| "0.0.0.0".to_owned(), |ip| ip.to_string());
+    let own = [
+        ("NAME", pod.as_str()),
+        ("NAMESPACE", namespace),
+        ("SERVICE_ACCOUNT", service_account),
+        ("INSTANCE_IPS", &ip),
+        ("NODE_NAME", node),
         ("CLUSTER_ID", &**cluster),
         ("NETWORK", &**network),
         ("TRUST_DOMAIN", &**trust_domain),
-        ("NAMESPACE", "istio-system"),
-    ]
-    .into_iter()
-    .map(|(key, value)| (key.to_owned(), text(value)))
-    .collect();
+    ];
+    let more = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    let fields: BTreeMap<_, _> =
+        more.chain(own).map(|(key, value)| (key.to_owned(), text(value))).collect();
     Node {
-        // type~address~name.namespace~domain; the address says nothing about a node proxy.
-        id: format!("ztunnel~0.0.0.0~ztunnel-{node}.istio-system~istio-system.svc.cluster.local"),
+        // type~address~name.namespace~domain
+        id: format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
         cluster: "ztunnel".to_owned(),
         metadata: Some(Struct { fields }),
     }

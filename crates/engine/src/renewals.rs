@@ -21,7 +21,8 @@ pub const TICK: Duration = Duration::from_secs(60);
 /// See the module. `I` names an identity.
 #[derive(Debug)]
 pub struct Renewals<I> {
-    own: I,
+    /// `None`: the proxy asks without a certificate.
+    own: Option<I>,
     entries: BTreeMap<I, State>,
 }
 
@@ -57,8 +58,9 @@ pub struct Begin<I> {
 }
 
 impl<I: Ord + Clone> Renewals<I> {
-    /// `own` is the proxy's own identity: without it the CA does not listen.
-    pub fn new(own: I) -> Self {
+    /// `own` is the proxy's own identity, without whose certificate the CA does not listen; `None` where the proxy shows
+    /// itself in another way.
+    pub fn new(own: Option<I>) -> Self {
         Self { own, entries: BTreeMap::new() }
     }
 
@@ -100,7 +102,7 @@ impl<I: Ord + Clone> Renewals<I> {
 
     /// Nobody wants it any more. Says whether somebody did.
     pub fn forget(&mut self, identity: &I) -> bool {
-        *identity != self.own && self.entries.remove(identity).is_some()
+        self.own.as_ref() != Some(identity) && self.entries.remove(identity).is_some()
     }
 
     /// Everything is to be replaced: the roots have changed.
@@ -113,7 +115,8 @@ impl<I: Ord + Clone> Renewals<I> {
 
     /// The control plane does not accept our certificate: another one is to be had, valid or not.
     pub fn own_refused(&mut self, now: Duration) {
-        if let Some(state) = self.entries.get_mut(&self.own)
+        let Some(own) = &self.own else { return };
+        if let Some(state) = self.entries.get_mut(own)
             // Two sides that disagree must not renew without a pause.
             && now.saturating_sub(state.since) > TICK
             && state.backoff.failures == 0
@@ -126,20 +129,21 @@ impl<I: Ord + Clone> Renewals<I> {
     /// What is due and may start, beside the requests that are under way. `wall`: seconds since the epoch.
     pub fn begin(&mut self, now: Duration, wall: u64, under_way: usize) -> Begin<I> {
         let expired = self.drop_expired(wall);
-        let may_ask = self.entries.get(&self.own).is_some_and(|own| own.held.is_some());
+        let held = |own: &I| self.entries.get(own).is_some_and(|own| own.held.is_some());
+        let may_ask = self.own.as_ref().is_none_or(held);
         for state in self.entries.values_mut() {
             state.postpone(now, wall);
         }
-        let own = &self.own;
+        let own = self.own.as_ref();
         let mut due: Vec<_> = self
             .entries
             .iter_mut()
             .filter(|(identity, state)| {
-                !state.in_flight && state.due <= now && (may_ask || *identity == own)
+                !state.in_flight && state.due <= now && (may_ask || Some(*identity) == own)
             })
             .collect();
         due.sort_by_key(|(identity, state)| {
-            (*identity != own, !state.urgent, state.held.is_some(), state.due)
+            (Some(*identity) != own, !state.urgent, state.held.is_some(), state.due)
         });
         let mut ask = Vec::new();
         for (identity, state) in due.into_iter().take(MAX_REQUESTS.saturating_sub(under_way)) {
@@ -230,7 +234,7 @@ mod tests {
     const DAY: Rotation = Rotation { not_before: 1_000_000, not_after: 1_086_400 };
 
     fn book(others: &[&'static str]) -> Renewals<&'static str> {
-        let mut book = Renewals::new("own");
+        let mut book = Renewals::new(Some("own"));
         for identity in [&"own"].into_iter().chain(others) {
             book.add(identity, None, false, s(0), 500);
         }

@@ -33,8 +33,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use xds::zds::workload_request::Payload;
 use xds::zds::{
-    AddWorkload, DelWorkload, SnapshotSent, WorkloadInfo, WorkloadRequest, WorkloadResponse,
-    ZdsHello, workload_response,
+    AddWorkload, DelWorkload, SnapshotSent, Version, WorkloadInfo, WorkloadRequest,
+    WorkloadResponse, ZdsHello, workload_response,
 };
 
 use crate::fds::watched;
@@ -164,7 +164,14 @@ impl Server {
         else {
             return tracing::warn!("{}: somebody connected and said no hello", self.node);
         };
-        tracing::info!("{}: ztunnel connected, protocol {}", self.node, hello.version);
+        if hello.version != i32::from(Version::V1) {
+            return tracing::warn!(
+                "{}: a ztunnel speaks ZDS version {}, this node agent V1: start programs of one release",
+                self.node,
+                hello.version
+            );
+        }
+        tracing::info!("{}: ztunnel connected", self.node);
         match self.snapshot(&line).await {
             Ok(()) => {
                 self.lines.push(line);

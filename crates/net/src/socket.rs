@@ -6,12 +6,13 @@
 //! - Congestion control, buffers and timeouts stay the system's.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::netns::NetNs;
@@ -159,6 +160,19 @@ pub fn connect(ns: &NetNs, to: SocketAddr, opts: &ConnectOpts) -> io::Result<Tcp
     start(connect_socket(ns, to.is_ipv6(), &opts)?, &target)
 }
 
+/// Where an accepted connection was going before a rule rewrote its destination (REDIRECT). Connection tracking knows; an
+/// error means that it does not know this connection.
+pub fn original_destination(socket: &impl AsFd, ipv6: bool) -> io::Result<SocketAddr> {
+    if ipv6 {
+        let address = getsockopt(socket, sockopt::Ip6tOriginalDst)?;
+        let ip = Ipv6Addr::from(address.sin6_addr.s6_addr);
+        return Ok(SocketAddr::from((ip, u16::from_be(address.sin6_port))));
+    }
+    let address = getsockopt(socket, sockopt::OriginalDst)?;
+    let ip = Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr));
+    Ok(SocketAddr::from((ip, u16::from_be(address.sin_port))))
+}
+
 /// Raises the limit of open files to what the system allows, and returns it.
 pub fn raise_open_files() -> io::Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -225,8 +239,6 @@ pub(crate) fn about(e: &io::Error, what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
     use crate::netlink::link::{self, VethEnd};
     use crate::netlink::route::{self, Route};

@@ -168,7 +168,7 @@ impl Proxy {
             generation: 0,
             stream: None,
             waits_for_certificate: false,
-            renewals: Renewals::new(own_identity()),
+            renewals: Renewals::new(Some(own_identity())),
             certs: Secrets::new(),
             found: secrets.clone(),
             asking: 0,

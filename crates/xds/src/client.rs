@@ -46,6 +46,8 @@ const BACKOFF_MAX_MS: u64 = 15_000;
 pub struct Client {
     node: Node,
     defaults: Defaults,
+    /// What to ask for, in this order.
+    kinds: &'static [Kind],
     interner: Interner,
     tables: [Table; 3],
     /// Policies as they are in force, to complete them when their origin arrives after them.
@@ -112,6 +114,7 @@ impl Client {
         Self {
             node,
             defaults,
+            kinds: &Kind::ALL,
             interner: Interner::default(),
             tables: std::array::from_fn(|_| Table::default()),
             policies: FxHashMap::default(),
@@ -119,6 +122,11 @@ impl Client {
             refused: BTreeMap::new(),
             failures: 0,
         }
+    }
+
+    /// Asks for these only, of a control plane that knows no others. Policies and addresses must be among them.
+    pub fn asking_for(self, kinds: &'static [Kind]) -> Self {
+        Self { kinds, ..self }
     }
 
     /// Takes in the last good configuration, before the first [`Self::connect`]. What it cannot read (another
@@ -152,9 +160,9 @@ impl Client {
 
     /// What to send first on a new stream, in this order.
     pub fn connect(&mut self) -> Vec<DeltaDiscoveryRequest> {
-        Kind::ALL
-            .into_iter()
-            .map(|kind| {
+        self.kinds
+            .iter()
+            .map(|&kind| {
                 let mut initial_resource_versions = BTreeMap::new();
                 if let Some(table) = self.tables.get_mut(kind.index()) {
                     table.begin_stream();

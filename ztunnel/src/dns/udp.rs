@@ -65,10 +65,8 @@ fn take(server: &Arc<Server>, socket: &UdpSocket, replies: &Arc<Replies>) -> io:
     BUFFER.with_borrow_mut(|buffer| {
         let got = socket.try_io(Interest::READABLE, || receive(socket, buffer))?;
         let packet = buffer.get(..got.length).unwrap_or_default();
-        if !Server::is_captured(got.to) {
-            return Ok(());
-        }
-        match server.decide(packet, DnsProtocol::Udp, got.to) {
+        let Some(resolver) = server.resolver_of(got.to) else { return Ok(()) };
+        match server.decide(packet, DnsProtocol::Udp, resolver) {
             Decided::Ignore => {}
             Decided::Answer(bytes) => say(replies, got.to, got.from, &bytes),
             Decided::Forward(question) => match Places::take(server) {
@@ -77,7 +75,10 @@ fn take(server: &Arc<Server>, socket: &UdpSocket, replies: &Arc<Replies>) -> io:
                     let packet = packet.to_vec();
                     let busy = Busy::new(&server.worker.shared);
                     tokio::spawn(async move {
-                        forward(&server, &replies, question, &packet, got.from).await;
+                        if let Some(bytes) = forward(&server, question, &packet).await {
+                            // In the name that the question was sent to, as far as we know it.
+                            say(&replies, got.to, got.from, &bytes);
+                        }
                         drop((places, busy));
                     });
                 }
@@ -106,19 +107,11 @@ impl Places {
     }
 }
 
-async fn forward(
-    server: &Server,
-    replies: &Replies,
-    question: Question,
-    packet: &[u8],
-    asker: SocketAddr,
-) {
+async fn forward(server: &Server, question: Question, packet: &[u8]) -> Option<Vec<u8>> {
     let began = Instant::now();
     question.metrics.upstream(question.kind, question.protocol);
     let outcome = ask(server, packet, question.resolver).await;
-    if let Some(bytes) = server.forwarded(&question, packet, began.elapsed(), outcome) {
-        say(replies, question.resolver, asker, &bytes);
-    }
+    server.forwarded(&question, packet, began.elapsed(), outcome)
 }
 
 /// Asks the resolver. The kernel takes answers from it alone; those that do not fit the question are passed over, for

@@ -82,11 +82,17 @@ impl Material {
         let leaf = chain.first().ok_or("no certificate")?;
         let named = hbone::peer_identity(leaf)?;
         let identity = identity.cloned().unwrap_or(named);
-        // The root travels at the end. Peers have it already; beside the root file it is what we trust.
+        // The roots travel at the end, several while one replaces another. Peers have them already; beside the root file
+        // they are what we trust.
         let mut trusted = roots.to_vec();
-        let own_root = if chain.len() > 1 { chain.pop_if(|last| is_root(last)) } else { None };
-        trusted.extend(own_root.filter(|root| !roots.contains(root)));
-        let foreign_root = trusted.len() > roots.len();
+        while chain.len() > 1
+            && let Some(root) = chain.pop_if(|last| is_root(last))
+        {
+            if !trusted.contains(&root) {
+                trusted.push(root);
+            }
+        }
+        let foreign_root = !roots.is_empty() && trusted.len() > roots.len();
         let credentials =
             Credentials::new(identity, chain.clone(), key.clone_key(), trusted.clone())
                 .map_err(|e| e.to_string())?;

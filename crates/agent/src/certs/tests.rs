@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 
 use super::*;
 use crate::ca_client::CaError;
+use crate::control_plane::Login;
 use crate::testing::{StandIn, TestCa, control_plane, now, requested};
 
 /// A CA without sockets: can be broken, can be slow, counts.
@@ -123,7 +124,7 @@ async fn the_own_certificate_comes_first_and_vouches_for_the_others() {
 async fn eight_at_once_and_those_with_waiting_connections_first() {
     let world = World::new(86_400);
     let store = world.start();
-    store.wait(&store.own, LONG).await.unwrap();
+    store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap();
     // From here on nobody gets an answer.
     world.ca.gate.forget_permits(20_000);
     for i in 0..40 {
@@ -237,7 +238,7 @@ async fn answers_are_checked_before_they_are_used() {
         let world = World::new(3600);
         change(&world);
         let store = world.start();
-        let refusal = store.wait(&store.own, LONG).await.unwrap_err();
+        let refusal = store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap_err();
         assert!(refusal.message.contains(want), "{refusal}");
         assert_eq!(world.files(), 0);
     };
@@ -259,7 +260,7 @@ async fn clocks_that_disagree_are_named() {
     let store = CertStore::with(cp, world.ca.clone(), clock);
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(store.clone().run(stopped));
-    let refusal = store.wait(&store.own, LONG).await.unwrap_err();
+    let refusal = store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap_err();
     assert!(refusal.message.contains("clock is at least 1 h 0 min behind"), "{refusal}");
 }
 
@@ -312,7 +313,7 @@ async fn a_clock_that_is_right_again_is_noticed() {
     let store = CertStore::with(cp, world.ca.clone(), clock);
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(store.clone().run(stopped));
-    store.wait(&store.own, LONG).await.unwrap();
+    store.wait(store.own.as_ref().unwrap(), LONG).await.unwrap();
     ahead.store(200_000, Ordering::SeqCst);
     let waiting = store.clone();
     let waiting = tokio::spawn(async move { waiting.own(|_| ()).await });
@@ -337,12 +338,12 @@ async fn a_token_is_used_once() {
     .await;
     let dir = tempfile::tempdir().unwrap();
     let mut cp = control_plane(dir.path(), &ca, &server.address);
-    cp.bootstrap_token = Some("t0ken".to_owned());
+    cp.login = Login::Certificate { bootstrap_token: Some("t0ken".to_owned()) };
     let store = CertStore::new(Arc::new(cp));
     let (_stop, stopped) = watch::channel(false);
     tokio::spawn(store.clone().run(stopped));
     store.wait(&pod("a"), LONG).await.unwrap();
-    let own = store.own.clone();
+    let own = store.own.clone().unwrap();
     let seen: Vec<_> = callers
         .lock()
         .unwrap()

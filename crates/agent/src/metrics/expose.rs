@@ -45,6 +45,7 @@ impl Collector for Page {
         self.traffic(&mut encoder)?;
         self.refusals(&mut encoder)?;
         self.dns(&mut encoder)?;
+        self.spans(&mut encoder)?;
         self.control_plane(&mut encoder)?;
         self.certificates(&mut encoder)?;
         self.proxies(&mut encoder)?;
@@ -103,6 +104,15 @@ impl Page {
         )?;
         let help = "Access-log lines dropped because standard output stalled";
         counter(encoder, "ambit_access_log_dropped", help, get(&self.metrics.0.access_log_dropped))
+    }
+
+    fn spans(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let spans = &self.metrics.0.spans;
+        let help = "Spans that the trace collector took";
+        counter(encoder, "ambit_spans_exported", help, spans.exported())?;
+        let help = "Spans lost: the queue was full, or the collector did not take them";
+        let rows = spans.dropped().into_iter().map(|(reason, n)| ([("reason", reason)], n));
+        counters(encoder, "ambit_spans_dropped", help, rows)
     }
 
     fn dns(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -23,7 +23,7 @@ struct Proxy {
 impl Proxy {
     fn start(dir: &Path, ca: &TestCa, address: &str) -> Self {
         let mut cp = control_plane(dir, ca, address);
-        cp.bootstrap_token = Some("token".to_owned());
+        cp.login = Login::Certificate { bootstrap_token: Some("token".to_owned()) };
         let cp = Arc::new(cp);
         let (store, status) = (Arc::new(ConfigStore::default()), Arc::new(XdsStatus::default()));
         let certs = CertStore::new(cp.clone());

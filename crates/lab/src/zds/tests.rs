@@ -120,6 +120,24 @@ fn without_a_proxy_removal_does_not_wait() {
     });
 }
 
+#[test]
+fn a_proxy_of_another_version_is_turned_away() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("zds.sock");
+        let _agent = Agent::start(&path, "node-1").unwrap();
+        let heard = tokio::task::spawn_blocking(move || {
+            let line =
+                socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+            connect(line.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+            let hello = ZdsHello { version: 2 };
+            send(line.as_raw_fd(), &hello.encode_to_vec(), MsgFlags::empty()).unwrap();
+            recv(line.as_raw_fd(), &mut [0; 64], MsgFlags::empty())
+        });
+        assert_eq!(heard.await.unwrap(), Ok(0), "closed without a word");
+    });
+}
+
 /// Waits in a thread of its own: the agent's tasks go on.
 async fn apart<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.unwrap()
