@@ -326,7 +326,7 @@ fn picky(lab: &Lab) -> Result<()> {
     let own = mesh.certify(&gate_identity("picky"))?;
     let pod = gate("picky", &Party { own: &own, root: &mesh.root, expects: FRONT });
     start(lab, &["app/picky"], &[pod])?;
-    refused_out(lab, "picky", 8080, &[("reason", "tunnel_handshake")])?;
+    refused_out(lab, "picky", 8080, &[("reason", "peer_certificate")])?;
     ensure!(!envoy_said(lab, "app/picky")?.contains("CONNECT"));
     Ok(())
 }

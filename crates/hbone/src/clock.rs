@@ -28,7 +28,8 @@ pub fn explain_certificate(error: &CertificateError) -> Option<String> {
 /// The peer's alert about our certificate, which is valid in these seconds since the epoch.
 pub fn explain_alert(alert: AlertDescription, (from, until): (u64, u64), now: u64) -> String {
     if alert != AlertDescription::CertificateExpired {
-        return format!("{alert:?}: compare the clocks of both sides, and their roots");
+        let look = "compare whom that side accepts, the roots of both, and their clocks";
+        return format!("{alert:?}: {look}");
     }
     if now >= until {
         let ago = span(now - until);
