@@ -239,6 +239,16 @@ impl Lab {
         Background::start(self.exec_command(place, argv))
     }
 
+    /// A connection from a pod to an echo server that is kept busy; returns once it has had its first answer.
+    pub fn hold(&self, from: &str, to: &str) -> Result<Background> {
+        let mut held = self.exec_in_background(from, &["/image/meshprobe", "hold", to])?;
+        wait_until("the held connection", SOON, || {
+            ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
+            Ok(held.out().contains("open"))
+        })?;
+        Ok(held)
+    }
+
     fn exec_command(&self, place: &str, argv: &[&str]) -> Command {
         let mut args = vec!["local", "exec", place, "--"];
         args.extend(argv);

@@ -134,20 +134,11 @@ fn short_lived(lab: &Lab, name: &str, account: &str) -> Result<String> {
     lab.pod_ip(&pod, false)
 }
 
-fn hold(lab: &Lab, to: &str) -> Result<Background> {
-    let mut held = lab.exec_in_background("app/client", &["/image/meshprobe", "hold", to])?;
-    wait_until("the held connection", SOON, || {
-        ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
-        Ok(held.out().contains("open"))
-    })?;
-    Ok(held)
-}
-
 /// What is open to a pod ends with it: neither side waits for a peer that is gone.
 fn deleted(lab: &Lab) -> Result<()> {
     let ip = short_lived(lab, "leaver", "leaver")?;
-    let mut held = hold(lab, &format!("{ip}:8082"))?;
-    let mut twin = hold(lab, "server:7")?;
+    let mut held = lab.hold("app/client", &format!("{ip}:8082"))?;
+    let mut twin = lab.hold("app/client", "server:7")?;
     let (client_side, server_side) =
         (lab.access_log("node-1")?.len(), lab.access_log("node-2")?.len());
     lab.remove("short.yaml")?;
@@ -172,7 +163,7 @@ fn reused_address(lab: &Lab) -> Result<()> {
     let first = short_lived(lab, "tenant", "tenant-0")?;
     for round in 1..6 {
         // A connection keeps the tunnel to the one before alive until that one is gone.
-        let mut held = hold(lab, &format!("{first}:8082"))?;
+        let mut held = lab.hold("app/client", &format!("{first}:8082"))?;
         let account = format!("tenant-{round}");
         let ip = short_lived(lab, "tenant", &account)?;
         ensure!(ip == first, "the address was not used again: the test shows nothing");

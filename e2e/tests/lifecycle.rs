@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::suite::{self, Alone};
-use e2e::{Background, Lab, Plan, command, programs, wait_until, yaml};
+use e2e::{Lab, Plan, command, programs, wait_until, yaml};
 use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -45,16 +45,6 @@ fn works(lab: &Lab) -> Result<bool> {
         .is_ok())
 }
 
-fn hold(lab: &Lab) -> Result<Background> {
-    let mut held =
-        lab.exec_in_background("app/client", &["/image/meshprobe", "hold", "server:7"])?;
-    wait_until("the held connection", SOON, || {
-        ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
-        Ok(held.out().contains("open"))
-    })?;
-    Ok(held)
-}
-
 /// Kills a process of the mesh, and waits until another has its place.
 fn kill(lab: &Lab, name: &str, node: Option<&str>) -> Result<Instant> {
     let pid = lab.process_id(name, node)?;
@@ -70,7 +60,7 @@ fn the_mesh_heals() -> Result<()> {
     let lab = small().up()?;
     ensure!(works(&lab)?);
     // The control plane dies: nobody notices.
-    let mut held = hold(&lab)?;
+    let mut held = lab.hold("app/client", "server:7")?;
     kill(&lab, "istiod-lite", None)?;
     for _ in 0..20 {
         ensure!(works(&lab)?, "a new connection failed while the control plane was away");
@@ -87,7 +77,7 @@ fn the_mesh_heals() -> Result<()> {
     drop(held);
     // A proxy dies: its connections end, and new ones work soon.
     for node in ["node-1", "node-2"] {
-        let mut held = hold(&lab)?;
+        let mut held = lab.hold("app/client", "server:7")?;
         let before = lab.access_log("node-2")?.len();
         let died = kill(&lab, "ztunnel", Some(node))?;
         wait_until("the held connection to end", SOON, || Ok(!held.is_running()?))?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::suite::{self, Test};
-use e2e::{Background, Lab, Plan, programs, wait_until, yaml};
+use e2e::{Lab, Plan, programs, wait_until, yaml};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(15);
@@ -202,19 +202,10 @@ fn http_rules(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Keeps a connection busy.
-fn hold(lab: &Lab, from: &str) -> Result<Background> {
-    let mut held = lab.exec_in_background(from, &["/image/meshprobe", "hold", "server.app:7"])?;
-    wait_until("the held connection", SOON, || {
-        ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
-        Ok(held.out().contains("open"))
-    })?;
-    Ok(held)
-}
-
 fn live_deny(lab: &Lab) -> Result<()> {
     check(lab, &[yaml::namespace("unused", false)], &CALLS, "")?;
-    let (mut victim, mut twin) = (hold(lab, "app/client")?, hold(lab, "app/other")?);
+    let (mut victim, mut twin) =
+        (lab.hold("app/client", "server.app:7")?, lab.hold("app/other", "server.app:7")?);
     let before = lab.access_log("node-2")?.len();
     let began = Instant::now();
     let policy =

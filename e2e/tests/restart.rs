@@ -98,16 +98,6 @@ fn gap(result: &Value) -> Result<f64> {
     result["gap_ms"].as_f64().with_context(|| format!("no gap: {result}"))
 }
 
-fn hold(lab: &Lab) -> Result<Background> {
-    let mut held =
-        lab.exec_in_background("app/client", &["/image/meshprobe", "hold", "server:7"])?;
-    wait_until("the held connection", SOON, || {
-        ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
-        Ok(held.out().contains("open"))
-    })?;
-    Ok(held)
-}
-
 /// Replaces the ztunnel of a node. The processes before and after.
 fn replace(lab: &Lab, node: &str) -> Result<(i64, i64)> {
     let ran = lab.meshctl(&["local", "restart", "ztunnel", "--node", node, "-o", "json"])?;
@@ -119,7 +109,7 @@ fn replace(lab: &Lab, node: &str) -> Result<(i64, i64)> {
 }
 
 fn replaced(lab: &Lab) -> Result<()> {
-    let mut held = hold(lab)?;
+    let mut held = lab.hold("app/client", "server:7")?;
     let loads = Loads::start(lab, 10)?;
     for node in ["node-1", "node-2", "node-1", "node-2"] {
         let (_, new) = replace(lab, node)?;
@@ -139,7 +129,7 @@ fn replaced(lab: &Lab) -> Result<()> {
 }
 
 fn limit(lab: &Lab) -> Result<()> {
-    let mut held = hold(lab)?;
+    let mut held = lab.hold("app/client", "server:7")?;
     let before = lab.access_log("node-1")?.len();
     let (old, _) = replace(lab, "node-1")?;
     let drains = || {
@@ -156,7 +146,7 @@ fn limit(lab: &Lab) -> Result<()> {
 }
 
 fn judged(lab: &Lab) -> Result<()> {
-    let mut held = hold(lab)?;
+    let mut held = lab.hold("app/client", "server:7")?;
     let before = lab.access_log("node-2")?.len();
     replace(lab, "node-2")?;
     ensure!(held.is_running()?, "{} {}", held.out(), held.err());

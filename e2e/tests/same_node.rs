@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use e2e::suite::{self, Test};
-use e2e::{Background, Lab, Plan, programs, wait_until, yaml};
+use e2e::{Lab, Plan, programs, wait_until, yaml};
 
 const TESTS: &[(&str, Test)] = &[
     ("listed_namespaces_are_joined", joined),
@@ -97,17 +97,8 @@ fn another_node(lab: &Lab) -> Result<()> {
     check(lab, "app/client", "http://far/", "node-2", false)
 }
 
-fn hold(lab: &Lab) -> Result<Background> {
-    let mut held = lab.exec_in_background("app/client", &["/image/meshprobe", "hold", "near:7"])?;
-    wait_until("the held connection", SOON, || {
-        ensure!(held.is_running()?, "it ended: {} {}", held.out(), held.err());
-        Ok(held.out().contains("open"))
-    })?;
-    Ok(held)
-}
-
 fn policy(lab: &Lab) -> Result<()> {
-    let mut held = hold(lab)?;
+    let mut held = lab.hold("app/client", "near:7")?;
     let before = lab.access_log("node-1")?.len();
     let rules = format!("[{{from: [{{source: {{principals: ['{}client']}}}}]}}]", &ACCOUNT[9..]);
     lab.write("policy.yaml", &yaml::policy("app", "deny", "near", "DENY", &rules))?;
@@ -131,7 +122,7 @@ fn policy(lab: &Lab) -> Result<()> {
 }
 
 fn strict(lab: &Lab) -> Result<()> {
-    let mut held = hold(lab)?;
+    let mut held = lab.hold("app/client", "near:7")?;
     lab.write("strict.yaml", &yaml::peer_authentication("app", "STRICT"))?;
     // What was joined ends; what comes is encrypted.
     wait_until("the joined connection to end", SOON, || Ok(!held.is_running()?))?;

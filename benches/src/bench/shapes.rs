@@ -20,7 +20,7 @@ pub const PAIRS: usize = 100;
 /// Two hundred pods start on two cores.
 const UP_LIMIT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(500);
-const MESH: &[&str] = &["plain", "mesh", "direct", "policy"];
+const NAMESPACES: &[&str] = &["plain", "mesh", "direct", "policy"];
 
 /// One way to do the work of a shape.
 #[derive(Clone, Copy, Debug)]
@@ -355,7 +355,7 @@ fn h2load(text: &str) -> Option<Value> {
 /// Namespaces with a client on node-1, a server beside it and one on node-2.
 pub fn manifest() -> String {
     let mut yaml = String::new();
-    for namespace in MESH {
+    for namespace in NAMESPACES {
         let mode = if *namespace == "plain" { "none" } else { "ambient" };
         yaml += &format!(
             "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{istio.io/dataplane-mode: {mode}}}}}\n---\n"

@@ -126,9 +126,13 @@ async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
         tracer.end(span.clone());
     }
     assert_eq!(counts.dropped()[0], ("queue", 10));
-    while counts.dropped()[1].1 == 0 {
-        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    }
+    let given_up = async {
+        while counts.dropped()[1].1 == 0 {
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    };
+    // Of the paused clock: a test that fails must end.
+    tokio::time::timeout(std::time::Duration::from_secs(600), given_up).await.unwrap();
     stop.send_replace(true);
     tracer.ended().await;
     assert_eq!(counts.exported(), 0);
