@@ -7,6 +7,7 @@
 //! Invariants: no IO, no clock, no random source, no environment, no `async`; a reference that cannot
 //! be resolved is reported by the lookup as missing and never skipped ([`Snapshot::policies_of`]).
 
+pub mod http;
 mod identity;
 mod policy;
 mod provenance;

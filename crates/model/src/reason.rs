@@ -100,6 +100,30 @@ reasons! {
     /// The destination is bound to a waypoint and none is ready.
     WaypointNotReady = "waypoint_not_ready", flags "CONNECT",
         help "Check the waypoint's pods; the mesh does not detour around a waypoint.";
+    /// A waypoint was asked for something that is not bound to it.
+    NotBound = "not_bound", flags "CONNECT",
+        help "Bind the Service to this waypoint with the label istio.io/use-waypoint, or call it without.";
+    /// The Service has routes and none of their matches fits the request.
+    NoRoute = "no_route", flags "NR",
+        help "Add a rule that matches the request, or one without matches.";
+    /// The route sends to something that is not there or cannot take requests.
+    BadBackend = "bad_backend", flags "NC",
+        help "Mend the backend that the message names; the status of the route says the same.";
+    /// The rule has a filter that cannot be applied.
+    BadFilter = "bad_filter", flags "NC",
+        help "Mend the filter that the message names; a filter is never skipped.";
+    /// Somebody asked for this fault.
+    Fault = "fault", flags "FI",
+        help "Take the fault out of the rule that the message names, or wait until it expires.";
+    /// The request took longer than its route allows.
+    RequestTimeout = "request_timeout", flags "UT",
+        help "Raise the timeout of the rule that the message names, or look why the backend is slow.";
+    /// The backend closed or broke the connection before it had answered.
+    UpstreamBroken = "upstream_broken", flags "UC",
+        help "Look at the backend's own log; it went away in the middle of a request.";
+    /// The request is no HTTP that can be passed on safely.
+    BadHttp = "bad_http", flags "DPE",
+        help "The client is wrong; the message says where in the request.";
     /// The destination needs something this version cannot do.
     Unsupported = "unsupported", flags "CONNECT",
         help "See the honest limits in the README.";

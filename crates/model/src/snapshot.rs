@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync, RedBlackTreeSetSync};
 use rustc_hash::FxBuildHasher;
 
+use crate::http::{ServiceRoutes, Subset, SubsetKey};
 use crate::{
     NetworkAddress, NetworkMode, Policy, PolicyKey, Scope, Service, ServiceKey, ServicePort, Str,
     Vip, Workload, WorkloadUid,
@@ -54,6 +55,11 @@ pub enum Change {
     RemoveService(ServiceKey),
     SetPolicy(Arc<Policy>),
     RemovePolicy(PolicyKey),
+    SetRoutes(Arc<ServiceRoutes>),
+    /// By their Service.
+    RemoveRoutes(ServiceKey),
+    SetSubset(Arc<Subset>),
+    RemoveSubset(SubsetKey),
     SetVersion(ConfigVersion),
 }
 
@@ -82,6 +88,9 @@ pub struct Snapshot {
     policies: Map<PolicyKey, Arc<Policy>>,
     by_scope: Map<Str, RedBlackTreeSetSync<PolicyKey>>,
     global: RedBlackTreeSetSync<PolicyKey>,
+    /// Waypoints only; node proxies do not ask for these.
+    routes: Map<ServiceKey, Arc<ServiceRoutes>>,
+    subsets: Map<SubsetKey, Arc<Subset>>,
     version: ConfigVersion,
 }
 
@@ -102,6 +111,8 @@ impl Default for Snapshot {
             policies: map(),
             by_scope: map(),
             global: RedBlackTreeSetSync::new_sync(),
+            routes: map(),
+            subsets: map(),
             version: ConfigVersion::default(),
         }
     }
@@ -131,6 +142,14 @@ impl Snapshot {
                 Change::RemoveService(key) => next.remove_service(&key),
                 Change::SetPolicy(p) => next.set_policy(p),
                 Change::RemovePolicy(key) => next.remove_policy(&key),
+                Change::SetRoutes(r) => next.routes.insert_mut(r.service.clone(), r),
+                Change::RemoveRoutes(key) => {
+                    next.routes.remove_mut(&key);
+                }
+                Change::SetSubset(s) => next.subsets.insert_mut(s.key.clone(), s),
+                Change::RemoveSubset(key) => {
+                    next.subsets.remove_mut(&key);
+                }
                 Change::SetVersion(v) => next.version = v,
             }
         }
@@ -194,6 +213,24 @@ impl Snapshot {
 
     pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
         self.policies.get(key)
+    }
+
+    /// What is known about HTTP to a service. `None`: nothing, it is a plain Service.
+    pub fn routes(&self, key: &ServiceKey) -> Option<&Arc<ServiceRoutes>> {
+        self.routes.get(key)
+    }
+
+    /// `None`: a route that names it must answer with an error.
+    pub fn subset(&self, key: &SubsetKey) -> Option<&Arc<Subset>> {
+        self.subsets.get(key)
+    }
+
+    pub fn all_routes(&self) -> impl Iterator<Item = &Arc<ServiceRoutes>> {
+        self.routes.values()
+    }
+
+    pub fn subsets(&self) -> impl Iterator<Item = &Arc<Subset>> {
+        self.subsets.values()
     }
 
     /// Every policy that applies to a workload: mesh, namespace, and those it lists.
