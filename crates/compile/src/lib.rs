@@ -13,6 +13,7 @@ use std::sync::Arc;
 use model::{PolicyKey, Str};
 
 mod addresses;
+pub mod ambit;
 mod authorization;
 mod context;
 mod diagnostics;
