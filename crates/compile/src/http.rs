@@ -243,4 +243,6 @@ fn set<'a>(
 }
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;

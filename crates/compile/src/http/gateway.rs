@@ -124,6 +124,7 @@ fn attach<'a>(
         let d = Diagnostic::warning(Code::NoEffect, message).field("spec.hostnames");
         diagnostics.push(d.help("match the Host header instead"));
     }
+    portable(route, &mut diagnostics);
     if route.default_gateways {
         let message = "not handled by this version: there are no default Gateways";
         let d = Diagnostic::warning(Code::Unsupported, message);
@@ -137,6 +138,24 @@ fn attach<'a>(
         contribute(object, &id, &rules, &mut parents, out);
     }
     Attached { object, parents, bad_references, dropped, nothing_left }
+}
+
+/// What an API server would refuse for its length. We take it: files have a limit of their own.
+fn portable(route: &shape::Route<'_>, diagnostics: &mut Vec<Diagnostic>) {
+    let mut check = |field: String, length: usize, most: usize| {
+        if length > most {
+            let message = format!("has {length} entries; a cluster takes at most {most}");
+            let d = Diagnostic::warning(Code::LimitExceeded, message).field(field);
+            diagnostics.push(d.help("use several routes: their rules are put together"));
+        }
+    };
+    check("spec.parentRefs".into(), route.parents.len(), 32);
+    check("spec.rules".into(), route.rules.len(), 16);
+    for (i, rule) in route.rules.iter().enumerate() {
+        check(format!("spec.rules[{i}].matches"), rule.matches.len(), 64);
+        check(format!("spec.rules[{i}].filters"), rule.filters.len(), 16);
+        check(format!("spec.rules[{i}].backendRefs"), rule.backends.len(), 16);
+    }
 }
 
 /// One contribution per Service: two parents that differ in the port share it.

@@ -199,3 +199,6 @@ fn timeouts(rule: &shape::Rule<'_>, at: &str) -> Result<Timeouts, Invalid> {
     }
     Ok(Timeouts { request, backend_request })
 }
+
+#[cfg(test)]
+mod tests;

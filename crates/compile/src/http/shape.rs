@@ -41,6 +41,15 @@ pub(super) enum Matches<'a> {
     Grpc(&'a [grpcroutes::GrpcRouteRulesMatches]),
 }
 
+impl Matches<'_> {
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::Http(all) => all.len(),
+            Self::Grpc(all) => all.len(),
+        }
+    }
+}
+
 /// Something that requests can be sent to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ObjectRef<'a> {
