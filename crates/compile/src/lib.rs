@@ -104,7 +104,7 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     };
     let mut workloads = pods::compile(objects, &services, &policies_of, &mut cx);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    let http = http::compile(objects, &services, &mut cx);
+    let http = http::compile(objects, &services, &workloads, &mut cx);
     references::check(objects, &services, &authorization, &mut cx);
     let pods = pods::on_nodes(objects, &mut cx);
     let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();

@@ -48,6 +48,30 @@ pub(super) fn subsets(
     subsets.into_values().collect()
 }
 
+/// The Service that an object is for.
+pub(crate) fn service_of<'a>(
+    key: &(Str, Str),
+    object: &DestinationRule,
+    services: &'a ByNamespace,
+    cx: &Context<'_>,
+) -> Option<&'a services::Compiled> {
+    match hosts::read(&object.spec.host, &key.0, &cx.config.cluster_domain) {
+        Host::Service { namespace, name } => services::find(services, namespace, name),
+        Host::Wildcard | Host::Other => None,
+    }
+}
+
+/// What selects the endpoints of a Service with these labels. `None`: the Service wants one of them another way.
+pub(crate) fn selector(service: &services::Compiled, labels: &Labels) -> Option<Labels> {
+    let mut selector = service.selector.clone();
+    for (name, value) in labels {
+        if selector.insert(name.clone(), value.clone()).is_some_and(|wanted| wanted != *value) {
+            return None;
+        }
+    }
+    Some(selector)
+}
+
 /// What an API server would refuse.
 pub(crate) fn validate(spec: &DestinationRuleSpec, report: Report<'_>) {
     if spec.host.is_empty() {
@@ -114,17 +138,16 @@ fn service<'a>(
     services: &'a ByNamespace,
     cx: &mut Context<'_>,
 ) -> Option<&'a services::Compiled> {
+    if let Some(service) = service_of(key, &sourced.value, services, cx) {
+        return Some(service);
+    }
     let host = sourced.value.spec.host.as_str();
     let domain = cx.config.cluster_domain.clone();
     let d = match hosts::read(host, &key.0, &domain) {
-        Host::Service { namespace, name } => match services::find(services, namespace, name) {
-            Some(service) => return Some(service),
-            None => {
-                let message = format!("there is no Service {namespace}/{name}");
-                Diagnostic::warning(Code::DanglingReference, message)
-                    .help("add it, or mend the name")
-            }
-        },
+        Host::Service { namespace, name } => {
+            let message = format!("there is no Service {namespace}/{name}");
+            Diagnostic::warning(Code::DanglingReference, message).help("add it, or mend the name")
+        }
         Host::Wildcard => {
             Diagnostic::error(Code::Unsupported, "wildcards are not handled: it is for no Service")
                 .help("write one DestinationRule for each Service")
@@ -188,13 +211,7 @@ impl<'a> Endpoints<'a> {
     fn selected(&self, service: &services::Compiled, labels: &Labels) -> BTreeSet<WorkloadUid> {
         let key = &service.service.key;
         let Some(pods) = self.0.get(&*key.namespace) else { return BTreeSet::new() };
-        let mut selector = service.selector.clone();
-        for (name, value) in labels {
-            // A label that the Service wants another way selects nobody.
-            if selector.insert(name.clone(), value.clone()).is_some_and(|wanted| wanted != *value) {
-                return BTreeSet::new();
-            }
-        }
+        let Some(selector) = selector(service, labels) else { return BTreeSet::new() };
         let endpoints =
             pods.selected(&selector).filter(|w| w.services.iter().any(|(s, _)| s == key));
         endpoints.map(|w| w.uid.clone()).collect()

@@ -13,7 +13,7 @@ use model::http::{Audience, RouteMatch, RouteRule, Subset, SubsetKey};
 use model::{ServiceKey, Str};
 
 use super::hosts::{self, Host};
-use super::{Api, Contribution, Loss, Rank, Ranked, Specificity};
+use super::{Api, Contribution, Rank, Ranked, Specificity};
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::VirtualService;
@@ -48,35 +48,6 @@ pub(super) fn contributions(
         contribute(service, audience, entry, services, &subsets, &mut out, cx);
     }
     out
-}
-
-/// Says which rules another API took the place of.
-pub(super) fn overruled(contributions: &[Contribution], losses: &[Loss], cx: &mut Context<'_>) {
-    let mut ports: BTreeMap<(usize, usize), Vec<String>> = BTreeMap::new();
-    for loss in losses {
-        let loser = contributions.get(loss.contribution);
-        if loser.is_some_and(|c| c.api == Api::VirtualService) {
-            ports.entry((loss.contribution, loss.winner)).or_default().push(loss.port.to_string());
-        }
-    }
-    for ((loser, winner), ports) in ports {
-        let (Some(loser), Some(winner)) = (contributions.get(loser), contributions.get(winner))
-        else {
-            continue;
-        };
-        let message = format!(
-            "has no effect on port {} of {}: {} is Gateway API's, which wins",
-            ports.join(", "),
-            loser.service,
-            winner.provenance.object
-        );
-        let d = Diagnostic::warning(Code::ConflictingPolicies, message)
-            .object(loser.provenance.object.to_string())
-            .origin(loser.provenance.origin.to_string())
-            .field("spec.hosts")
-            .help("keep one of them");
-        cx.diagnostics.push(d);
-    }
 }
 
 /// What an API server would refuse.
@@ -175,6 +146,11 @@ fn hosts<'a>(
     for (i, host) in hosts.iter().enumerate() {
         let d = match hosts::read(host, &key.0, &domain) {
             Host::Service { namespace, name } => match services::find(services, namespace, name) {
+                Some(service) if service.headless => {
+                    let message = format!("{host} is headless: its pods are called, not the Service");
+                    Diagnostic::error(Code::Unsupported, message)
+                        .help("give the Service an address: leave out clusterIP: None")
+                }
                 Some(service) => {
                     found.insert(&service.service.key, service);
                     continue;
@@ -260,7 +236,7 @@ fn conflict(
         "{winner} ({}) is older and decides for {service}{whose}; this has no effect there",
         first.origin
     );
-    let d = Diagnostic::warning(Code::ConflictingPolicies, message).field("spec.hosts");
+    let d = Diagnostic::warning(Code::RouteConflict, message).field("spec.hosts");
     cx.report(key, sourced, d.help("put the rules into one object"));
 }
 
@@ -319,7 +295,7 @@ fn contribute(
             audience: audience.clone(),
             ports,
             api: Api::VirtualService,
-            provenance: provenance(key, sourced, ""),
+            provenance: provenance(key, sourced, "spec.hosts"),
             rules,
             matches: ranked.collect(),
         });
