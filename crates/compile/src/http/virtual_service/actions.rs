@@ -326,11 +326,18 @@ impl Reader<'_> {
             match &delay.fixed_delay {
                 Some(text) => match faults::delay(text) {
                     Ok(duration) => out.delay = share.map(|share| (share, duration)),
-                    Err(e) => self.harmless(format!("{at}.fixedDelay"), &e),
+                    Err(e) => {
+                        let legal = duration::parse(text).is_ok();
+                        let code = if legal { Code::Unsupported } else { Code::InvalidField };
+                        self.harmless(code, format!("{at}.fixedDelay"), &e);
+                    }
                 },
                 // Diagnosed by its field.
                 None if !delay.exponential_delay.is_null() => {}
-                None => self.harmless(at, "does not say for how long: fixedDelay is missing"),
+                None => {
+                    let message = "does not say for how long: fixedDelay is missing";
+                    self.harmless(Code::InvalidField, at, message);
+                }
             }
         }
         if let Some(abort) = &fault.abort {
@@ -345,7 +352,7 @@ impl Reader<'_> {
             };
             match how {
                 Ok(how) => out.abort = share.map(|share| (share, how)),
-                Err(e) => self.harmless(at, &e),
+                Err(e) => self.harmless(Code::InvalidField, at, &e),
             }
         }
         (out.delay.is_some() || out.abort.is_some()).then_some(out)
@@ -360,16 +367,16 @@ impl Reader<'_> {
         match faults::share(percent.value) {
             Ok(share) => Some(share).filter(|share| share.numerator > 0),
             Err(e) => {
-                self.harmless(format!("{at}.percentage.value"), &e);
+                self.harmless(Code::InvalidField, format!("{at}.percentage.value"), &e);
                 None
             }
         }
     }
 
-    /// A fault that cannot be read. An API server would refuse it.
-    fn harmless(&mut self, field: String, message: &str) {
+    /// A fault that cannot be read, or not had.
+    fn harmless(&mut self, code: Code, field: String, message: &str) {
         let message = format!("{message}; nobody is harmed until this is mended");
-        self.found.push(Diagnostic::error(Code::InvalidField, message).field(field));
+        self.found.push(Diagnostic::error(code, message).field(field));
     }
 
     fn cors(&mut self, policy: &CorsPolicy, at: &str) -> Result<Cors, Failure> {

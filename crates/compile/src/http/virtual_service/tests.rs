@@ -328,7 +328,7 @@ fn what_an_api_server_refuses() {
     check("match: [{uri: {exact: /a}}], redirect: {prefixRewrite: /b}", "invalid_field spec.http[0].redirect.prefixRewrite");
     check("directResponse: {status: 99}", "invalid_field spec.http[0].directResponse.status");
     check(&rule("corsPolicy: {maxAge: x}"), "invalid_field spec.http[0].corsPolicy.maxAge");
-    check(&rule("fault: {delay: {fixedDelay: 2h, percentage: {value: 1}}}"), "invalid_field spec.http[0].fault.delay.fixedDelay");
+    check(&rule("fault: {delay: {fixedDelay: 2x, percentage: {value: 1}}}"), "invalid_field spec.http[0].fault.delay.fixedDelay");
     check(&rule("retrys: {}"), "unknown_field spec.http[0].retrys");
     check(&rule("retries: {attemts: 1}"), "unknown_field spec.http[0].retries.attemts");
 }
@@ -373,6 +373,8 @@ fn what_is_hardly_meant() {
     check(&format!("[{{retries: {{attempts: 3, perTryTimeout: 1s}}, {to}}}]"), &["unsupported spec.http[0].retries.attempts", "unsupported spec.http[0].retries.perTryTimeout"]);
     check(&format!("[{{retries: {{attempts: 0}}, {to}}}]"), &[]);
     check(&format!("[{{fault: {{delay: {{fixedDelay: 1s}}}}, {to}}}]"), &["no_effect spec.http[0].fault.delay"]);
+    let long = "fault: {delay: {fixedDelay: 2h, percentage: {value: 1}}}";
+    check(&format!("[{{{long}, {to}}}]"), &["unsupported spec.http[0].fault.delay.fixedDelay"]);
     // Without an HTTP part nothing is in force.
     let (compiled, found) = world(&object("shop", "name: v", "hosts: [web], tcp: [{route: [{destination: {host: v1}}]}]"));
     assert!(chosen(&compiled, "any", 80).is_none());
