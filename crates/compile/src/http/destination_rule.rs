@@ -118,7 +118,7 @@ fn by_service<'a>(
             cx.report(key, sourced, d.help("move it there"));
             continue;
         };
-        list.entry(&service.service.key).or_insert((service, Vec::new())).1.push((key, sourced));
+        list.entry(&service.service.key).or_insert_with(|| (service, Vec::new())).1.push((key, sourced));
     }
     for (service, (compiled, rules)) in wide {
         if own.contains_key(service) {

@@ -3,7 +3,7 @@
 //! The order in which they apply is Istio's: CORS answers preflights first, then faults, then what is sent is changed.
 //! Invariant: what cannot be read is a [`Failure`], except a fault, see `faults`.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use model::Str;
 use model::http::{
@@ -434,8 +434,8 @@ fn exact_origin(text: &str) -> OriginMatch {
 }
 
 fn twice(pairs: &[(Str, Str)]) -> Option<&Str> {
-    let mut seen: BTreeMap<&Str, ()> = BTreeMap::new();
-    pairs.iter().map(|(name, _)| name).find(|name| seen.insert(name, ()).is_some())
+    let mut seen: BTreeSet<&Str> = BTreeSet::new();
+    pairs.iter().map(|(name, _)| name).find(|name| !seen.insert(*name))
 }
 
 /// The host, and what stands behind its last colon.
