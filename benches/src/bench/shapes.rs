@@ -228,7 +228,7 @@ impl<'w> Place<'w> {
         let (namespace, name) = server.split_once('/').context("NAMESPACE/POD")?;
         let all = self.status["services"].as_array().context("no services")?;
         let found = all.iter().find(|s| s["namespace"] == namespace && s["name"] == name);
-        let ips = found.and_then(|s| s["ips"].as_array()).with_context(|| format!("no Service {server}"))?;
+        let ips = found.and_then(|s| s["addresses"].as_array()).with_context(|| format!("no Service {server}"))?;
         let ip = ips.iter().filter_map(Value::as_str).find(|ip| !ip.contains(':'));
         Ok(ip.with_context(|| format!("no IPv4 address of Service {server}"))?.to_owned())
     }
