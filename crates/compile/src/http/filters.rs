@@ -280,7 +280,7 @@ fn cors(cors: &shape::Cors<'_>, at: &str) -> Result<Filter, Invalid> {
         let invalid = |e| Invalid::value(format!("{at}.allowOrigins[{i}]"), e);
         origins.push(self::origin(origin).map_err(invalid)?);
     }
-    let mut names = |field: &str, all: &[String]| {
+    let names = |field: &str, all: &[String]| {
         let name = |(i, name): (usize, &String)| match name.as_str() {
             "*" => Ok(Str::from("*")),
             name => match text::header_name(name) {

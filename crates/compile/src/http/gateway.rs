@@ -110,7 +110,7 @@ fn attach<'a>(
     let mut compiler = RuleCompiler {
         objects,
         services,
-        cx,
+        cx: &mut *cx,
         namespace: &object.key.0,
         diagnostics: Vec::new(),
         bad_references: Vec::new(),

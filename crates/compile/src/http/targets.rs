@@ -65,8 +65,8 @@ fn find(to: &ObjectRef<'_>, c: &RuleCompiler<'_, '_>) -> Result<Target, Bad> {
         let help = "the Service's own port, not the pod's";
         return Err(bad(ConditionReason::BackendNotFound, "port", message, help));
     };
-    let ports = service.service.ports.iter().zip(&service.ports);
-    let Some((own, facts)) = { ports }.find(|(p, _)| i32::from(p.service_port) == port) else {
+    let mut ports = service.service.ports.iter().zip(&service.ports);
+    let Some((own, facts)) = ports.find(|(p, _)| i32::from(p.service_port) == port) else {
         let message = format!("Service {namespace}/{} has no port {port}", to.name);
         let help = "the Service's own port, not the pod's";
         return Err(bad(ConditionReason::BackendNotFound, "port", message, help));

@@ -116,7 +116,7 @@ pub(super) fn duration(text: &str) -> Result<Option<Duration>, String> {
     let parsed: ::gateway_api::Duration = text.parse().map_err(|_| {
         format!("{text:.80?} is not a duration: up to four numbers with h, m, s or ms, as in 1m30s")
     })?;
-    let duration = Duration::from(parsed);
+    let duration = Duration::new(parsed.as_secs(), parsed.subsec_nanos());
     Ok((!duration.is_zero()).then_some(duration))
 }
 
