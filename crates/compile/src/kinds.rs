@@ -133,8 +133,14 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
         )
         | ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
         (
-            "" | "apps" | "batch" | "security.istio.io" | "discovery.k8s.io" | "extensions"
-            | "gateway.networking.k8s.io" | ambit::GROUP,
+            ""
+            | "apps"
+            | "batch"
+            | "security.istio.io"
+            | "discovery.k8s.io"
+            | "extensions"
+            | "gateway.networking.k8s.io"
+            | ambit::GROUP,
             ..,
         ) => Slip,
         (group, ..) if unserved::GROUPS.contains(&group) => Slip,

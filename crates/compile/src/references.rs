@@ -12,11 +12,11 @@ use crate::authorization;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::enrolment;
-use crate::{http, labels};
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::selection::ByLabel;
 use crate::services::ByNamespace;
+use crate::{http, labels};
 
 /// Namespaces that every cluster has, or that the mesh brings.
 const BUILT_IN: [&str; 5] =
@@ -198,7 +198,8 @@ fn subset_labels(
             let found =
                 selector.is_some_and(|s| selectable.selected(namespace, &s).next().is_some());
             if !found && !service.selector.is_empty() {
-                let message = "selects no pod of the Service: requests for the subset are answered with 503";
+                let message =
+                    "selects no pod of the Service: requests for the subset are answered with 503";
                 let d = Diagnostic::warning(Code::SelectsNothing, message)
                     .field(format!("spec.subsets[{i}].labels"));
                 cx.report(key, sourced, d.help("compare them with the labels of the pods"));

@@ -118,13 +118,20 @@ fn by_service<'a>(
             cx.report(key, sourced, d.help("move it there"));
             continue;
         };
-        list.entry(&service.service.key).or_insert_with(|| (service, Vec::new())).1.push((key, sourced));
+        list.entry(&service.service.key)
+            .or_insert_with(|| (service, Vec::new()))
+            .1
+            .push((key, sourced));
     }
     for (service, (compiled, rules)) in wide {
         if own.contains_key(service) {
             for (key, sourced) in rules {
                 let message = format!("has no effect: {service} has rules in its own namespace");
-                cx.report(key, sourced, Diagnostic::info(Code::NoEffect, message).field("spec.host"));
+                cx.report(
+                    key,
+                    sourced,
+                    Diagnostic::info(Code::NoEffect, message).field("spec.host"),
+                );
             }
         } else {
             own.insert(service, (compiled, rules));

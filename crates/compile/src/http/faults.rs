@@ -12,7 +12,10 @@ use model::Identity;
 use model::http::{Abort, Fault, FieldMatch, Filter, Pattern, Share, SourceMatch, TextMatch};
 
 use super::text;
-use crate::ambit::{FaultAbort, FaultDelay, FaultHeader, FaultMatch, FaultSource, HeaderMatchType, HttpFault, Percentage};
+use crate::ambit::{
+    FaultAbort, FaultDelay, FaultHeader, FaultMatch, FaultSource, HeaderMatchType, HttpFault,
+    Percentage,
+};
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::duration;
@@ -81,7 +84,9 @@ pub(super) fn http_status(status: u32) -> Result<u16, String> {
 /// A gRPC status by its name.
 pub(super) fn grpc_status(name: &str) -> Result<u32, String> {
     let found = (0..).zip(GRPC_STATUS).find(|(_, known)| *known == name);
-    found.map(|(code, _)| code).ok_or_else(|| format!("{name:.40?} is not the name of a gRPC status, as UNAVAILABLE"))
+    found
+        .map(|(code, _)| code)
+        .ok_or_else(|| format!("{name:.40?} is not the name of a gRPC status, as UNAVAILABLE"))
 }
 
 /// By number.
@@ -123,7 +128,10 @@ fn fault(object: &HttpFault, trust_domain: &str) -> Result<Fault, Wrong> {
         for (i, header) in headers.iter().enumerate() {
             let field = own_header(header, &format!("spec.match.headers[{i}]"))?;
             if fault.headers.iter().any(|h| h.name == field.name) {
-                return Err((format!("spec.match.headers[{i}].name"), "is matched above already".to_owned()));
+                return Err((
+                    format!("spec.match.headers[{i}].name"),
+                    "is matched above already".to_owned(),
+                ));
             }
             fault.headers.push(field);
         }
@@ -136,7 +144,8 @@ fn fault(object: &HttpFault, trust_domain: &str) -> Result<Fault, Wrong> {
 
 fn own_delay(delay: &FaultDelay) -> Result<(Share, Duration), Wrong> {
     let share = portion(delay.percent, delay.percentage, "spec.delay")?;
-    let duration = self::delay(&delay.duration).map_err(|e| ("spec.delay.duration".to_owned(), e))?;
+    let duration =
+        self::delay(&delay.duration).map_err(|e| ("spec.delay.duration".to_owned(), e))?;
     Ok((share, duration))
 }
 
@@ -170,9 +179,14 @@ fn portion(percent: Option<f64>, percentage: Option<Percentage>, at: &str) -> Re
     let (field, value) = match (percent, percentage) {
         (Some(percent), None) => ("percent", percent),
         (None, Some(percentage)) => ("percentage.value", percentage.value),
-        (None, None) => return Err((at.to_owned(), "does not say which percent of requests".to_owned())),
+        (None, None) => {
+            return Err((at.to_owned(), "does not say which percent of requests".to_owned()));
+        }
         (Some(_), Some(_)) => {
-            return Err((at.to_owned(), "percent and percentage both say how many; use one".to_owned()));
+            return Err((
+                at.to_owned(),
+                "percent and percentage both say how many; use one".to_owned(),
+            ));
         }
     };
     share(value).map_err(|e| (format!("{at}.{field}"), e))
@@ -209,7 +223,8 @@ fn own_source(source: &FaultSource, trust_domain: &str) -> Result<SourceMatch, W
     for (i, principal) in source.principals.iter().enumerate() {
         let name = principal.strip_prefix("spiffe://").unwrap_or(principal);
         let identity: Identity = format!("spiffe://{name}").parse().map_err(|_| {
-            let message = format!("{principal:.120?} is not TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT");
+            let message =
+                format!("{principal:.120?} is not TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT");
             (at("principals", i), message)
         })?;
         if &*identity.trust_domain == LOCAL_TRUST_DOMAIN && trust_domain != LOCAL_TRUST_DOMAIN {
@@ -218,7 +233,10 @@ fn own_source(source: &FaultSource, trust_domain: &str) -> Result<SourceMatch, W
         out.identities.push(identity);
     }
     if out.is_anybody() {
-        return Err(("spec.match.source".to_owned(), "names nobody; leave it out for everybody".to_owned()));
+        return Err((
+            "spec.match.source".to_owned(),
+            "names nobody; leave it out for everybody".to_owned(),
+        ));
     }
     Ok(out)
 }

@@ -6,7 +6,10 @@
 /// What a host of an Istio object names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Host<'a> {
-    Service { namespace: &'a str, name: &'a str },
+    Service {
+        namespace: &'a str,
+        name: &'a str,
+    },
     /// `*`, or `*.shop.svc.cluster.local`.
     Wildcard,
     /// A host outside the cluster, an address, or a slip.
@@ -54,7 +57,16 @@ mod tests {
         check("web.shop.svc.cluster.local", Host::Service { namespace: "shop", name: "web" });
         check("*", Host::Wildcard);
         check("*.shop.svc.cluster.local", Host::Wildcard);
-        for other in ["", "web.shop", "web.shop.svc", "a.web.shop.svc.cluster.local", ".svc.cluster.local", "::1", "10.0.0.1", "example.com"] {
+        for other in [
+            "",
+            "web.shop",
+            "web.shop.svc",
+            "a.web.shop.svc.cluster.local",
+            ".svc.cluster.local",
+            "::1",
+            "10.0.0.1",
+            "example.com",
+        ] {
             check(other, Host::Other);
         }
         assert_eq!(help("web.shop", "cluster.local"), "write web.shop.svc.cluster.local");

@@ -71,11 +71,7 @@ pub(crate) fn validate(spec: &VirtualServiceSpec, report: Report<'_>) {
 }
 
 /// Who decides for which Service and audience.
-fn claims<'a>(
-    objects: &'a Objects,
-    services: &'a ByNamespace,
-    cx: &mut Context<'_>,
-) -> Claims<'a> {
+fn claims<'a>(objects: &'a Objects, services: &'a ByNamespace, cx: &mut Context<'_>) -> Claims<'a> {
     let mut by_age: Vec<Entry<'a>> = objects.virtual_services.iter().collect();
     by_age.sort_by(|a, b| age(a.0, a.1).cmp(&age(b.0, b.1)));
     let mut claims = Claims::new();
@@ -98,9 +94,8 @@ fn claims<'a>(
     let mut narrow = Vec::new();
     for ((service, _), claim) in everybody {
         let sources = sources(&claim.1.1.value.spec);
-        narrow.extend(
-            sources.map(|ns| ((service.clone(), Audience::Namespace(ns.into())), *claim)),
-        );
+        narrow
+            .extend(sources.map(|ns| ((service.clone(), Audience::Namespace(ns.into())), *claim)));
     }
     for (key, claim) in narrow {
         claims.entry(key).or_insert(claim);
@@ -117,7 +112,8 @@ fn is_for_the_mesh((key, sourced): Entry<'_>, cx: &mut Context<'_>) -> bool {
     let gateways = &sourced.value.spec.gateways;
     let mesh = gateways.is_empty() || gateways.iter().any(|g| g == MESH);
     for (i, gateway) in gateways.iter().enumerate().filter(|(_, g)| *g != MESH) {
-        let message = format!("{gateway:.80?} is not served: nothing takes traffic from outside the mesh");
+        let message =
+            format!("{gateway:.80?} is not served: nothing takes traffic from outside the mesh");
         let d = if mesh {
             Diagnostic::warning(Code::Unsupported, message)
         } else {
@@ -139,7 +135,8 @@ fn hosts<'a>(
     let mut found: BTreeMap<&ServiceKey, &services::Compiled> = BTreeMap::new();
     let hosts = &sourced.value.spec.hosts;
     if hosts.is_empty() {
-        let message = "it is for no host, so it could only be a delegate, and rules are not delegated";
+        let message =
+            "it is for no host, so it could only be a delegate, and rules are not delegated";
         let d = Diagnostic::error(Code::Unsupported, message).field("spec.hosts");
         cx.report(key, sourced, d.help("write its rules where they are delegated from"));
     }
@@ -147,7 +144,8 @@ fn hosts<'a>(
         let d = match hosts::read(host, &key.0, &domain) {
             Host::Service { namespace, name } => match services::find(services, namespace, name) {
                 Some(service) if service.headless => {
-                    let message = format!("{host} is headless: its pods are called, not the Service");
+                    let message =
+                        format!("{host} is headless: its pods are called, not the Service");
                     Diagnostic::error(Code::Unsupported, message)
                         .help("give the Service an address: leave out clusterIP: None")
                 }
@@ -167,8 +165,7 @@ fn hosts<'a>(
             }
             Host::Other => {
                 let message = format!("{host:.80?} is no Service of the cluster");
-                Diagnostic::error(Code::DanglingReference, message)
-                    .help(hosts::help(host, &domain))
+                Diagnostic::error(Code::DanglingReference, message).help(hosts::help(host, &domain))
             }
         };
         cx.report(key, sourced, d.field(format!("spec.hosts[{i}]")));
@@ -193,7 +190,11 @@ fn audiences(
             );
             let field = if export.is_empty() { "spec.hosts" } else { "spec.exportTo" };
             let d = Diagnostic::warning(Code::NoEffect, message).field(field);
-            cx.report(key, sourced, d.help("put it into the Service's namespace to be for everybody"));
+            cx.report(
+                key,
+                sourced,
+                d.help("put it into the Service's namespace to be for everybody"),
+            );
         }
         return BTreeSet::from([own]);
     }

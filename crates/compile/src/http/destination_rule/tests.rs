@@ -31,7 +31,8 @@ fn run(rules: &str) -> (Compiled, Vec<String>) {
     let compiled = compile(&folder.objects(), &MeshConfig::default());
     let ours = |d: &Diagnostic| d.object.starts_with("DestinationRule");
     let all = folder.diagnostics().into_iter().chain(compiled.diagnostics.iter().cloned());
-    let found = all.filter(ours).map(|d| format!("{} {} {}", d.severity, d.code, d.field)).collect();
+    let found =
+        all.filter(ours).map(|d| format!("{} {} {}", d.severity, d.code, d.field)).collect();
     (compiled, found)
 }
 
@@ -47,7 +48,8 @@ fn subsets(compiled: &Compiled) -> Vec<String> {
 #[test]
 fn host() {
     let check = |home: &str, host: &str, there: bool, want: &[&str]| {
-        let (compiled, found) = run(&rule(home, "name: d", &format!("host: '{host}', subsets: [{{name: all}}]")));
+        let (compiled, found) =
+            run(&rule(home, "name: d", &format!("host: '{host}', subsets: [{{name: all}}]")));
         assert_eq!(subsets(&compiled).len(), usize::from(there), "{home} {host}");
         assert_eq!(found, want, "{home} {host}");
     };
@@ -65,8 +67,11 @@ fn host() {
 #[test]
 fn subset_labels() {
     let check = |labels: &str, pods: &str, want: &[&str]| {
-        let (compiled, found) =
-            run(&rule("shop", "name: d", &format!("host: web, subsets: [{{name: s, labels: {{{labels}}}}}]")));
+        let (compiled, found) = run(&rule(
+            "shop",
+            "name: d",
+            &format!("host: web, subsets: [{{name: s, labels: {{{labels}}}}}]"),
+        ));
         assert_eq!(subsets(&compiled), [format!("s: {pods}")], "{labels}");
         assert_eq!(found, want, "{labels}");
     };
@@ -91,27 +96,44 @@ fn subset_names() {
     let key = &compiled.subsets[0].key;
     assert_eq!(key.to_string(), "shop/web.shop.svc.cluster.local/canary");
     for bad in ["name: a/b", "name: ''", "labels: {}", "name: x}, {name: x"] {
-        let (compiled, found) = run(&rule("shop", "name: d", &format!("host: web, subsets: [{{{bad}}}]")));
+        let (compiled, found) =
+            run(&rule("shop", "name: d", &format!("host: web, subsets: [{{{bad}}}]")));
         assert_eq!(subsets(&compiled), [""; 0], "{bad}");
-        assert!(found.iter().all(|f| f.starts_with("error invalid_field spec.subsets[")), "{bad}: {found:?}");
+        assert!(
+            found.iter().all(|f| f.starts_with("error invalid_field spec.subsets[")),
+            "{bad}: {found:?}"
+        );
         assert!(!found.is_empty(), "{bad}");
     }
 }
 
 #[test]
 fn several_objects() {
-    let at = |name: &str, time: &str| format!("name: {name}, creationTimestamp: '2026-01-01T00:00:0{time}Z'");
-    let one = |label: &str, name: &str| format!("host: web, subsets: [{{name: {name}, labels: {{version: {label}}}}}]");
+    let at = |name: &str, time: &str| {
+        format!("name: {name}, creationTimestamp: '2026-01-01T00:00:0{time}Z'")
+    };
+    let one = |label: &str, name: &str| {
+        format!("host: web, subsets: [{{name: {name}, labels: {{version: {label}}}}}]")
+    };
     // Read together.
-    let (compiled, found) = run(&(rule("shop", "name: a", &one("v1", "x")) + &rule("shop", "name: b", &one("v2", "y"))));
-    assert_eq!((subsets(&compiled), found), (vec!["x: a".to_owned(), "y: b".to_owned()], Vec::new()));
+    let (compiled, found) = run(
+        &(rule("shop", "name: a", &one("v1", "x")) + &rule("shop", "name: b", &one("v2", "y")))
+    );
+    assert_eq!(
+        (subsets(&compiled), found),
+        (vec!["x: a".to_owned(), "y: b".to_owned()], Vec::new())
+    );
     // One name twice: the older stays.
-    let (compiled, found) =
-        run(&(rule("shop", &at("a", "2"), &one("v1", "x")) + &rule("shop", &at("b", "1"), &one("v2", "x"))));
+    let (compiled, found) = run(&(rule("shop", &at("a", "2"), &one("v1", "x"))
+        + &rule("shop", &at("b", "1"), &one("v2", "x"))));
     assert_eq!(subsets(&compiled), ["x: b"]);
     assert_eq!(found, ["warning conflicting_policies spec.subsets[0].name"]);
     // The root namespace only where the Service's own says nothing.
-    let wide = rule("istio-system", "name: w", &one("v1", "x").replace("web", "web.shop.svc.cluster.local"));
+    let wide = rule(
+        "istio-system",
+        "name: w",
+        &one("v1", "x").replace("web", "web.shop.svc.cluster.local"),
+    );
     let (compiled, found) = run(&(rule("shop", "name: a", &one("v2", "y")) + &wide));
     assert_eq!(subsets(&compiled), ["y: b"]);
     assert_eq!(found, ["info no_effect spec.host"]);
@@ -145,7 +167,8 @@ fn traffic_policies_are_named() {
 
 #[test]
 fn pods_that_come_and_go() {
-    let yaml = world() + &rule("shop", "name: d", "host: web, subsets: [{name: s, labels: {version: v1}}]");
+    let yaml = world()
+        + &rule("shop", "name: d", "host: web, subsets: [{name: s, labels: {version: v1}}]");
     let mut all = objects(&yaml);
     all.pods.remove(&("shop".into(), "a".into()));
     let compiled = compile(&all, &MeshConfig::default());

@@ -18,14 +18,17 @@ fn object(spec: &str) -> String {
 
 /// A route that names the fault `f`, the fault, and everything that is said.
 fn run(spec: &str) -> (Compiled, Vec<Diagnostic>) {
-    let route = http("[{filters: [{type: ExtensionRef, extensionRef: {group: ambit.io, kind: HTTPFault, name: f}}], backendRefs: [{name: v1, port: 80}]}]");
+    let route = http(
+        "[{filters: [{type: ExtensionRef, extensionRef: {group: ambit.io, kind: HTTPFault, name: f}}], backendRefs: [{name: v1, port: 80}]}]",
+    );
     let mut folder = Folder::new();
     folder.set_file(0, "test.yaml", &format!("{SHOP}{route}"));
     folder.set_file(0, "fault.yaml", &object(spec));
     let config = MeshConfig { trust_domain: "td".into(), ..MeshConfig::default() };
     let compiled = compile(&folder.objects(), &config);
     let all = folder.diagnostics().into_iter().chain(compiled.diagnostics.iter().cloned());
-    let found = all.filter(|d| d.object.contains("HTTPFault") || d.object.contains("Route")).collect();
+    let found =
+        all.filter(|d| d.object.contains("HTTPFault") || d.object.contains("Route")).collect();
     (compiled, found)
 }
 
@@ -59,8 +62,11 @@ fn delays_and_aborts() {
 
 #[test]
 fn matches() {
-    let fault = |spec: &str| read(&format!("abort: {{percent: 100, reset: true}}, match: {{{spec}}}"));
-    let headers = fault("headers: [{name: X-A, value: b}, {name: c, value: 'd+', type: RegularExpression}]").headers;
+    let fault =
+        |spec: &str| read(&format!("abort: {{percent: 100, reset: true}}, match: {{{spec}}}"));
+    let headers =
+        fault("headers: [{name: X-A, value: b}, {name: c, value: 'd+', type: RegularExpression}]")
+            .headers;
     assert_eq!((&*headers[0].name, &headers[0].value), ("x-a", &TextMatch::Exact("b".into())));
     assert!(headers[1].value.matches(Some("ddd")) && !headers[1].value.matches(Some("ddx")));
     let source = fault("source: {namespaces: [shop], principals: [spiffe://other/ns/a/sa/b, cluster.local/ns/shop/sa/web]}").source;
@@ -72,7 +78,8 @@ fn matches() {
 
 #[test]
 fn ends() {
-    let until = |text: &str| read(&format!("abort: {{percent: 1, reset: true}}, until: '{text}'")).until;
+    let until =
+        |text: &str| read(&format!("abort: {{percent: 1, reset: true}}, until: '{text}'")).until;
     assert_eq!(until("2030-01-01T00:00:00Z"), Some(1_893_456_000));
     assert_eq!(until("2030-01-01T01:00:00+01:00"), Some(1_893_456_000));
     assert_eq!(read("abort: {percent: 1, reset: true}").until, None);
@@ -86,13 +93,24 @@ fn unsure_is_harmless() {
         assert_eq!(rule(&compiled).filters, [Filter::Fault(Fault::default())], "{spec}");
         assert_eq!(rule(&compiled).backends.len(), 1);
         let [d] = &found[..] else { panic!("{spec}: {found:?}") };
-        assert_eq!((d.severity, d.code, d.field.as_str()), (Severity::Error, Code::InvalidField, field), "{spec}");
+        assert_eq!(
+            (d.severity, d.code, d.field.as_str()),
+            (Severity::Error, Code::InvalidField, field),
+            "{spec}"
+        );
         assert!(d.message.contains("nobody is harmed"), "{}", d.message);
         assert_eq!(d.origin, "fault.yaml:3");
     };
     check("", "spec");
     let abort = |more: &str| format!("abort: {{percent: 100, reset: true}}, {more}");
-    for bad in ["soon", "2030-01-01", "2030-01-01T00:00:00", "1969-12-31T23:59:59Z", "99999-01-01T00:00:00Z", ""] {
+    for bad in [
+        "soon",
+        "2030-01-01",
+        "2030-01-01T00:00:00",
+        "1969-12-31T23:59:59Z",
+        "99999-01-01T00:00:00Z",
+        "",
+    ] {
         check(&abort(&format!("until: '{bad}'")), "spec.until");
     }
     check("abort: {reset: true}", "spec.abort");
@@ -110,7 +128,10 @@ fn unsure_is_harmless() {
     check("delay: {percent: 1, duration: 1us}", "spec.delay.duration");
     check(&abort("match: {headers: [{name: 'a b'}]}"), "spec.match.headers[0].name");
     check(&abort("match: {headers: [{name: a}, {name: A}]}"), "spec.match.headers[1].name");
-    check(&abort("match: {headers: [{name: a, value: '(', type: RegularExpression}]}"), "spec.match.headers[0].value");
+    check(
+        &abort("match: {headers: [{name: a, value: '(', type: RegularExpression}]}"),
+        "spec.match.headers[0].value",
+    );
     check(&abort("match: {source: {}}"), "spec.match.source");
     check(&abort("match: {source: {principals: ['*']}}"), "spec.match.source.principals[0]");
     check(&abort("match: {source: {namespaces: ['*']}}"), "spec.match.source.namespaces[0]");
@@ -119,9 +140,14 @@ fn unsure_is_harmless() {
 /// A fault that is not there is a filter that is not there: Gateway API wants an error.
 #[test]
 fn a_fault_that_is_not_there() {
-    for spec in ["abort: {percent: all}", "abort: {percent: 1, reset: true}, untill: '2030-01-01T00:00:00Z'"] {
+    for spec in [
+        "abort: {percent: all}",
+        "abort: {percent: 1, reset: true}, untill: '2030-01-01T00:00:00Z'",
+    ] {
         let (compiled, found) = run(spec);
-        let [Filter::Fail { reason, message }] = &rule(&compiled).filters[..] else { panic!("{spec}") };
+        let [Filter::Fail { reason, message }] = &rule(&compiled).filters[..] else {
+            panic!("{spec}")
+        };
         assert_eq!((*reason, &**message), (Reason::BadFilter, "there is no HTTPFault shop/f"));
         assert!(found.iter().any(|d| d.object.contains("HTTPFault")), "{found:?}");
     }

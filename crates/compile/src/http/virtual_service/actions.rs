@@ -92,7 +92,8 @@ impl Reader<'_> {
             let mut host = None;
             let edits = self.edits(request, &at, Some(&mut host))?;
             filters.extend((!edits.is_empty()).then_some(Filter::RequestHeaders(edits)));
-            filters.extend(host.map(|host| Filter::Rewrite(Rewrite { host: Some(host), path: None })));
+            filters
+                .extend(host.map(|host| Filter::Rewrite(Rewrite { host: Some(host), path: None })));
         }
         if let Some(response) = &headers.response {
             let edits = self.edits(response, &format!("{at}.response"), None)?;
@@ -116,7 +117,9 @@ impl Reader<'_> {
             let at = format!("{at}.set.{name}");
             let value = self.header_value(value, &at)?;
             match host.as_deref_mut() {
-                Some(host) if matches!(name.to_ascii_lowercase().as_str(), "host" | ":authority") => {
+                Some(host)
+                    if matches!(name.to_ascii_lowercase().as_str(), "host" | ":authority") =>
+                {
                     *host = Some(self.authority(&value, &at)?);
                 }
                 _ => edits.set.push((self.editable(name, &at)?, value.into())),
@@ -147,7 +150,8 @@ impl Reader<'_> {
     fn header_value(&mut self, value: &str, at: &str) -> Result<String, Failure> {
         text::header_value(value).map_err(|e| self.invalid(at, e))?;
         if value.replace("%%", "").contains('%') {
-            let message = format!("{value:.80?}: variables are not handled; a percent sign is written %%");
+            let message =
+                format!("{value:.80?}: variables are not handled; a percent sign is written %%");
             return Err(self.unsupported(at, message));
         }
         Ok(value.replace("%%", "%"))
@@ -212,7 +216,9 @@ impl Reader<'_> {
         place: &Place<'_>,
     ) -> Result<Vec<Filter>, Failure> {
         if rule.mirror.is_some() && !rule.mirrors.is_empty() {
-            return Err(self.invalid(format!("{at}.mirrors"), "mirror and mirrors exclude each other"));
+            return Err(
+                self.invalid(format!("{at}.mirrors"), "mirror and mirrors exclude each other")
+            );
         }
         let mut filters = Vec::new();
         if let Some(to) = &rule.mirror {
@@ -246,8 +252,15 @@ impl Reader<'_> {
         place: &Place<'_>,
         actions: &mut Actions,
     ) -> Result<(), Failure> {
-        let HttpRedirect { uri, authority, port, derive_port, scheme, redirect_code, prefix_rewrite } =
-            redirect;
+        let HttpRedirect {
+            uri,
+            authority,
+            port,
+            derive_port,
+            scheme,
+            redirect_code,
+            prefix_rewrite,
+        } = redirect;
         let status = match u16::try_from(*redirect_code) {
             Ok(0) => 301,
             Ok(code @ (301 | 302 | 303 | 307 | 308)) => code,
@@ -264,7 +277,9 @@ impl Reader<'_> {
             self.authority(authority, &format!("{at}.authority"))?;
         }
         if port.is_some() && derive_port.is_some() {
-            return Err(self.invalid(format!("{at}.derivePort"), "port and derivePort exclude each other"));
+            return Err(
+                self.invalid(format!("{at}.derivePort"), "port and derivePort exclude each other")
+            );
         }
         if port.is_some_and(|port| !(1..=65535).contains(&port)) {
             return Err(self.invalid(format!("{at}.port"), "not a port (1-65535)"));
@@ -346,7 +361,9 @@ impl Reader<'_> {
             let how = match (abort.http_status, &abort.grpc_status, &abort.http2_error) {
                 (Some(status), None, None) => faults::http_status(status).map(Abort::Http),
                 (None, Some(name), None) => faults::grpc_status(name).map(Abort::Grpc),
-                (None, None, Some(name)) if HTTP2_ERRORS.contains(&name.as_str()) => Ok(Abort::Reset),
+                (None, None, Some(name)) if HTTP2_ERRORS.contains(&name.as_str()) => {
+                    Ok(Abort::Reset)
+                }
                 (None, None, Some(name)) => Err(format!("{name:.40?} is no error of HTTP/2")),
                 _ => Err("needs one of httpStatus, grpcStatus and http2Error".to_owned()),
             };
@@ -409,10 +426,12 @@ impl Reader<'_> {
             allow_origins: origins,
             allow_methods: self.cors_names(&policy.allow_methods, &format!("{at}.allowMethods"))?,
             allow_headers: self.cors_names(&policy.allow_headers, &format!("{at}.allowHeaders"))?,
-            expose_headers: self.cors_names(&policy.expose_headers, &format!("{at}.exposeHeaders"))?,
+            expose_headers: self
+                .cors_names(&policy.expose_headers, &format!("{at}.exposeHeaders"))?,
             allow_credentials: policy.allow_credentials.unwrap_or_default(),
             max_age,
-            forward_unmatched_preflights: policy.unmatched_preflights != UnmatchedPreflights::Ignore,
+            forward_unmatched_preflights: policy.unmatched_preflights
+                != UnmatchedPreflights::Ignore,
         })
     }
 

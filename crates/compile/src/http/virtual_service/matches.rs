@@ -36,7 +36,9 @@ pub(super) fn all(
     for (i, m) in rule.r#match.iter().enumerate() {
         let at = format!("{at}.match[{i}]");
         for gateway in m.gateways.iter().filter(|g| *g != MESH) {
-            let message = format!("{gateway:.80?} is not served: nothing takes traffic from outside the mesh");
+            let message = format!(
+                "{gateway:.80?} is not served: nothing takes traffic from outside the mesh"
+            );
             reader.warn(Code::Unsupported, format!("{at}.gateways"), message);
         }
         if m.port.is_some_and(|port| port > 65535) {

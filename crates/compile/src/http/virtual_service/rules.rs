@@ -100,8 +100,7 @@ impl<'r> Reader<'r> {
         let body = self.body(rule, &at, place);
         let name = if rule.name.is_empty() { format!("http[{index}]") } else { rule.name.clone() };
         let each = matched.into_iter().map(|m| {
-            let name =
-                if m.name.is_empty() { name.clone() } else { format!("{name}.{}", m.name) };
+            let name = if m.name.is_empty() { name.clone() } else { format!("{name}.{}", m.name) };
             self.finish(m, &body, name, &at)
         });
         each.collect()
@@ -112,16 +111,29 @@ impl<'r> Reader<'r> {
     }
 
     /// Something that an API server would refuse.
-    pub(super) fn invalid(&mut self, field: impl Into<String>, message: impl Into<String>) -> Failure {
+    pub(super) fn invalid(
+        &mut self,
+        field: impl Into<String>,
+        message: impl Into<String>,
+    ) -> Failure {
         self.note(Diagnostic::error(Code::InvalidField, message), field)
     }
 
     /// Something that is right and cannot be had.
-    pub(super) fn unsupported(&mut self, field: impl Into<String>, message: impl Into<String>) -> Failure {
+    pub(super) fn unsupported(
+        &mut self,
+        field: impl Into<String>,
+        message: impl Into<String>,
+    ) -> Failure {
         self.note(Diagnostic::error(Code::Unsupported, message).help(ANSWERS), field)
     }
 
-    pub(super) fn warn(&mut self, code: Code, field: impl Into<String>, message: impl Into<String>) {
+    pub(super) fn warn(
+        &mut self,
+        code: Code,
+        field: impl Into<String>,
+        message: impl Into<String>,
+    ) {
         self.note(Diagnostic::warning(code, message), field);
     }
 

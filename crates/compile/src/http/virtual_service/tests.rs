@@ -24,14 +24,17 @@ fn world(more: &str) -> (Compiled, Vec<Diagnostic>) {
     folder.set_file(0, "test.yaml", &format!("{SHOP}{more}"));
     let compiled = compile(&folder.objects(), &MeshConfig::default());
     let all = folder.diagnostics().into_iter().chain(compiled.diagnostics.iter().cloned());
-    let ours = |d: &Diagnostic| ["VirtualService", "DestinationRule"].iter().any(|k| d.object.starts_with(k));
+    let ours = |d: &Diagnostic| {
+        ["VirtualService", "DestinationRule"].iter().any(|k| d.object.starts_with(k))
+    };
     let found = all.filter(ours).collect();
     (compiled, found)
 }
 
 /// The shop with one VirtualService of `web` that has these rules, without a finding.
 fn shop(rules: &str) -> Compiled {
-    let (compiled, found) = world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
+    let (compiled, found) =
+        world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
     assert_eq!(found, [], "{rules}");
     compiled
 }
@@ -57,7 +60,8 @@ fn first(compiled: &Compiled) -> &RouteRule {
 
 /// Whether a rule answers with an error, and says why.
 fn fails(rule: &RouteRule) -> bool {
-    matches!(&rule.filters[..], [Filter::Fail { message, .. }] if !message.is_empty()) && rule.backends.is_empty()
+    matches!(&rule.filters[..], [Filter::Fail { message, .. }] if !message.is_empty())
+        && rule.backends.is_empty()
 }
 
 const TO_V1: &str = "route: [{destination: {host: v1}}]";
@@ -109,7 +113,9 @@ spec:
         pod("production", "two", "10.0.0.2", "app: api, version: v2"),
     );
     let compiled = compile(&objects(&yaml), &MeshConfig::default());
-    let said = |d: &&Diagnostic| d.object.starts_with("VirtualService") || d.object.starts_with("DestinationRule");
+    let said = |d: &&Diagnostic| {
+        d.object.starts_with("VirtualService") || d.object.starts_with("DestinationRule")
+    };
     assert_eq!(compiled.diagnostics.iter().find(said), None);
     let members: Vec<(String, usize)> =
         compiled.subsets.iter().map(|s| (s.key.to_string(), s.workloads.len())).collect();
@@ -124,10 +130,17 @@ spec:
         rule.backends.iter().map(|b| format!("{} {}", b.weight, b.target)).collect()
     };
     assert_eq!(sends(&set.rules[0]), [format!("1 {key}:80 subset canary")]);
-    assert_eq!(sends(&set.rules[1]), [format!("90 {key}:80 subset stable"), format!("10 {key}:80 subset canary")]);
+    assert_eq!(
+        sends(&set.rules[1]),
+        [format!("90 {key}:80 subset stable"), format!("10 {key}:80 subset canary")]
+    );
     let rule = &set.rules[1];
     assert_eq!((&*rule.route, &*rule.name), ("VirtualService/production/api-canary", "http[1]"));
-    assert!(rule.provenance.to_string().starts_with("VirtualService/production/api-canary spec.http[1] (test.yaml:"));
+    assert!(
+        rule.provenance
+            .to_string()
+            .starts_with("VirtualService/production/api-canary spec.http[1] (test.yaml:")
+    );
 }
 
 #[test]
@@ -136,7 +149,8 @@ fn hosts() {
         let (compiled, found) =
             world(&object("shop", "name: v", &format!("hosts: {hosts}, http: [{{{TO_V1}}}]")));
         let with = compiled.routes.iter().filter(|r| !r.sets.is_empty());
-        let names: Vec<&str> = with.map(|r| r.service.hostname.split('.').next().unwrap()).collect();
+        let names: Vec<&str> =
+            with.map(|r| r.service.hostname.split('.').next().unwrap()).collect();
         assert_eq!(names, services, "{hosts}");
         assert_eq!(brief(&found), want, "{hosts}");
     };
@@ -159,7 +173,9 @@ fn hosts() {
 #[test]
 fn gateways() {
     let check = |gateways: &str, in_force: bool, want: &[&str]| {
-        let spec = format!("hosts: [web], gateways: {gateways}, http: [{{route: [{{destination: {{host: v1.shop.svc.cluster.local}}}}]}}]");
+        let spec = format!(
+            "hosts: [web], gateways: {gateways}, http: [{{route: [{{destination: {{host: v1.shop.svc.cluster.local}}}}]}}]"
+        );
         let (compiled, found) = world(&object("shop", "name: v", &spec));
         assert_eq!(chosen(&compiled, "any", 80).is_some(), in_force, "{gateways}");
         assert_eq!(brief(&found), want, "{gateways}");
@@ -173,7 +189,9 @@ fn gateways() {
 #[test]
 fn export_to() {
     let check = |home: &str, export: &str, audiences: &[&str], want: &[&str]| {
-        let spec = format!("hosts: [web.shop.svc.cluster.local], exportTo: {export}, http: [{{route: [{{destination: {{host: v1.shop.svc.cluster.local}}}}]}}]");
+        let spec = format!(
+            "hosts: [web.shop.svc.cluster.local], exportTo: {export}, http: [{{route: [{{destination: {{host: v1.shop.svc.cluster.local}}}}]}}]"
+        );
         let (compiled, found) = world(&object(home, "name: v", &spec));
         let name = |a: &Audience| match a {
             Audience::Everybody => "*".to_owned(),
@@ -208,17 +226,23 @@ fn rule_names() {
 /// The first that fits decides: no precedence but the order of the list.
 #[test]
 fn the_order_is_kept() {
-    let rule = |name: &str, uri: &str| format!("{{name: {name}, match: [{{uri: {{{uri}}}}}], {TO_V1}}}");
-    let rules = [rule("short", "prefix: /a"), rule("long", "prefix: /aaa"), rule("exact", "exact: /a")];
+    let rule =
+        |name: &str, uri: &str| format!("{{name: {name}, match: [{{uri: {{{uri}}}}}], {TO_V1}}}");
+    let rules =
+        [rule("short", "prefix: /a"), rule("long", "prefix: /aaa"), rule("exact", "exact: /a")];
     assert_eq!(order(set(&shop(&format!("[{}]", rules.join(", "))))), ["short", "long", "exact"]);
 }
 
 #[test]
 fn one_object_decides() {
-    let at = |name: &str, time: &str| format!("name: {name}, creationTimestamp: '2026-01-01T00:00:0{time}Z'");
-    let spec = |name: &str, more: &str| format!("hosts: [web]{more}, http: [{{name: {name}, {TO_V1}}}]");
+    let at = |name: &str, time: &str| {
+        format!("name: {name}, creationTimestamp: '2026-01-01T00:00:0{time}Z'")
+    };
+    let spec =
+        |name: &str, more: &str| format!("hosts: [web]{more}, http: [{{name: {name}, {TO_V1}}}]");
     let (compiled, found) = world(
-        &(object("shop", &at("a", "2"), &spec("newer", "")) + &object("shop", &at("b", "1"), &spec("older", ""))),
+        &(object("shop", &at("a", "2"), &spec("newer", ""))
+            + &object("shop", &at("b", "1"), &spec("older", ""))),
     );
     assert_eq!(order(set(&compiled)), ["older"]);
     assert_eq!(brief(&found), ["route_conflict spec.hosts"]);
@@ -226,7 +250,8 @@ fn one_object_decides() {
     assert!(found[0].message.contains("VirtualService/shop/b"), "{}", found[0].message);
     // Rules for one namespace stand beside those for everybody.
     let (compiled, found) = world(
-        &(object("shop", &at("a", "2"), &spec("own", ", exportTo: ['.']")) + &object("shop", &at("b", "1"), &spec("all", ""))),
+        &(object("shop", &at("a", "2"), &spec("own", ", exportTo: ['.']"))
+            + &object("shop", &at("b", "1"), &spec("all", ""))),
     );
     assert_eq!(found, []);
     assert_eq!(order(chosen(&compiled, "shop", 80).unwrap()), ["own"]);
@@ -235,7 +260,13 @@ fn one_object_decides() {
 
 #[test]
 fn gateway_api_wins() {
-    let v = |spec: &str| object("shop", "name: v", &format!("hosts: [web]{spec}, http: [{{name: virtual, {TO_V1}}}]"));
+    let v = |spec: &str| {
+        object(
+            "shop",
+            "name: v",
+            &format!("hosts: [web]{spec}, http: [{{name: virtual, {TO_V1}}}]"),
+        )
+    };
     let (compiled, found) = world(&(v("") + &http("[{name: route}]")));
     assert_eq!(order(set(&compiled)), ["route"]);
     assert!(found.iter().all(|d| d.code == Code::RouteConflict && d.severity == Severity::Error));
@@ -245,7 +276,8 @@ fn gateway_api_wins() {
     assert_eq!(order(chosen(&compiled, "shop", 80).unwrap()), ["route"]);
     assert_eq!(found.len(), 3);
     // The other way round there is no conflict: consumers go their own way.
-    let consumer = http("[{name: route}]").replace("namespace: shop, name: r", "namespace: buyer, name: r");
+    let consumer =
+        http("[{name: route}]").replace("namespace: shop, name: r", "namespace: buyer, name: r");
     let (compiled, found) = world(&(v("") + &consumer));
     assert_eq!(order(chosen(&compiled, "buyer", 80).unwrap()), ["route"]);
     assert_eq!(order(chosen(&compiled, "shop", 80).unwrap()), ["virtual"]);
@@ -257,32 +289,60 @@ fn gateway_api_wins() {
 fn what_cannot_be_honoured_fails_closed() {
     let check = |rule: &str, want: &str| {
         let rules = format!("[{{{rule}}}, {{{TO_V1}}}]");
-        let (compiled, found) = world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
+        let (compiled, found) =
+            world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
         let set = set(&compiled);
         assert!(fails(first(&compiled)), "{rule}: {:?}", set.rules);
         assert_eq!(set.matches[0].rule, 0, "{rule}");
         assert_eq!(brief(&found), [want], "{rule}");
         assert_eq!(found[0].severity, Severity::Error);
     };
-    check("match: [{uri: {prefix: /a}, sourceLabels: {app: x}}], route: [{destination: {host: v1}}]", "unsupported spec.http[0].match[0].sourceLabels");
-    check("match: [{uri: {prefix: /a}}], delegate: {name: other}", "unsupported spec.http[0].delegate");
-    let rule = |more: &str| format!("match: [{{uri: {{prefix: /a}}}}], route: [{{destination: {{host: v1}}}}], {more}");
-    check(&rule("headers: {request: {set: {x: '%DOWNSTREAM_REMOTE_ADDRESS%'}}}"), "unsupported spec.http[0].headers.request.set.x");
-    check(&rule("headers: {request: {set: {content-length: '1'}}}"), "unsupported spec.http[0].headers.request.set.content-length");
+    check(
+        "match: [{uri: {prefix: /a}, sourceLabels: {app: x}}], route: [{destination: {host: v1}}]",
+        "unsupported spec.http[0].match[0].sourceLabels",
+    );
+    check(
+        "match: [{uri: {prefix: /a}}], delegate: {name: other}",
+        "unsupported spec.http[0].delegate",
+    );
+    let rule = |more: &str| {
+        format!("match: [{{uri: {{prefix: /a}}}}], route: [{{destination: {{host: v1}}}}], {more}")
+    };
+    check(
+        &rule("headers: {request: {set: {x: '%DOWNSTREAM_REMOTE_ADDRESS%'}}}"),
+        "unsupported spec.http[0].headers.request.set.x",
+    );
+    check(
+        &rule("headers: {request: {set: {content-length: '1'}}}"),
+        "unsupported spec.http[0].headers.request.set.content-length",
+    );
     check(&rule("rewrite: {uri: ' '}"), "unsupported spec.http[0].rewrite.uri");
-    check("match: [{headers: {'@request.auth.claims.sub': {exact: a}}}], route: [{destination: {host: v1}}]", "unsupported spec.http[0].match[0].headers.@request.auth.claims.sub");
-    check("match: [{uri: {prefix: /a}}], directResponse: {status: 200, body: {bytes: /w==}}", "unsupported spec.http[0].directResponse.body.bytes");
+    check(
+        "match: [{headers: {'@request.auth.claims.sub': {exact: a}}}], route: [{destination: {host: v1}}]",
+        "unsupported spec.http[0].match[0].headers.@request.auth.claims.sub",
+    );
+    check(
+        "match: [{uri: {prefix: /a}}], directResponse: {status: 200, body: {bytes: /w==}}",
+        "unsupported spec.http[0].directResponse.body.bytes",
+    );
     // A destination that is not there takes its share of the requests, with an error.
     let nowhere = |to: &str, want: &str| {
         let rules = format!("[{{route: [{{destination: {{{to}}}}}]}}]");
-        let (compiled, found) = world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
+        let (compiled, found) =
+            world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
         assert!(matches!(first(&compiled).backends[0].target, Target::Invalid { .. }), "{to}");
         assert_eq!(brief(&found), [want], "{to}");
     };
     nowhere("host: nobody", "dangling_reference spec.http[0].route[0].destination.host");
     nowhere("host: example.com", "dangling_reference spec.http[0].route[0].destination.host");
-    nowhere("host: v1, port: {number: 81}", "dangling_reference spec.http[0].route[0].destination.port");
-    nowhere("host: v1, subset: none", "dangling_reference spec.http[0].route[0].destination.subset");
+    nowhere(
+        "host: v1, port: {number: 81}",
+        "dangling_reference spec.http[0].route[0].destination.port",
+    );
+    nowhere(
+        "host: v1, subset: none",
+        "dangling_reference spec.http[0].route[0].destination.subset",
+    );
     nowhere("host: secret", "unsupported spec.http[0].route[0].destination.port");
 }
 
@@ -306,29 +366,68 @@ fn what_an_api_server_refuses() {
     check("name: nothing", "invalid_field spec.http[0]");
     check(&rule("redirect: {uri: /a}"), "invalid_field spec.http[0]");
     check("redirect: {uri: /a}, rewrite: {uri: /b}", "invalid_field spec.http[0].rewrite");
-    check(&rule("match: [{uri: {exact: /a, prefix: /b}}]"), "invalid_field spec.http[0].match[0].uri");
+    check(
+        &rule("match: [{uri: {exact: /a, prefix: /b}}]"),
+        "invalid_field spec.http[0].match[0].uri",
+    );
     check(&rule("match: [{uri: {regex: '('}}]"), "invalid_field spec.http[0].match[0].uri.regex");
-    check(&rule("match: [{uri: {regex: '(a{1000}){1000}'}}]"), "invalid_field spec.http[0].match[0].uri.regex");
-    check(&rule("match: [{headers: {'a b': {}}}]"), "invalid_field spec.http[0].match[0].headers.a b");
-    check(&rule("match: [{headers: {A: {}, a: {}}}]"), "invalid_field spec.http[0].match[0].headers.a");
+    check(
+        &rule("match: [{uri: {regex: '(a{1000}){1000}'}}]"),
+        "invalid_field spec.http[0].match[0].uri.regex",
+    );
+    check(
+        &rule("match: [{headers: {'a b': {}}}]"),
+        "invalid_field spec.http[0].match[0].headers.a b",
+    );
+    check(
+        &rule("match: [{headers: {A: {}, a: {}}}]"),
+        "invalid_field spec.http[0].match[0].headers.a",
+    );
     check(&rule("match: [{port: 65536}]"), "invalid_field spec.http[0].match[0].port");
     check(&rule("timeout: 5"), "invalid_field spec.http[0].timeout");
     check(&rule("timeout: soon"), "invalid_field spec.http[0].timeout");
-    check(&rule("headers: {request: {set: {'a b': c}}}"), "invalid_field spec.http[0].headers.request.set.a b");
-    check(&rule("headers: {request: {set: {a: \"b\\r\\nc: d\"}}}"), "invalid_field spec.http[0].headers.request.set.a");
-    check(&rule("mirror: {host: v2}, mirrorPercentage: {value: 101}"), "invalid_field spec.http[0].mirrorPercentage.value");
-    check(&rule("mirror: {host: v2}, mirrors: [{destination: {host: v2}}]"), "invalid_field spec.http[0].mirrors");
+    check(
+        &rule("headers: {request: {set: {'a b': c}}}"),
+        "invalid_field spec.http[0].headers.request.set.a b",
+    );
+    check(
+        &rule("headers: {request: {set: {a: \"b\\r\\nc: d\"}}}"),
+        "invalid_field spec.http[0].headers.request.set.a",
+    );
+    check(
+        &rule("mirror: {host: v2}, mirrorPercentage: {value: 101}"),
+        "invalid_field spec.http[0].mirrorPercentage.value",
+    );
+    check(
+        &rule("mirror: {host: v2}, mirrors: [{destination: {host: v2}}]"),
+        "invalid_field spec.http[0].mirrors",
+    );
     check("route: [{destination: {}}]", "invalid_field spec.http[0].route[0].destination.host");
-    check("route: [{destination: {host: v1}}, {destination: {host: v2}}]", "invalid_field spec.http[0].route");
-    check("route: [{destination: {host: v1}, weight: -1}]", "invalid_field spec.http[0].route[0].weight");
+    check(
+        "route: [{destination: {host: v1}}, {destination: {host: v2}}]",
+        "invalid_field spec.http[0].route",
+    );
+    check(
+        "route: [{destination: {host: v1}, weight: -1}]",
+        "invalid_field spec.http[0].route[0].weight",
+    );
     check("redirect: {redirectCode: 200}", "invalid_field spec.http[0].redirect.redirectCode");
     check("redirect: {scheme: ftp}", "invalid_field spec.http[0].redirect.scheme");
     check("redirect: {authority: 'a b'}", "invalid_field spec.http[0].redirect.authority");
-    check("redirect: {port: 1, derivePort: FROM_REQUEST_PORT}", "invalid_field spec.http[0].redirect.derivePort");
-    check("match: [{uri: {exact: /a}}], redirect: {prefixRewrite: /b}", "invalid_field spec.http[0].redirect.prefixRewrite");
+    check(
+        "redirect: {port: 1, derivePort: FROM_REQUEST_PORT}",
+        "invalid_field spec.http[0].redirect.derivePort",
+    );
+    check(
+        "match: [{uri: {exact: /a}}], redirect: {prefixRewrite: /b}",
+        "invalid_field spec.http[0].redirect.prefixRewrite",
+    );
     check("directResponse: {status: 99}", "invalid_field spec.http[0].directResponse.status");
     check(&rule("corsPolicy: {maxAge: x}"), "invalid_field spec.http[0].corsPolicy.maxAge");
-    check(&rule("fault: {delay: {fixedDelay: 2x, percentage: {value: 1}}}"), "invalid_field spec.http[0].fault.delay.fixedDelay");
+    check(
+        &rule("fault: {delay: {fixedDelay: 2x, percentage: {value: 1}}}"),
+        "invalid_field spec.http[0].fault.delay.fixedDelay",
+    );
     check(&rule("retrys: {}"), "unknown_field spec.http[0].retrys");
     check(&rule("retries: {attemts: 1}"), "unknown_field spec.http[0].retries.attemts");
 }
@@ -348,7 +447,12 @@ fn the_compiler_is_closed_without_the_edge() {
             body: crate::Body::VirtualService(std::sync::Arc::new(value)),
         });
         let compiled = compile(&all, &MeshConfig::default());
-        assert!(compiled.diagnostics.iter().any(|d| d.code == Code::InvalidField && !d.object.is_empty()));
+        assert!(
+            compiled
+                .diagnostics
+                .iter()
+                .any(|d| d.code == Code::InvalidField && !d.object.is_empty())
+        );
         first(&compiled).clone()
     };
     let to = serde_json::json!([{"destination": {"host": "v1"}}]);
@@ -357,7 +461,9 @@ fn the_compiler_is_closed_without_the_edge() {
     assert!(fails(&rule(serde_json::json!({}))));
     assert!(fails(&rule(serde_json::json!({"route": to, "redirect": {}}))));
     // Only a fault is the other way round.
-    let harmless = rule(serde_json::json!({"route": to, "fault": {"abort": {"httpStatus": 1, "percentage": {"value": 100}}}}));
+    let harmless = rule(
+        serde_json::json!({"route": to, "fault": {"abort": {"httpStatus": 1, "percentage": {"value": 100}}}}),
+    );
     assert_eq!((harmless.filters.len(), harmless.backends.len()), (0, 1));
 }
 
@@ -365,18 +471,46 @@ fn the_compiler_is_closed_without_the_edge() {
 fn what_is_hardly_meant() {
     let check = |rules: &str, want: &[&str]| assert_eq!(said(rules), want, "{rules}");
     let to = TO_V1;
-    check(&format!("[{{{to}}}, {{match: [{{uri: {{exact: /a}}}}], {to}}}]"), &["matches_nothing spec.http[1]"]);
-    check(&format!("[{{match: [{{name: all}}], {to}}}, {{{to}}}]"), &["matches_nothing spec.http[1]"]);
-    check(&format!("[{{match: [{{port: 81}}], {to}}}]"), &["matches_nothing spec.http[0].match[0].port"]);
-    check(&format!("[{{match: [{{uri: {{prefix: a}}}}], {to}}}]"), &["matches_nothing spec.http[0].match[0].uri"]);
-    check(&format!("[{{match: [{{headers: {{uri: {{exact: /a}}}}}}], {to}}}]"), &["no_effect spec.http[0].match[0].headers.uri"]);
-    check(&format!("[{{retries: {{attempts: 3, perTryTimeout: 1s}}, {to}}}]"), &["unsupported spec.http[0].retries.attempts", "unsupported spec.http[0].retries.perTryTimeout"]);
+    check(
+        &format!("[{{{to}}}, {{match: [{{uri: {{exact: /a}}}}], {to}}}]"),
+        &["matches_nothing spec.http[1]"],
+    );
+    check(
+        &format!("[{{match: [{{name: all}}], {to}}}, {{{to}}}]"),
+        &["matches_nothing spec.http[1]"],
+    );
+    check(
+        &format!("[{{match: [{{port: 81}}], {to}}}]"),
+        &["matches_nothing spec.http[0].match[0].port"],
+    );
+    check(
+        &format!("[{{match: [{{uri: {{prefix: a}}}}], {to}}}]"),
+        &["matches_nothing spec.http[0].match[0].uri"],
+    );
+    check(
+        &format!("[{{match: [{{headers: {{uri: {{exact: /a}}}}}}], {to}}}]"),
+        &["no_effect spec.http[0].match[0].headers.uri"],
+    );
+    check(
+        &format!("[{{retries: {{attempts: 3, perTryTimeout: 1s}}, {to}}}]"),
+        &[
+            "unsupported spec.http[0].retries.attempts",
+            "unsupported spec.http[0].retries.perTryTimeout",
+        ],
+    );
     check(&format!("[{{retries: {{attempts: 0}}, {to}}}]"), &[]);
-    check(&format!("[{{fault: {{delay: {{fixedDelay: 1s}}}}, {to}}}]"), &["no_effect spec.http[0].fault.delay"]);
+    check(
+        &format!("[{{fault: {{delay: {{fixedDelay: 1s}}}}, {to}}}]"),
+        &["no_effect spec.http[0].fault.delay"],
+    );
     let long = "fault: {delay: {fixedDelay: 2h, percentage: {value: 1}}}";
     check(&format!("[{{{long}, {to}}}]"), &["unsupported spec.http[0].fault.delay.fixedDelay"]);
     // Without an HTTP part nothing is in force.
-    let (compiled, found) = world(&object("shop", "name: v", "hosts: [web], tcp: [{route: [{destination: {host: v1}}]}]"));
+    let (compiled, found) = world(&object(
+        "shop",
+        "name: v",
+        "hosts: [web], tcp: [{route: [{destination: {host: v1}}]}]",
+    ));
     assert!(chosen(&compiled, "any", 80).is_none());
     assert_eq!(brief(&found), ["unsupported spec.tcp"]);
 }

@@ -6,7 +6,8 @@ use super::{Field, Message};
 const CHOICE: &str = "endpoints are drawn at random, with the Service's own traffic distribution";
 const POOL: &str = "connections to endpoints have the proxy's own limits";
 const EJECTION: &str = "an endpoint is left out when its pod is not ready, not for its answers";
-const TLS: &str = "between workloads of the mesh there is mutual TLS always, and no other TLS is begun";
+const TLS: &str =
+    "between workloads of the mesh there is mutual TLS always, and no other TLS is begun";
 const RETRIES: &str = "nothing is tried twice yet";
 
 pub(super) const MESSAGES: &[Message] = &[
@@ -108,7 +109,14 @@ const PORT_TRAFFIC_POLICY: &[Field] = &[
 const LOAD_BALANCER_SETTINGS: &[Field] = &[
     Field::missed(
         "simple",
-        OneOf(&["UNSPECIFIED", "LEAST_CONN", "RANDOM", "PASSTHROUGH", "ROUND_ROBIN", "LEAST_REQUEST"]),
+        OneOf(&[
+            "UNSPECIFIED",
+            "LEAST_CONN",
+            "RANDOM",
+            "PASSTHROUGH",
+            "ROUND_ROBIN",
+            "LEAST_REQUEST",
+        ]),
         CHOICE,
     )
     .unless(&["UNSPECIFIED", "RANDOM"]),
@@ -133,7 +141,8 @@ const HTTP_COOKIE: &[Field] = &[
     Field::missed("name", Text, CHOICE),
     Field::missed("path", Text, CHOICE),
     Field::missed("ttl", Text, CHOICE),
-    Field::inside("attributes", "LoadBalancerSettings.ConsistentHashLB.HTTPCookie.Attribute").list(),
+    Field::inside("attributes", "LoadBalancerSettings.ConsistentHashLB.HTTPCookie.Attribute")
+        .list(),
 ];
 
 const LOCALITY: &[Field] = &[
@@ -202,7 +211,8 @@ const OUTLIER_DETECTION: &[Field] = &[
 ];
 
 const CLIENT_TLS: &[Field] = &[
-    Field::missed("mode", OneOf(&["DISABLE", "SIMPLE", "MUTUAL", "ISTIO_MUTUAL"]), TLS).unless(&["ISTIO_MUTUAL"]),
+    Field::missed("mode", OneOf(&["DISABLE", "SIMPLE", "MUTUAL", "ISTIO_MUTUAL"]), TLS)
+        .unless(&["ISTIO_MUTUAL"]),
     Field::missed("clientCertificate", Text, TLS),
     Field::missed("privateKey", Text, TLS),
     Field::missed("caCertificates", Text, TLS),

@@ -133,7 +133,8 @@ fn ways() -> BTreeMap<&'static str, (&'static str, Vec<&'static Field>)> {
 fn every_row_is_what_happens() {
     let ways = ways();
     for (message, field) in all() {
-        let (root, way) = ways.get(message.name).unwrap_or_else(|| panic!("no way to {}", message.name));
+        let (root, way) =
+            ways.get(message.name).unwrap_or_else(|| panic!("no way to {}", message.name));
         let mut spec = json!({field.name: sample(field)});
         let mut at = field.name.to_owned();
         for outer in way.iter().rev() {
@@ -156,7 +157,9 @@ fn every_row_is_what_happens() {
             Does::Honoured { .. } | Does::Inside => Vec::new(),
         };
         // What stands inside a message is not the row at hand.
-        found.retain(|(field, _)| !field.starts_with(&format!("{at}.")) && !field.starts_with(&format!("{at}[")));
+        found.retain(|(field, _)| {
+            !field.starts_with(&format!("{at}.")) && !field.starts_with(&format!("{at}["))
+        });
         assert_eq!(found, want, "{at}");
         // The reader says the same.
         let text = json!({"apiVersion": "networking.istio.io/v1", "kind": root, "metadata": {"name": "x"}, "spec": spec});
@@ -187,7 +190,10 @@ fn what_is_no_field_and_what_is_no_value() {
     check(json!({"trafficPolicy": {"tls": {"mood": 1}}}), &["unknown spec.trafficPolicy.tls.mood"]);
     check(json!({"trafficPolicy": 1}), &["type spec.trafficPolicy"]);
     check(json!({"trafficPolicy": {"portLevelSettings": {}}}), &[]);
-    check(json!({"trafficPolicy": {"portLevelSettings": "x"}}), &["type spec.trafficPolicy.portLevelSettings"]);
+    check(
+        json!({"trafficPolicy": {"portLevelSettings": "x"}}),
+        &["type spec.trafficPolicy.portLevelSettings"],
+    );
     check(json!({"trafficPolicy": {"tls": {"mode": "ISTIO_MUTUAL"}}}), &[]);
     check(
         json!({"trafficPolicy": {"tls": {"mode": "NONE"}}}),

@@ -100,7 +100,8 @@ const HTTP_MATCH_REQUEST: &[Field] = &[
 const STRING_MATCH: &[Field] = &[
     Field::honoured("exact", Text, "match_uri"),
     Field::honoured("prefix", Text, "match_uri"),
-    Field::honoured("regex", Text, "match_uri").note("the whole text has to fit; `*` alone means: there at all"),
+    Field::honoured("regex", Text, "match_uri")
+        .note("the whole text has to fit; `*` alone means: there at all"),
 ];
 
 const HTTP_ROUTE_DESTINATION: &[Field] = &[
@@ -120,20 +121,23 @@ const HTTP_REDIRECT: &[Field] = &[
     Field::honoured("uri", Text, "redirect"),
     Field::honoured("authority", Text, "redirect"),
     Field::honoured("port", Integer, "redirect_port"),
-    Field::honoured("derivePort", OneOf(&["FROM_PROTOCOL_DEFAULT", "FROM_REQUEST_PORT"]), "redirect_port"),
+    Field::honoured(
+        "derivePort",
+        OneOf(&["FROM_PROTOCOL_DEFAULT", "FROM_REQUEST_PORT"]),
+        "redirect_port",
+    ),
     Field::honoured("scheme", Text, "redirect"),
     Field::honoured("redirectCode", Integer, "redirect_code"),
     Field::honoured("prefixRewrite", Text, "redirect_prefix"),
 ];
 
-const HTTP_DIRECT_RESPONSE: &[Field] = &[
-    Field::honoured("status", Integer, "direct_response"),
-    Field::inside("body", "HTTPBody"),
-];
+const HTTP_DIRECT_RESPONSE: &[Field] =
+    &[Field::honoured("status", Integer, "direct_response"), Field::inside("body", "HTTPBody")];
 
 const HTTP_BODY: &[Field] = &[
     Field::honoured("string", Text, "direct_response"),
-    Field::honoured("bytes", Text, "direct_response").note("text only: bytes that are not UTF-8 are `unsupported`"),
+    Field::honoured("bytes", Text, "direct_response")
+        .note("text only: bytes that are not UTF-8 are `unsupported`"),
 ];
 
 const HTTP_REWRITE: &[Field] = &[
@@ -156,14 +160,17 @@ const DELAY: &[Field] = &[
     Field::honoured("percent", Integer, "fault_delay"),
     Field::honoured("fixedDelay", Text, "fault_delay").note("at most an hour"),
     Field::refused("exponentialDelay", Any, "nobody is delayed; use fixedDelay"),
-    Field::honoured("percentage", Of("Percent"), "fault_delay").note("without it nobody is delayed"),
+    Field::honoured("percentage", Of("Percent"), "fault_delay")
+        .note("without it nobody is delayed"),
 ];
 
 const ABORT: &[Field] = &[
     Field::honoured("httpStatus", Integer, "fault_abort"),
     Field::honoured("grpcStatus", Text, "fault_abort"),
-    Field::honoured("http2Error", Text, "fault_abort").note("the stream is reset, whichever error is named"),
-    Field::honoured("percentage", Of("Percent"), "fault_abort").note("without it nothing is aborted"),
+    Field::honoured("http2Error", Text, "fault_abort")
+        .note("the stream is reset, whichever error is named"),
+    Field::honoured("percentage", Of("Percent"), "fault_abort")
+        .note("without it nothing is aborted"),
 ];
 
 const HTTP_MIRROR_POLICY: &[Field] = &[
@@ -188,7 +195,11 @@ const CORS_POLICY: &[Field] = &[
     Field::honoured("exposeHeaders", Text, "cors").list(),
     Field::honoured("maxAge", Text, "cors"),
     Field::honoured("allowCredentials", Bool, "cors"),
-    Field::honoured("unmatchedPreflights", OneOf(&["UNSPECIFIED", "FORWARD", "IGNORE"]), "cors_unmatched_preflights"),
+    Field::honoured(
+        "unmatchedPreflights",
+        OneOf(&["UNSPECIFIED", "FORWARD", "IGNORE"]),
+        "cors_unmatched_preflights",
+    ),
 ];
 
 const HEADERS: &[Field] = &[

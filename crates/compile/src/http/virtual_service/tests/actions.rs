@@ -52,8 +52,13 @@ fn percent(n: u32) -> Share {
 #[test]
 fn destination_host() {
     let check = |host: &str, want: Target| {
-        let rule = first(&shop(&format!("[{{route: [{{destination: {{host: {host}}}}}]}}]"))).clone();
-        assert_eq!(rule.backends, [Backend { weight: 1, target: want, filters: Vec::new() }], "{host}");
+        let rule =
+            first(&shop(&format!("[{{route: [{{destination: {{host: {host}}}}}]}}]"))).clone();
+        assert_eq!(
+            rule.backends,
+            [Backend { weight: 1, target: want, filters: Vec::new() }],
+            "{host}"
+        );
     };
     check("v1", to("v1", 80));
     check("v2.shop.svc.cluster.local", to("v2", 80));
@@ -90,7 +95,10 @@ fn weights() {
     let weights = |route: &str| -> Vec<u32> {
         first(&shop(&format!("[{{route: [{route}]}}]"))).backends.iter().map(|b| b.weight).collect()
     };
-    assert_eq!(weights("{destination: {host: v1}, weight: 90}, {destination: {host: v2}, weight: 10}"), [90, 10]);
+    assert_eq!(
+        weights("{destination: {host: v1}, weight: 90}, {destination: {host: v2}, weight: 10}"),
+        [90, 10]
+    );
     assert_eq!(weights("{destination: {host: v1}, weight: 1}, {destination: {host: v2}}"), [1, 0]);
     assert_eq!(weights("{destination: {host: v1}}"), [1]);
     assert_eq!(weights("{destination: {host: v1}, weight: 0}"), [1], "the only one gets all");
@@ -107,7 +115,8 @@ fn headers() {
     let response = HeaderEdits { set: pairs(&[("x-f", "100%")]), ..HeaderEdits::default() };
     assert_eq!(filters(yaml), [Filter::RequestHeaders(request), Filter::ResponseHeaders(response)]);
     // The host is no header to edit, but a way to say where to.
-    let host = |name: &str| filters(&format!("headers: {{request: {{set: {{'{name}': a.example}}}}}}"));
+    let host =
+        |name: &str| filters(&format!("headers: {{request: {{set: {{'{name}': a.example}}}}}}"));
     let rewrite = Filter::Rewrite(Rewrite { host: Some("a.example".into()), path: None });
     assert_eq!(host("host"), [rewrite.clone()]);
     assert_eq!(host(":authority"), [rewrite]);
@@ -136,7 +145,11 @@ fn rewrite_uri() {
         let compiled = shop(&format!("[{{match: [{{{m}}}], {TO_V1}, rewrite: {{uri: /new}}}}]"));
         let (set, rule) = (set(&compiled), first(&compiled));
         assert_eq!(set.matches[0].path, path, "{m}");
-        assert_eq!(rule.filters, [Filter::Rewrite(Rewrite { host: None, path: Some(rewrite) })], "{m}");
+        assert_eq!(
+            rule.filters,
+            [Filter::Rewrite(Rewrite { host: None, path: Some(rewrite) })],
+            "{m}"
+        );
     };
     let text = PathRewrite::Text("/new".into());
     check("uri: {prefix: /old}", PathMatch::Prefix("/old".into()), text.clone());
@@ -161,9 +174,14 @@ fn rewrite_authority() {
 
 #[test]
 fn rewrite_regex() {
-    let yaml = r"rewrite: {uriRegexRewrite: {match: '^/service/([^/]+)(/.*)$', rewrite: '/custom\2/\1'}}";
-    let [Filter::Rewrite(Rewrite { host: None, path: Some(PathRewrite::Regex { pattern, substitution }) })] =
-        &filters(yaml)[..]
+    let yaml =
+        r"rewrite: {uriRegexRewrite: {match: '^/service/([^/]+)(/.*)$', rewrite: '/custom\2/\1'}}";
+    let [
+        Filter::Rewrite(Rewrite {
+            host: None,
+            path: Some(PathRewrite::Regex { pattern, substitution }),
+        }),
+    ] = &filters(yaml)[..]
     else {
         panic!("no rewrite")
     };
@@ -178,7 +196,10 @@ fn redirect() {
     let path = Some(PathRewrite::Full("/b".into()));
     assert_eq!(redirecting("uri: /b"), Redirect { path: path.clone(), ..plain.clone() });
     let host = Some("a.example".into());
-    assert_eq!(redirecting("authority: a.example"), Redirect { host: host.clone(), ..plain.clone() });
+    assert_eq!(
+        redirecting("authority: a.example"),
+        Redirect { host: host.clone(), ..plain.clone() }
+    );
     let scheme = Some("https".into());
     let all = Redirect { scheme, host, port: RedirectPort::Number(443), path, status: 301 };
     assert_eq!(redirecting("scheme: https, authority: a.example, uri: /b"), all);
@@ -232,8 +253,13 @@ fn direct_response() {
 fn fault_delay() {
     let check = |yaml: &str, numerator: u32, millis: u64| {
         let share = Share { numerator, denominator: 1_000_000 };
-        let want = Fault { delay: Some((share, Duration::from_millis(millis))), ..Fault::default() };
-        assert_eq!(filters(&format!("fault: {{delay: {{{yaml}}}}}")), [Filter::Fault(want)], "{yaml}");
+        let want =
+            Fault { delay: Some((share, Duration::from_millis(millis))), ..Fault::default() };
+        assert_eq!(
+            filters(&format!("fault: {{delay: {{{yaml}}}}}")),
+            [Filter::Fault(want)],
+            "{yaml}"
+        );
     };
     check("fixedDelay: 5s, percentage: {value: 0.1}", 1000, 5000);
     check("fixedDelay: 5ms, percentage: {value: 100}", 1_000_000, 5);
@@ -291,7 +317,8 @@ fn mirrors() {
     ];
     assert_eq!(filters(yaml), want);
     // A copy that cannot be sent is no reason to stop the original.
-    let rules = format!("hosts: [web], http: [{{{TO_V1}, mirrors: [{{destination: {{host: nobody}}}}]}}]");
+    let rules =
+        format!("hosts: [web], http: [{{{TO_V1}, mirrors: [{{destination: {{host: nobody}}}}]}}]");
     let (compiled, found) = world(&object("shop", "name: v", &rules));
     assert_eq!(brief(&found), ["dangling_reference spec.http[0].mirrors[0].destination.host"]);
     assert_eq!(first(&compiled).backends.len(), 1);
@@ -314,16 +341,23 @@ fn cors() {
 
 #[test]
 fn cors_allow_origin() {
-    let [Filter::Cors(cors)] = &filters("corsPolicy: {allowOrigin: ['https://a.example', '*']}")[..] else {
+    let [Filter::Cors(cors)] =
+        &filters("corsPolicy: {allowOrigin: ['https://a.example', '*']}")[..]
+    else {
         panic!("no CORS")
     };
-    assert_eq!(cors.allow_origins, [OriginMatch::Exact("https://a.example".into()), OriginMatch::Any]);
+    assert_eq!(
+        cors.allow_origins,
+        [OriginMatch::Exact("https://a.example".into()), OriginMatch::Any]
+    );
 }
 
 #[test]
 fn cors_unmatched_preflights() {
     for (value, forwards) in [("UNSPECIFIED", true), ("FORWARD", true), ("IGNORE", false)] {
-        let [Filter::Cors(cors)] = &filters(&format!("corsPolicy: {{unmatchedPreflights: {value}}}"))[..] else {
+        let [Filter::Cors(cors)] =
+            &filters(&format!("corsPolicy: {{unmatchedPreflights: {value}}}"))[..]
+        else {
             panic!("no CORS")
         };
         assert_eq!(cors.forward_unmatched_preflights, forwards, "{value}");

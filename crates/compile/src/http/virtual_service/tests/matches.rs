@@ -25,7 +25,9 @@ fn prefix(text: &str) -> TextMatch {
 fn match_uri() {
     assert_eq!(matched("uri: {exact: /a}").path, PathMatch::Exact("/a".into()));
     assert_eq!(matched("uri: {prefix: /a}").path, PathMatch::Prefix("/a".into()));
-    let PathMatch::Regex(pattern) = matched("uri: {regex: '/v[0-9]+'}").path else { panic!("no pattern") };
+    let PathMatch::Regex(pattern) = matched("uri: {regex: '/v[0-9]+'}").path else {
+        panic!("no pattern")
+    };
     assert!(pattern.matches("/v12") && !pattern.matches("/v12/x"), "the whole path");
     for anything in ["uri: {}", "uri: {prefix: ''}", "uri: {regex: '*'}", ""] {
         assert_eq!(matched(anything), RouteMatch::default(), "{anything}");
@@ -105,9 +107,16 @@ fn match_gateways() {
     let rules = format!(
         "[{{name: edge, match: [{{gateways: [edge]}}], {TO_V1}}}, {{name: both, match: [{{gateways: [edge, mesh]}}], {TO_V1}}}]"
     );
-    let (compiled, found) = world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
+    let (compiled, found) =
+        world(&object("shop", "name: v", &format!("hosts: [web], http: {rules}")));
     assert_eq!(order(set(&compiled)), ["both"]);
-    assert_eq!(brief(&found), ["unsupported spec.http[0].match[0].gateways", "unsupported spec.http[1].match[0].gateways"]);
+    assert_eq!(
+        brief(&found),
+        [
+            "unsupported spec.http[0].match[0].gateways",
+            "unsupported spec.http[1].match[0].gateways"
+        ]
+    );
 }
 
 #[test]
