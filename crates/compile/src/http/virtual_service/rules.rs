@@ -146,7 +146,8 @@ impl<'r> Reader<'r> {
 
     fn body(&mut self, rule: &HttpRule, at: &str, place: &Place<'_>) -> Result<Body, Failure> {
         // Diagnosed by its field.
-        if !rule.delegate.is_null() {
+        let empty = rule.delegate.as_object().is_some_and(serde_json::Map::is_empty);
+        if !rule.delegate.is_null() && !empty {
             return Err(format!("{at}.delegate: rules are not delegated"));
         }
         let whats = [

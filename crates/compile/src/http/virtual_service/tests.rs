@@ -303,7 +303,7 @@ fn what_cannot_be_honoured_fails_closed() {
     );
     check(
         "match: [{uri: {prefix: /a}}], delegate: {name: other}",
-        "unsupported spec.http[0].delegate",
+        "unsupported spec.http[0].delegate.name",
     );
     let rule = |more: &str| {
         format!("match: [{{uri: {{prefix: /a}}}}], route: [{{destination: {{host: v1}}}}], {more}")

@@ -4,6 +4,8 @@ use super::Element::{Any, Bool, Integer, Message as Of, Number, OneOf, Text};
 use super::{Field, Message};
 
 const NOT_HTTP: &str = "only HTTP is routed; other traffic goes to the Service as it is";
+const NOT_DELEGATED: &str =
+    "rules stand in one object here; what fits this rule is answered with 500";
 const NO_RETRIES: &str = "nothing is tried twice yet; a request that fails, fails";
 
 pub(super) const MESSAGES: &[Message] = &[
@@ -28,6 +30,13 @@ pub(super) const MESSAGES: &[Message] = &[
     Message { name: "Percent", fields: &[Field::honoured("value", Number, "fault_delay")] },
     Message { name: "HTTPMirrorPolicy", fields: HTTP_MIRROR_POLICY },
     Message { name: "HTTPRetry", fields: HTTP_RETRY },
+    Message {
+        name: "Delegate",
+        fields: &[
+            Field::refused("name", Text, NOT_DELEGATED),
+            Field::refused("namespace", Text, NOT_DELEGATED),
+        ],
+    },
     Message { name: "CorsPolicy", fields: CORS_POLICY },
     Message { name: "Headers", fields: HEADERS },
     Message { name: "Headers.HeaderOperations", fields: HEADER_OPERATIONS },
@@ -55,11 +64,7 @@ const HTTP_ROUTE: &[Field] = &[
     Field::inside("route", "HTTPRouteDestination").list(),
     Field::inside("redirect", "HTTPRedirect"),
     Field::inside("directResponse", "HTTPDirectResponse"),
-    Field::refused(
-        "delegate",
-        Any,
-        "rules stand in one object here; what fits this rule is answered with 500",
-    ),
+    Field::inside("delegate", "Delegate"),
     Field::inside("rewrite", "HTTPRewrite"),
     Field::honoured("timeout", Text, "timeout"),
     Field::inside("retries", "HTTPRetry"),
