@@ -42,7 +42,7 @@ pub fn destination(
         }
     };
     // Nobody called an address of this Service: the family of its first one is as good.
-    let first = service.vips.first().map(|vip| vip.ip).or(from.addresses.first().copied());
+    let first = service.vips.first().map(|vip| vip.ip).or_else(|| from.addresses.first().copied());
     let ip = first.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let call = Call { source: from, service, port, ip };
     let picks = endpoint::choose_in(&call, subset, snapshot, rand)?;

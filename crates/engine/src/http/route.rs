@@ -61,7 +61,7 @@ struct Walk<'a> {
     plan: HttpPlan,
 }
 
-impl<'a> Walk<'a> {
+impl Walk<'_> {
     fn run(mut self) -> HttpPlan {
         let rule = self.rule;
         let mut action = self.filters(&rule.filters).unwrap_or_else(|| self.backend());

@@ -226,7 +226,8 @@ fn timeouts() {
     let plan = ask(&snapshot, &request("GET /", &[]), 0);
     assert_eq!(plan.timeouts, timeouts, "T1, T2: the waypoint keeps them");
     let late = plan.answer(Refusal::new(Reason::RequestTimeout, "after 100 ms"));
-    assert_eq!((late.status.as_u16(), &late.headers["x-ambit-reason"]), (504, &"request_timeout".parse().unwrap()), "T1");
+    assert_eq!(late.status, 504, "T1");
+    assert_eq!(late.headers["x-ambit-reason"], "request_timeout", "T1");
     let plain = ask(&Snapshot::default(), &request("GET /", &[]), 0);
     assert_eq!(plain.timeouts, Timeouts::default(), "T1: no limit");
 }

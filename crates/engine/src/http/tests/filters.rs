@@ -92,7 +92,8 @@ fn request_headers() {
     let asked = request("GET /a", &[]);
     let mut seen = asked.clone();
     ask(&snapshot, &asked, 0).edit_request(&mut seen);
-    assert_eq!((seen.uri.to_string().as_str(), &seen.headers["host"]), ("http://other/a", &"other".parse().unwrap()));
+    assert_eq!(seen.uri, "http://other/a");
+    assert_eq!(seen.headers["host"], "other");
 }
 
 #[test]
