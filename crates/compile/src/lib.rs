@@ -26,6 +26,7 @@ mod object;
 mod parse;
 mod peer_authentication;
 mod pods;
+mod read;
 mod references;
 mod selection;
 mod services;
