@@ -114,11 +114,7 @@ pub(crate) enum PathForm {
     Prefix,
 }
 
-pub(crate) fn compile(
-    objects: &Objects,
-    services: &ByNamespace,
-    cx: &mut Context<'_>,
-) -> Compiled {
+pub(crate) fn compile(objects: &Objects, services: &ByNamespace, cx: &mut Context<'_>) -> Compiled {
     let mut contributions = Vec::new();
     let attached = gateway::contributions(objects, services, &mut contributions, cx);
     let (routes, losses) = assemble(services, &contributions);
@@ -180,10 +176,7 @@ fn assemble(
 fn protocols(service: &services::Compiled) -> Arc<[PortProtocol]> {
     let ports = service.service.ports.iter().zip(&service.ports);
     ports
-        .map(|(p, facts)| PortProtocol {
-            service_port: p.service_port,
-            protocol: facts.protocol,
-        })
+        .map(|(p, facts)| PortProtocol { service_port: p.service_port, protocol: facts.protocol })
         .collect()
 }
 
@@ -236,9 +229,7 @@ fn set<'a>(
     let ports: Arc<[u16]> = ports.into();
     let set = RouteSet::new(audience.clone(), ports.clone(), kind, rules.into(), matches);
     // A match of no rule is a fault of ours: nothing matches then, which answers with an error.
-    let set = set.or_else(|_| {
-        RouteSet::new(audience, ports, kind, Arc::new([]), Arc::new([]))
-    });
+    let set = set.or_else(|_| RouteSet::new(audience, ports, kind, Arc::new([]), Arc::new([])));
     set.ok().map(Arc::new)
 }
 

@@ -131,8 +131,8 @@ fn edits(
         let mut own: BTreeSet<String> = BTreeSet::new();
         for (i, (name, value)) in pairs.iter().enumerate() {
             let at = format!("{at}.{list}[{i}]");
-            let name = text::editable_header(name)
-                .map_err(|e| Invalid::value(format!("{at}.name"), e))?;
+            let name =
+                text::editable_header(name).map_err(|e| Invalid::value(format!("{at}.name"), e))?;
             text::header_value(value).map_err(|e| Invalid::value(format!("{at}.value"), e))?;
             if seen.contains(&name) {
                 return Err(twice(at, &name));
@@ -188,7 +188,8 @@ fn mirror(
 
 fn share(numerator: i32, denominator: i32, at: &str) -> Result<Share, Invalid> {
     let invalid = || {
-        let message = format!("{numerator} of {denominator} is not a share between nothing and all");
+        let message =
+            format!("{numerator} of {denominator} is not a share between nothing and all");
         Invalid::value(at.to_owned(), message)
     };
     let numerator = u32::try_from(numerator).map_err(|_| invalid())?;
@@ -199,11 +200,7 @@ fn share(numerator: i32, denominator: i32, at: &str) -> Result<Share, Invalid> {
     Ok(Share { numerator, denominator })
 }
 
-fn redirect(
-    redirect: &shape::Redirect<'_>,
-    at: &str,
-    prefixes: bool,
-) -> Result<Filter, Invalid> {
+fn redirect(redirect: &shape::Redirect<'_>, at: &str, prefixes: bool) -> Result<Filter, Invalid> {
     let host = host(redirect.hostname, at)?;
     let port = match redirect.port {
         None => RedirectPort::Derived,
@@ -238,11 +235,7 @@ fn host(hostname: Option<&str>, at: &str) -> Result<Option<Str>, Invalid> {
     Ok(hostname.map(Str::from))
 }
 
-fn path_rewrite(
-    path: PathModifier<'_>,
-    at: &str,
-    prefixes: bool,
-) -> Result<PathRewrite, Invalid> {
+fn path_rewrite(path: PathModifier<'_>, at: &str, prefixes: bool) -> Result<PathRewrite, Invalid> {
     let at = format!("{at}.path");
     let judge = |text: &str, field: &str| {
         text::replacement(text).map_err(|e| Invalid::value(format!("{at}.{field}"), e))

@@ -293,13 +293,11 @@ fn service<'a>(
         refused(ConditionReason::UnsupportedValue, Code::Unsupported, message, help)
     };
     let Some(service) = services::find(services, namespace, reference.name) else {
-        return Err(
-            if objects.services.contains_key(&(namespace.into(), reference.name.into())) {
-                no_frontend(format!("{name} is no Service that can be called (ExternalName)"))
-            } else {
-                no_parent(format!("there is no {name}"), "add it, or mend the name")
-            },
-        );
+        return Err(if objects.services.contains_key(&(namespace.into(), reference.name.into())) {
+            no_frontend(format!("{name} is no Service that can be called (ExternalName)"))
+        } else {
+            no_parent(format!("there is no {name}"), "add it, or mend the name")
+        });
     };
     if service.headless {
         let message = format!("{name} is headless: its pods are called, not the Service");
@@ -328,7 +326,8 @@ fn untouched(attachment: &Attachment<'_>) -> Option<Diagnostic> {
     if !chosen.all(|(_, facts)| facts.protocol == Protocol::Opaque) {
         return None;
     }
-    let message = "the Service declares that no such port speaks HTTP: what goes there is not looked into";
+    let message =
+        "the Service declares that no such port speaks HTTP: what goes there is not looked into";
     let d = Diagnostic::warning(Code::NoEffect, message);
     Some(d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc"))
 }
@@ -438,8 +437,7 @@ impl Attached<'_> {
 }
 
 /// What to do about two APIs on one port.
-pub(super) const ONE_KIND: &str =
-    "on one port of a Service a GRPCRoute wins over an HTTPRoute, and that over a VirtualService: keep one";
+pub(super) const ONE_KIND: &str = "on one port of a Service a GRPCRoute wins over an HTTPRoute, and that over a VirtualService: keep one";
 
 impl RouteObject<'_> {
     fn report(&self, d: Diagnostic, cx: &mut Context<'_>) {

@@ -101,8 +101,7 @@ fn http_path(
         return Ok((PathForm::Exact, value.len(), PathMatch::Exact(value.into())));
     }
     let prefix = value.strip_suffix('/').unwrap_or(value);
-    let path =
-        if prefix.is_empty() { PathMatch::Any } else { PathMatch::Segments(prefix.into()) };
+    let path = if prefix.is_empty() { PathMatch::Any } else { PathMatch::Segments(prefix.into()) };
     Ok((PathForm::Prefix, prefix.len(), path))
 }
 
@@ -135,7 +134,8 @@ fn grpc_method(
     at: &str,
     c: &mut RuleCompiler<'_, '_>,
 ) -> Result<(usize, usize, PathMatch), Invalid> {
-    let given = |text: &Option<String>| text.as_deref().filter(|t| !t.is_empty()).map(str::to_owned);
+    let given =
+        |text: &Option<String>| text.as_deref().filter(|t| !t.is_empty()).map(str::to_owned);
     let (service, method) = (given(&m.service), given(&m.method));
     let length = |text: &Option<String>| text.as_deref().map_or(0, |t| t.chars().count());
     let (service_length, method_length) = (length(&service), length(&method));

@@ -93,7 +93,8 @@ impl RuleCompiler<'_, '_> {
 
     /// A finding that makes a rule less than it says, without taking it away.
     pub(super) fn unsupported(&mut self, d: Diagnostic) {
-        self.dropped.push((ConditionReason::UnsupportedValue, format!("{}: {}", d.field, d.message)));
+        self.dropped
+            .push((ConditionReason::UnsupportedValue, format!("{}: {}", d.field, d.message)));
         self.diagnostics.push(d);
     }
 
@@ -148,8 +149,7 @@ impl RuleCompiler<'_, '_> {
                 let message = format!("{weight} is not a weight (0-{MAX_WEIGHT})");
                 Invalid::value(format!("{at}.weight"), message)
             })?;
-        let filters =
-            filters::compile(&backend.filters, &format!("{at}.filters"), prefixes, self)?;
+        let filters = filters::compile(&backend.filters, &format!("{at}.filters"), prefixes, self)?;
         Ok(Backend { weight, target: targets::target(&backend.to, at, self), filters })
     }
 
@@ -185,8 +185,9 @@ impl RuleCompiler<'_, '_> {
 fn timeouts(rule: &shape::Rule<'_>, at: &str) -> Result<Timeouts, Invalid> {
     let Some(stated) = rule.timeouts else { return Ok(Timeouts::default()) };
     let read = |text: &Option<String>, field: &str| match text {
-        Some(text) => text::duration(text)
-            .map_err(|e| Invalid::value(format!("{at}.timeouts.{field}"), e)),
+        Some(text) => {
+            text::duration(text).map_err(|e| Invalid::value(format!("{at}.timeouts.{field}"), e))
+        }
         None => Ok(None),
     };
     let request = read(&stated.request, "request")?;

@@ -73,7 +73,10 @@ pub(super) enum Filter<'a> {
     ResponseHeaders(Edits<'a>),
     Mirror(Mirror<'a>),
     Redirect(Redirect<'a>),
-    Rewrite { hostname: Option<&'a str>, path: Option<PathModifier<'a>> },
+    Rewrite {
+        hostname: Option<&'a str>,
+        path: Option<PathModifier<'a>>,
+    },
     Cors(Cors<'a>),
     Extension(ExtensionRef<'a>),
     ExternalAuth,
@@ -275,7 +278,8 @@ macro_rules! http_filter {
     ($name:ident, $filter:ident, $kind:ident, $rewrite:ident, $redirect:ident, $scheme:ident) => {
         fn $name(f: &httproutes::$filter) -> Filter<'_> {
             use httproutes::{
-                $kind as Kind, $redirect as RedirectPath, $rewrite as RewritePath, $scheme as Scheme,
+                $kind as Kind, $redirect as RedirectPath, $rewrite as RewritePath,
+                $scheme as Scheme,
             };
             let settings = [
                 f.request_header_modifier.is_some(),

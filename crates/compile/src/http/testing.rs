@@ -44,7 +44,13 @@ pub(crate) fn web(more: &str) -> String {
 }
 
 /// A route: `kind` is HTTPRoute or GRPCRoute; `metadata` may say more than the name.
-pub(crate) fn route(kind: &str, namespace: &str, metadata: &str, parents: &str, rules: &str) -> String {
+pub(crate) fn route(
+    kind: &str,
+    namespace: &str,
+    metadata: &str,
+    parents: &str,
+    rules: &str,
+) -> String {
     format!(
         "\n---\napiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\nmetadata: {{namespace: {namespace}, {metadata}}}\n\
          spec:\n  parentRefs: [{parents}]\n  rules: {rules}\n"

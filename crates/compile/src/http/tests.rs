@@ -43,18 +43,20 @@ fn precedence() {
         &[("queries", &with(&a, queries)), ("header", &with(&a, one))],
         &["header", "queries"],
     );
-    ordered(
-        "R5",
-        &[("one", &with(&a, query)), ("two", &with(&a, queries))],
-        &["two", "one"],
-    );
+    ordered("R5", &[("one", &with(&a, query)), ("two", &with(&a, queries))], &["two", "one"]);
     ordered("R8", &[("first", &with(&a, "")), ("second", &with(&a, ""))], &["first", "second"]);
     // The header is as specific as its path: `/` is shorter than `/v2`.
     ordered(
         "R9",
         &[
-            ("one", "[{path: {type: PathPrefix, value: /}}, {headers: [{name: version, value: one}]}]"),
-            ("two", "[{path: {type: PathPrefix, value: /v2}}, {headers: [{name: version, value: two}]}]"),
+            (
+                "one",
+                "[{path: {type: PathPrefix, value: /}}, {headers: [{name: version, value: one}]}]",
+            ),
+            (
+                "two",
+                "[{path: {type: PathPrefix, value: /v2}}, {headers: [{name: version, value: two}]}]",
+            ),
         ],
         &["two", "one", "two", "one"],
     );
@@ -70,7 +72,8 @@ fn precedence_over_routes() {
         let compiled = shop(&all);
         assert_eq!(order(chosen(&compiled, "any", 80).unwrap()), want, "{row}");
     };
-    let at = |name: &str, time: &str| format!("name: {name}, creationTimestamp: '2026-01-01T{time}Z'");
+    let at =
+        |name: &str, time: &str| format!("name: {name}, creationTimestamp: '2026-01-01T{time}Z'");
     let (old, new) = (at("z", "00:00:00"), at("a", "00:00:01"));
     check("R6", &[(&new, "new"), (&old, "old")], &["old", "new"]);
     check("R6 no time", &[("name: a", "none"), (&old, "old")], &["old", "none"]);
@@ -115,11 +118,16 @@ fn grpc_precedence() {
         let compiled = shop(&route("GRPCRoute", "shop", "name: r", &web(", port: 7070"), &rules));
         routes(&compiled).sets[0].matches[0].path.clone()
     };
-    assert_eq!(paths("{method: {service: a.B, method: Get}}"), PathMatch::Exact("/a.B/Get".into()), "G1");
+    assert_eq!(
+        paths("{method: {service: a.B, method: Get}}"),
+        PathMatch::Exact("/a.B/Get".into()),
+        "G1"
+    );
     assert_eq!(paths("{method: {service: a.B}}"), PathMatch::Prefix("/a.B/".into()), "G1");
     assert_eq!(paths("{method: {method: Get}}"), PathMatch::GrpcMethod("Get".into()), "G1");
     assert_eq!(paths("{}"), PathMatch::Any, "G2");
-    let PathMatch::Regex(pattern) = paths("{method: {type: RegularExpression, service: 'a|b', method: 'G.*'}}")
+    let PathMatch::Regex(pattern) =
+        paths("{method: {type: RegularExpression, service: 'a|b', method: 'G.*'}}")
     else {
         panic!("G1: not a pattern")
     };
@@ -179,7 +187,8 @@ fn consumers_and_producers() {
         let compiled = shop(&yaml);
         for client in ["shop", "buyer"] {
             for port in [80, 8080] {
-                let own = (client == "buyer" && there.contains(&("buyer", port))).then_some("buyer");
+                let own =
+                    (client == "buyer" && there.contains(&("buyer", port))).then_some("buyer");
                 let producer = there.contains(&("shop", port)).then_some("shop");
                 let want: Vec<String> =
                     own.or(producer).map(|ns| named("r", ns, port)).into_iter().collect();
@@ -210,7 +219,8 @@ fn attachment() {
     const GOOD: &[&str] = &["Accepted=True Accepted", RESOLVED];
     const NO_PARENT: &[&str] = &["Accepted=False NoMatchingParent", RESOLVED];
     const UNSUPPORTED: &[&str] = &["Accepted=False UnsupportedValue", RESOLVED];
-    let service = |name: &str| format!("{{group: '', kind: Service, name: {name}, namespace: shop}}");
+    let service =
+        |name: &str| format!("{{group: '', kind: Service, name: {name}, namespace: shop}}");
     let dangling: &[&str] = &["dangling_reference spec.parentRefs[0]"];
     attached("A1", "shop", &service("nobody"), &[NO_PARENT], dangling);
     attached("A1 there", "shop", &service("web"), &[GOOD], &[]);
@@ -218,7 +228,13 @@ fn attachment() {
     attached("A2 name", "shop", &web(", sectionName: x"), &[NO_PARENT], dangling);
     attached("A2 both", "shop", &web(", sectionName: alt, port: 80"), &[NO_PARENT], dangling);
     let two = format!("{}, {}", web(", port: 80"), web(", port: 81"));
-    attached("A2 one of two", "shop", &two, &[GOOD, NO_PARENT], &["dangling_reference spec.parentRefs[1]"]);
+    attached(
+        "A2 one of two",
+        "shop",
+        &two,
+        &[GOOD, NO_PARENT],
+        &["dangling_reference spec.parentRefs[1]"],
+    );
     // The Gateway's own controller answers for it.
     let gateway = format!("{}, {{name: edge}}", web(""));
     attached("A3", "shop", &gateway, &[GOOD], &["unsupported spec.parentRefs[1]"]);
@@ -247,7 +263,8 @@ fn a_waypoint_takes_no_routes() {
 fn deleted_routes_leave_nothing() {
     let mut folder = crate::Folder::new();
     folder.set_file(0, "shop.yaml", SHOP);
-    let compiled = |folder: &crate::Folder| crate::compile(&folder.objects(), &crate::MeshConfig::default());
+    let compiled =
+        |folder: &crate::Folder| crate::compile(&folder.objects(), &crate::MeshConfig::default());
     let before = compiled(&folder);
     folder.set_file(0, "route.yaml", &http("[{}]"));
     assert_eq!(routes(&compiled(&folder)).sets.len(), 1);
@@ -261,19 +278,28 @@ fn deleted_routes_leave_nothing() {
 #[test]
 fn kinds_do_not_mix() {
     let http = |parent: &str| route("HTTPRoute", "shop", "name: h", parent, "[{name: http}]");
-    let grpc = |parent: &str| route("GRPCRoute", "shop", "name: g", parent, "[{name: grpc, matches: [{}]}]");
+    let grpc = |parent: &str| {
+        route("GRPCRoute", "shop", "name: g", parent, "[{name: grpc, matches: [{}]}]")
+    };
     let compiled = shop(&(http(&web("")) + &grpc(&web(""))));
     assert_eq!(order(chosen(&compiled, "any", 80).unwrap()), ["grpc"], "G4");
     let status: Vec<Vec<String>> = compiled.route_status.iter().map(conditions).collect();
     assert_eq!(status[0][0], "Accepted=True Accepted", "G4");
     assert_eq!(status[1][0], "Accepted=False Conflicted", "G4");
     let message = &compiled.route_status[1].conditions[0].message;
-    assert!(message.contains("ports 80, 7070, 8080") && message.contains("GRPCRoute/shop/g"), "{message}");
+    assert!(
+        message.contains("ports 80, 7070, 8080") && message.contains("GRPCRoute/shop/g"),
+        "{message}"
+    );
     assert!(codes(&compiled).contains(&"route_conflict spec.parentRefs[0]".to_owned()));
     // On one port of three: the others stay.
     let compiled = shop(&(http(&web("")) + &grpc(&web(", port: 7070"))));
     let rules = |port| order(chosen(&compiled, "any", port).unwrap());
-    assert_eq!((rules(80), rules(8080), rules(7070)), (vec!["http"], vec!["http"], vec!["grpc"]), "G4");
+    assert_eq!(
+        (rules(80), rules(8080), rules(7070)),
+        (vec!["http"], vec!["http"], vec!["grpc"]),
+        "G4"
+    );
     let condition = &compiled.route_status[1].conditions[0];
     assert!(condition.status && condition.message.contains("port 7070"), "{condition}");
     // A consumer's route and a producer's are not on one port: they are for different clients.
@@ -294,7 +320,11 @@ fn other_apis_come_last() {
         audience: Audience::Everybody,
         ports: vec![port],
         api,
-        provenance: Provenance { object: object.into(), field: "spec.hosts".into(), origin: "f:3".into() },
+        provenance: Provenance {
+            object: object.into(),
+            field: "spec.hosts".into(),
+            origin: "f:3".into(),
+        },
         rules: routes(&compiled).sets[0].rules.to_vec(),
         matches: Vec::new(),
     };
@@ -314,7 +344,10 @@ fn other_apis_come_last() {
     cx.diagnostics.clear();
     tell_others(&all, &losses, &mut cx);
     let d = &cx.diagnostics[0];
-    assert_eq!((d.code, d.object.as_str(), d.origin.as_str()), (Code::RouteConflict, "VirtualService/shop/v", "f:3"));
+    assert_eq!(
+        (d.code, d.object.as_str(), d.origin.as_str()),
+        (Code::RouteConflict, "VirtualService/shop/v", "f:3")
+    );
     assert_eq!(d.severity, Severity::Error);
     assert!(d.message.contains("HTTPRoute/shop/h"), "{}", d.message);
 }
@@ -370,7 +403,10 @@ fn backends_are_services_by_their_own_port() {
     // Row B6: 80, not the pod's 8080. Row B7: nothing but the Service itself.
     let compiled = shop(&http("[{backendRefs: [{name: web, port: 80}]}]"));
     let service = routes(&compiled).service.clone();
-    assert_eq!(rule(&compiled).backends[0].target, Target::Service { service, port: 80, subset: None });
+    assert_eq!(
+        rule(&compiled).backends[0].target,
+        Target::Service { service, port: 80, subset: None }
+    );
     assert_eq!(&*rule(&compiled).route, "HTTPRoute/shop/r");
     assert_eq!(&*rule(&compiled).name, "rules[0]");
     let line = rule(&compiled).provenance.origin.clone();

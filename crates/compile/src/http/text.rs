@@ -77,7 +77,11 @@ pub(super) fn replacement(path: &str) -> Result<(), String> {
         return Ok(());
     }
     path_characters(path)?;
-    if path.starts_with('/') { Ok(()) } else { Err(format!("{path:?} does not begin with a slash")) }
+    if path.starts_with('/') {
+        Ok(())
+    } else {
+        Err(format!("{path:?} does not begin with a slash"))
+    }
 }
 
 fn path_characters(path: &str) -> Result<(), String> {
@@ -94,7 +98,9 @@ fn path_characters(path: &str) -> Result<(), String> {
             b => b.is_ascii_alphanumeric() || b"/-._~!$&'()*+,;=:@".contains(&b),
         };
         if !good {
-            return Err(format!("{path:.80?} is not a path: encode what is not a letter, digit or one of /-._~!$&'()*+,;=:@"));
+            return Err(format!(
+                "{path:.80?} is not a path: encode what is not a letter, digit or one of /-._~!$&'()*+,;=:@"
+            ));
         }
     }
     Ok(())
@@ -180,9 +186,14 @@ mod tests {
 
     #[test]
     fn names() {
-        for (name, good) in
-            [("a.example", true), ("a", true), ("", false), ("a:80", false), ("a..b", false), ("*.a", false)]
-        {
+        for (name, good) in [
+            ("a.example", true),
+            ("a", true),
+            ("", false),
+            ("a:80", false),
+            ("a..b", false),
+            ("*.a", false),
+        ] {
             assert_eq!(host(name).is_ok(), good, "{name}");
         }
         for (name, service, method) in [
@@ -193,7 +204,11 @@ mod tests {
             ("a/b", false, false),
             ("1a", false, false),
         ] {
-            assert_eq!((grpc_name(name, true).is_ok(), grpc_name(name, false).is_ok()), (service, method), "{name}");
+            assert_eq!(
+                (grpc_name(name, true).is_ok(), grpc_name(name, false).is_ok()),
+                (service, method),
+                "{name}"
+            );
         }
     }
 

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use model::http::{
-    Cors, Filter, HeaderEdits, OriginMatch, PathMatch, PathRewrite, Redirect, RedirectPort, Rewrite,
-    Share, Target, TextMatch, Timeouts,
+    Cors, Filter, HeaderEdits, OriginMatch, PathMatch, PathRewrite, Redirect, RedirectPort,
+    Rewrite, Share, Target, TextMatch, Timeouts,
 };
 
 use crate::http::testing::*;
@@ -36,24 +36,33 @@ fn matches() {
         routes(&compiled).sets[0].matches[0].clone()
     };
     let exact = |text: &str| TextMatch::Exact(text.into());
-    assert_eq!(only("{path: {type: Exact, value: /abc/}}").path, PathMatch::Exact("/abc/".into()), "P1");
+    assert_eq!(
+        only("{path: {type: Exact, value: /abc/}}").path,
+        PathMatch::Exact("/abc/".into()),
+        "P1"
+    );
     assert_eq!(only("{path: {value: /abc}}").path, PathMatch::Segments("/abc".into()), "P2");
     assert_eq!(only("{path: {value: /abc/}}").path, PathMatch::Segments("/abc".into()), "P3");
     assert_eq!(only("{path: {value: /}}").path, PathMatch::Any, "P4");
     assert_eq!(only("{}").path, PathMatch::Any, "P4");
-    let PathMatch::Regex(pattern) = only("{path: {type: RegularExpression, value: '/a.'}}").path else {
+    let PathMatch::Regex(pattern) = only("{path: {type: RegularExpression, value: '/a.'}}").path
+    else {
         panic!("P7")
     };
     assert!(pattern.matches("/ab") && !pattern.matches("/abc"), "P7");
     let m = only("{headers: [{name: Version, value: One}, {name: VERSION, value: two}]}");
     assert_eq!(m.headers.len(), 1, "M3");
     assert_eq!((&*m.headers[0].name, &m.headers[0].value), ("version", &exact("One")), "M1");
-    let m = only("{queryParams: [{name: A, value: b}, {name: a, value: '1+', type: RegularExpression}]}");
+    let m = only(
+        "{queryParams: [{name: A, value: b}, {name: a, value: '1+', type: RegularExpression}]}",
+    );
     assert_eq!((&*m.query[0].name, &m.query[0].value), ("A", &exact("b")), "M5");
     assert!(matches!(&m.query[1].value, TextMatch::Regex(_)), "M5");
     assert_eq!(only("{method: GET}").method, Some(exact("GET")), "M7");
     assert_eq!(&*only("{headers: [{name: Host, value: a}]}").headers[0].name, "host", "M8");
-    let twice = one(&format!("{TO}, matches: [{{headers: [{{name: a, value: b}}, {{name: A, value: c}}]}}]"));
+    let twice = one(&format!(
+        "{TO}, matches: [{{headers: [{{name: a, value: b}}, {{name: A, value: c}}]}}]"
+    ));
     assert_eq!(codes(&twice), ["no_effect spec.rules[0].matches[0].headers[1]"], "M3");
 }
 
@@ -64,7 +73,8 @@ fn values_that_no_request_has() {
         let field = "invalid_field spec.rules[0].matches[0].path.value";
         judged(&format!("P8 {path}"), &rules, UNSUPPORTED, &[field]);
     }
-    let regex = "[{matches: [{headers: [{name: a, type: RegularExpression, value: '(a{1000}){1000}'}]}]}]";
+    let regex =
+        "[{matches: [{headers: [{name: a, type: RegularExpression, value: '(a{1000}){1000}'}]}]}]";
     judged("P7", regex, UNSUPPORTED, &["invalid_field spec.rules[0].matches[0].headers[0].value"]);
     let name = "[{matches: [{headers: [{name: 'a b', value: c}]}]}]";
     judged("M1", name, UNSUPPORTED, &["invalid_field spec.rules[0].matches[0].headers[0].name"]);
@@ -82,8 +92,10 @@ fn filters(list: &str) -> Vec<Filter> {
 
 #[test]
 fn header_edits() {
-    let edits = |text: &str| format!("{{type: RequestHeaderModifier, requestHeaderModifier: {{{text}}}}}");
-    let good = filters(&edits("set: [{name: A, value: b}], add: [{name: C, value: d}], remove: [E, e]"));
+    let edits =
+        |text: &str| format!("{{type: RequestHeaderModifier, requestHeaderModifier: {{{text}}}}}");
+    let good =
+        filters(&edits("set: [{name: A, value: b}], add: [{name: C, value: d}], remove: [E, e]"));
     let want = HeaderEdits {
         set: vec![("a".into(), "b".into())],
         add: vec![("c".into(), "d".into())],
@@ -106,7 +118,10 @@ fn header_edits() {
         let rules = format!("[{{{TO}, filters: [{}]}}]", edits(text));
         judged(&format!("{row} {text}"), &rules, UNSUPPORTED, &[&format!("{at}{field}")]);
     }
-    let twice = one(&format!("{TO}, filters: [{}]", edits("set: [{name: a, value: b}, {name: A, value: c}]")));
+    let twice = one(&format!(
+        "{TO}, filters: [{}]",
+        edits("set: [{name: a, value: b}, {name: A, value: c}]")
+    ));
     assert_eq!(codes(&twice), ["no_effect spec.rules[0].filters[0].requestHeaderModifier.set[1]"]);
     assert_eq!(rule(&twice).filters.len(), 1);
 }
@@ -117,15 +132,20 @@ fn redirects_and_rewrites() {
         let list = format!("{{type: RequestRedirect, requestRedirect: {{{text}}}}}");
         let compiled = one(&format!("matches: [{{path: {{value: /a}}}}], filters: [{list}]"));
         assert_eq!(codes(&compiled), [""; 0], "{text}");
-        let Filter::Redirect(redirect) = rule(&compiled).filters[0].clone() else { panic!("{text}") };
+        let Filter::Redirect(redirect) = rule(&compiled).filters[0].clone() else {
+            panic!("{text}")
+        };
         redirect
     };
-    let plain = Redirect { scheme: None, host: None, port: RedirectPort::Derived, path: None, status: 302 };
+    let plain =
+        Redirect { scheme: None, host: None, port: RedirectPort::Derived, path: None, status: 302 };
     assert_eq!(redirect(""), plain, "F5");
     for status in [301, 302, 303, 307, 308] {
         assert_eq!(redirect(&format!("statusCode: {status}")).status, status, "F5");
     }
-    let full = redirect("scheme: https, hostname: a.example, port: 8443, path: {type: ReplaceFullPath, replaceFullPath: /x}");
+    let full = redirect(
+        "scheme: https, hostname: a.example, port: 8443, path: {type: ReplaceFullPath, replaceFullPath: /x}",
+    );
     assert_eq!(
         full,
         Redirect {
@@ -138,8 +158,11 @@ fn redirects_and_rewrites() {
     );
     let prefix = redirect("path: {type: ReplacePrefixMatch, replacePrefixMatch: ''}");
     assert_eq!(prefix.path, Some(PathRewrite::Segments("".into())), "F15");
-    let rewrite = filters("{type: URLRewrite, urlRewrite: {hostname: b.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /x/}}}");
-    let want = Rewrite { host: Some("b.example".into()), path: Some(PathRewrite::Segments("/x/".into())) };
+    let rewrite = filters(
+        "{type: URLRewrite, urlRewrite: {hostname: b.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /x/}}}",
+    );
+    let want =
+        Rewrite { host: Some("b.example".into()), path: Some(PathRewrite::Segments("/x/".into())) };
     assert_eq!(rewrite, [Filter::Rewrite(want)], "F11 F14");
     for (row, text, field) in [
         ("F5", "statusCode: 418", "statusCode"),
@@ -148,7 +171,8 @@ fn redirects_and_rewrites() {
         ("F9", "path: {type: ReplaceFullPath, replaceFullPath: 'a b'}", "path.replaceFullPath"),
         ("F9", "path: {type: ReplaceFullPath}", "path"),
     ] {
-        let rules = format!("[{{filters: [{{type: RequestRedirect, requestRedirect: {{{text}}}}}]}}]");
+        let rules =
+            format!("[{{filters: [{{type: RequestRedirect, requestRedirect: {{{text}}}}}]}}]");
         let field = format!("invalid_field spec.rules[0].filters[0].requestRedirect.{field}");
         judged(&format!("{row} {text}"), &rules, UNSUPPORTED, &[&field]);
     }
@@ -194,7 +218,9 @@ fn filters_that_exclude_each_other() {
 #[test]
 fn mirrors() {
     let share = |text: &str| {
-        let list = format!("{{type: RequestMirror, requestMirror: {{backendRef: {{name: v2, port: 80}}{text}}}}}");
+        let list = format!(
+            "{{type: RequestMirror, requestMirror: {{backendRef: {{name: v2, port: 80}}{text}}}}}"
+        );
         let Filter::Mirror(mirror) = filters(&list)[0].clone() else { panic!("{text}") };
         (mirror.share.numerator, mirror.share.denominator)
     };
@@ -218,7 +244,9 @@ fn mirrors() {
         judged(&format!("F17 {text}"), &rules, UNSUPPORTED, &[&field]);
     }
     // The requests themselves go on.
-    let rules = format!("[{{{TO}, filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: nobody, port: 80}}}}}}]}}]");
+    let rules = format!(
+        "[{{{TO}, filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: nobody, port: 80}}}}}}]}}]"
+    );
     judged(
         "F17 nobody",
         &rules,
@@ -237,14 +265,16 @@ fn filters_that_nobody_can_apply_answer() {
         let fails = matches!(rule(&compiled).filters[0], Filter::Fail { .. });
         assert!(fails && rule(&compiled).backends.len() == 1, "{row}");
     };
-    let extension = "{type: ExtensionRef, extensionRef: {group: example.com, kind: Magic, name: x}}";
+    let extension =
+        "{type: ExtensionRef, extensionRef: {group: example.com, kind: Magic, name: x}}";
     check(
         "F18",
         extension,
         &[ACCEPTED, "ResolvedRefs=False InvalidKind"],
         &["dangling_reference spec.rules[0].filters[0].extensionRef"],
     );
-    let auth = "{type: ExternalAuth, externalAuth: {protocol: GRPC, backendRef: {name: v1, port: 80}}}";
+    let auth =
+        "{type: ExternalAuth, externalAuth: {protocol: GRPC, backendRef: {name: v1, port: 80}}}";
     check(
         "ExternalAuth",
         auth,
@@ -256,7 +286,8 @@ fn filters_that_nobody_can_apply_answer() {
 #[test]
 fn cors() {
     let cors = |text: &str| {
-        let Filter::Cors(cors) = filters(&format!("{{type: CORS, cors: {{{text}}}}}"))[0].clone() else {
+        let Filter::Cors(cors) = filters(&format!("{{type: CORS, cors: {{{text}}}}}"))[0].clone()
+        else {
             panic!("{text}")
         };
         cors
@@ -265,9 +296,14 @@ fn cors() {
         "allowOrigins: ['https://*.example.com', 'https://a.example:8443', '*'], allowMethods: [GET, '*'], allowHeaders: [X-A], \
          exposeHeaders: [X-B], allowCredentials: true, maxAge: 60",
     );
-    let wildcard = OriginMatch::Wildcard { before: "https://".into(), after: ".example.com".into() };
+    let wildcard =
+        OriginMatch::Wildcard { before: "https://".into(), after: ".example.com".into() };
     let want = Cors {
-        allow_origins: vec![wildcard, OriginMatch::Exact("https://a.example:8443".into()), OriginMatch::Any],
+        allow_origins: vec![
+            wildcard,
+            OriginMatch::Exact("https://a.example:8443".into()),
+            OriginMatch::Any,
+        ],
         allow_methods: vec!["GET".into(), "*".into()],
         allow_headers: vec!["X-A".into()],
         expose_headers: vec!["X-B".into()],
@@ -313,15 +349,32 @@ fn backends() {
         assert_eq!(got, [ACCEPTED, &resolved], "{row}");
         let codes = codes(&compiled);
         assert!(codes.len() == 1 && codes[0].starts_with(&found), "{row}: {codes:?}");
-        let Target::Invalid { message } = &rule(&compiled).backends[1].target else { panic!("{row}") };
+        let Target::Invalid { message } = &rule(&compiled).backends[1].target else {
+            panic!("{row}")
+        };
         assert!(!message.is_empty());
     };
     bad("A5 kind", "{group: example.com, kind: Magic, name: x}", "InvalidKind", "unsupported");
-    bad("A5 group", "{group: gateway.networking.k8s.io, kind: Service, name: v1, port: 80}", "InvalidKind", "unsupported");
+    bad(
+        "A5 group",
+        "{group: gateway.networking.k8s.io, kind: Service, name: v1, port: 80}",
+        "InvalidKind",
+        "unsupported",
+    );
     bad("A5 missing", "{name: nobody, port: 80}", "BackendNotFound", "dangling_reference");
     // Trap of MeshGRPCRouteWeight: a weight of 0 does not hide it.
-    bad("A5 weight 0", "{name: nobody, port: 80, weight: 0}", "BackendNotFound", "dangling_reference");
-    bad("A5 other namespace", "{name: v1, namespace: buyer, port: 80}", "BackendNotFound", "dangling_reference");
+    bad(
+        "A5 weight 0",
+        "{name: nobody, port: 80, weight: 0}",
+        "BackendNotFound",
+        "dangling_reference",
+    );
+    bad(
+        "A5 other namespace",
+        "{name: v1, namespace: buyer, port: 80}",
+        "BackendNotFound",
+        "dangling_reference",
+    );
     bad("B5 no port", "{name: v1}", "BackendNotFound", "dangling_reference");
     bad("B5 not a port of it", "{name: v1, port: 8080}", "BackendNotFound", "dangling_reference");
     bad("ExternalName", "{name: external, port: 80}", "InvalidKind", "unsupported");
@@ -332,7 +385,12 @@ fn backends() {
     judged("R10", "[{backendRefs: []}]", GOOD, nowhere);
     let weight = &["invalid_field spec.rules[0].backendRefs[0].weight"];
     judged("B1 -1", "[{backendRefs: [{name: v1, port: 80, weight: -1}]}]", UNSUPPORTED, weight);
-    judged("B1 max", "[{backendRefs: [{name: v1, port: 80, weight: 1000001}]}]", UNSUPPORTED, weight);
+    judged(
+        "B1 max",
+        "[{backendRefs: [{name: v1, port: 80, weight: 1000001}]}]",
+        UNSUPPORTED,
+        weight,
+    );
 }
 
 #[test]
