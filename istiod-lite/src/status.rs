@@ -79,8 +79,9 @@ fn answer<B>(control: &Control, request: &Request<B>) -> Response<Full<Bytes>> {
         "/debug/diagnostics" => {
             page(StatusCode::OK, JSON, Page::new(&control.latest.borrow()).to_json())
         }
+        "/debug/routes" => page(StatusCode::OK, JSON, routes(control)),
         _ => {
-            let text = "/readyz\n/metrics\n/debug/config\n/debug/diagnostics\n";
+            let text = "/readyz\n/metrics\n/debug/config\n/debug/diagnostics\n/debug/routes\n";
             page(StatusCode::NOT_FOUND, TEXT, text.into())
         }
     }
@@ -126,6 +127,14 @@ fn config(control: &Control) -> String {
         "proxies": control.list_proxies(),
     });
     serde_json::to_string_pretty(&value).unwrap_or_default() + "\n"
+}
+
+/// Every route's conditions; empty until every folder has been read.
+fn routes(control: &Control) -> String {
+    let latest = control.latest.borrow();
+    let routes = latest.world.as_ref().map_or(&[][..], |world| &world.route_status);
+    // Strings, numbers and lists: cannot fail.
+    serde_json::to_string_pretty(routes).unwrap_or_default() + "\n"
 }
 
 fn page(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use compile::{Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, sort_diagnostics};
+use compile::{
+    Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, RouteStatus, sort_diagnostics,
+};
 use model::ConfigVersion;
 use xds::server::Resources;
 
@@ -22,6 +24,8 @@ pub(crate) struct World {
     pub resources: Arc<Resources>,
     /// Who may have a certificate on which node.
     pub pods: PodsOnNodes,
+    /// What there is to say about each route at each of its parents.
+    pub route_status: Vec<RouteStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -107,7 +111,7 @@ impl Builder {
     /// else to do. Parsing, the larger part of the work, was done for the changed files only.
     fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
         let started = Instant::now();
-        let Compiled { workloads, services, policies, diagnostics, pods } =
+        let Compiled { workloads, services, policies, diagnostics, pods, route_status, .. } =
             compile::compile(&self.folder.objects(), &self.mesh);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
@@ -126,7 +130,7 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
+        (Arc::new(World { resources, pods, route_status, counts, compile_time, since }), of_content)
     }
 }
 
