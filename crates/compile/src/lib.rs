@@ -31,6 +31,7 @@ mod references;
 mod selection;
 mod services;
 mod validate;
+mod waypoint;
 mod yaml;
 
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
@@ -39,6 +40,9 @@ pub use folder::Folder;
 pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
 pub use parse::{ParsedFile, parse_file};
 pub use pods::PodsOnNodes;
+pub use waypoint::{
+    Programmed, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR,
+};
 
 /// What holds for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,12 +80,14 @@ pub struct Compiled {
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
     pub pods: PodsOnNodes,
+    /// Waypoints to which what names them is bound: [`Objects::programmed`] for the next time.
+    pub programmed: Programmed,
 }
 
 /// Compiles everything that is in force.
 pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let mut cx = context::Context::new(config);
-    let services = services::compile(objects, &mut cx);
+    let mut services = services::compile(objects, &mut cx);
     let authorization = authorization::compile(objects, &mut cx);
     let peers = peer_authentication::compile(objects, &mut cx);
     let selectors = Selectors::of(&authorization);
@@ -93,7 +99,10 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     };
     let mut workloads = pods::compile(objects, &services, &policies_of, &mut cx);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    references::check(objects, &services, &authorization, &mut cx);
+    let waypoints = waypoint::Waypoints::new(objects, &workloads, &mut cx);
+    waypoints.bind(&mut services, &mut workloads);
+    references::check(objects, &services, &authorization, &waypoints, &mut cx);
+    let programmed = waypoints.programmed;
     let pods = pods::on_nodes(objects, &mut cx);
     let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();
     services.sort_by(|a, b| a.key.cmp(&b.key));
@@ -102,7 +111,7 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     policies.sort_by(|a, b| a.key.cmp(&b.key));
     let mut diagnostics = cx.diagnostics;
     diagnostics::sort(&mut diagnostics);
-    Compiled { workloads, services, policies, diagnostics, pods }
+    Compiled { workloads, services, policies, diagnostics, pods, programmed }
 }
 
 /// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.
