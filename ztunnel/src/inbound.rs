@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use agent::access_log::Direction;
 use agent::trace::SpanContext;
-use engine::{Allowed, Claim, InboundFacts, Verdict, authorize, delegated};
+use engine::{Allowed, Claim, InboundFacts, Verdict, authorize, claim_is_early, delegated};
 use futures_util::FutureExt as _;
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
 use http::StatusCode;
@@ -244,7 +244,7 @@ impl Call {
     }
 }
 
-/// Asks the engine; waits for a policy in flight, but not longer than a second.
+/// Asks the engine; waits for a policy in flight, or for what makes a waypoint's word count, but not longer than a second.
 async fn admit(
     worker: &Worker,
     pod: &Arc<Pod>,
@@ -287,6 +287,12 @@ async fn admit(
                         record.allowed_by = Some((policy, provenance));
                     }
                     return Ok(workload);
+                }
+                Verdict::Deny(refusal)
+                    if refusal.reason == Reason::PolicyNoAllow
+                        && claim_is_early(&snapshot, &facts, &call.claim) =>
+                {
+                    Verdict::Pending(refusal)
                 }
                 other => other,
             }

@@ -26,4 +26,6 @@ pub use outbound::{
 pub use pool::{BookLimits, Carrier, Next, PoolBook, Turn};
 pub use renewals::{Begin, MAX_REQUESTS, Renewals, State, TICK};
 pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};
-pub use waypoint::{AdmitFacts, Admitted, Authority, Claim, admit, delegated};
+pub use waypoint::{
+    AdmitFacts, Admitted, Authority, Claim, admit, claim_is_early, delegated,
+};

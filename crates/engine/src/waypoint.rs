@@ -17,6 +17,7 @@ use model::{
     ServiceKey, Snapshot, TunnelProtocol, Workload,
 };
 
+use crate::authz::InboundFacts;
 use crate::outbound::{Called, called, no_such_port};
 
 /// The client that a peer says it speaks for. `Err`: it says so in a way that cannot be understood.
@@ -96,6 +97,15 @@ pub fn delegated(
     claim.clone().map_err(|words| {
         Refusal::new(Reason::BadRequest, format!("the waypoint {peer} names no client: {words}"))
     })
+}
+
+/// Whether a claim that does not count may be ahead of the configuration: a waypoint makes it, and that the workload is bound
+/// to this waypoint may be on its way. Somebody whom only the claim would let in is then worth a moment's wait.
+pub fn claim_is_early(snapshot: &Snapshot, facts: &InboundFacts<'_>, claim: &Claim) -> bool {
+    let uncounted = facts.client.is_none() && *claim != Ok(None);
+    let Some(peer) = facts.peer.filter(|_| uncounted) else { return false };
+    let source = snapshot.workload_at(&facts.workload.network, facts.source_ip.to_canonical());
+    source.is_some_and(|w| w.native_tunnel && w.identity() == *peer)
 }
 
 /// What a port of a Service speaks: what its routes know, else what the Service says.

@@ -283,6 +283,30 @@ fn a_claim_that_cannot_be_read_is_refused_where_it_would_count() {
     assert_eq!(speaks(&snapshot, None, "web", &claim), "nobody");
 }
 
+#[test]
+fn only_a_waypoints_claim_may_be_early() {
+    let claim: Claim = Ok(Some(Arc::new(id("shop", "client"))));
+    let snapshot = world();
+    let web = snapshot.workload_named(&"shop".into(), &"plain".into()).unwrap();
+    let check = |peer: Option<&Identity>, from: &str, claim: &Claim, want: bool| {
+        let destination = "10.1.0.2:8080".parse().unwrap();
+        let source_ip = from.parse().unwrap();
+        let facts = InboundFacts { workload: web, destination, source_ip, peer, client: None };
+        assert_eq!(claim_is_early(&snapshot, &facts, claim), want, "{peer:?} {from}");
+        // What counts is not early.
+        let facts = InboundFacts { client: peer, ..facts };
+        assert!(!claim_is_early(&snapshot, &facts, claim) || peer.is_none());
+    };
+    let edge = id("edge", "waypoint");
+    check(Some(&edge), "10.1.7.2", &claim, true);
+    check(Some(&edge), "::ffff:10.1.7.2", &Err("gibberish".to_owned()), true);
+    check(Some(&edge), "10.1.7.2", &Ok(None), false);
+    // From another's address, by a pod of the mesh, in plaintext.
+    check(Some(&edge), "10.1.7.1", &claim, false);
+    check(Some(&id("shop", "web")), "10.1.0.1", &claim, false);
+    check(None, "10.1.7.2", &claim, false);
+}
+
 /// A pod whose connections a node's proxy makes has no say in a CONNECT; an endpoint of the waypoint's Service that is not a
 /// waypoint has no clients.
 #[test]
