@@ -123,6 +123,7 @@ fn config(control: &Control) -> String {
         "config": world,
         "waiting_for": latest.missing,
         "tokens_pending": control.tokens().pending(),
+        "pod_tokens": control.pod_tokens().len(),
         "proxies": control.list_proxies(),
     });
     serde_json::to_string_pretty(&value).unwrap_or_default() + "\n"
