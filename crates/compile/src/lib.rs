@@ -18,6 +18,7 @@ mod context;
 mod diagnostics;
 mod enrolment;
 mod folder;
+pub mod gateway_api;
 pub mod istio;
 mod kinds;
 mod labels;
