@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use compile::{Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, sort_diagnostics};
+use compile::{
+    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, WaypointAccounts,
+    sort_diagnostics,
+};
 use model::ConfigVersion;
 use xds::server::Resources;
 
@@ -22,6 +25,10 @@ pub(crate) struct World {
     pub resources: Arc<Resources>,
     /// Who may have a certificate on which node.
     pub pods: PodsOnNodes,
+    /// As whom waypoints run.
+    pub waypoints: WaypointAccounts,
+    /// How they are.
+    pub gateways: Vec<GatewayStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -107,8 +114,9 @@ impl Builder {
     /// else to do. Parsing, the larger part of the work, was done for the changed files only.
     fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
         let started = Instant::now();
-        let Compiled { workloads, services, policies, diagnostics, pods } =
-            compile::compile(&self.folder.objects(), &self.mesh);
+        let compiled = compile::compile(&self.folder.objects(), &self.mesh);
+        let Compiled { workloads, services, policies, diagnostics, pods, .. } = compiled;
+        let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
         let number = last.as_ref().map_or(0, |last| last.push().number);
@@ -126,7 +134,7 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
+        (Arc::new(World { resources, pods, waypoints, gateways, counts, compile_time, since }), of_content)
     }
 }
 

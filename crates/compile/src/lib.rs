@@ -31,6 +31,7 @@ mod references;
 mod selection;
 mod services;
 mod validate;
+pub mod waypoints;
 mod yaml;
 
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
@@ -39,6 +40,7 @@ pub use folder::Folder;
 pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
 pub use parse::{ParsedFile, parse_file};
 pub use pods::PodsOnNodes;
+pub use waypoints::{GatewayStatus, WaypointAccounts};
 
 /// What holds for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,11 +78,17 @@ pub struct Compiled {
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
     pub pods: PodsOnNodes,
+    /// How the Gateways are that are waypoints, by namespace and name.
+    pub gateways: Vec<GatewayStatus>,
+    /// As whom waypoints run: they may read the configuration.
+    pub waypoint_accounts: WaypointAccounts,
 }
 
 /// Compiles everything that is in force.
 pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let mut cx = context::Context::new(config);
+    let waypoints = waypoints::understand(objects);
+    waypoints::check(objects, &waypoints, &mut cx);
     let services = services::compile(objects, &mut cx);
     let authorization = authorization::compile(objects, &mut cx);
     let peers = peer_authentication::compile(objects, &mut cx);
@@ -100,9 +108,12 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let mut policies: Vec<_> = authorization.into_iter().map(|c| c.policy).collect();
     policies.extend(peers.policies);
     policies.sort_by(|a, b| a.key.cmp(&b.key));
+    let domain = &config.cluster_domain;
+    let gateways = waypoints::statuses(objects, &waypoints, &services, &workloads, domain);
+    let waypoint_accounts = waypoints::accounts(&waypoints);
     let mut diagnostics = cx.diagnostics;
     diagnostics::sort(&mut diagnostics);
-    Compiled { workloads, services, policies, diagnostics, pods }
+    Compiled { workloads, services, policies, diagnostics, pods, gateways, waypoint_accounts }
 }
 
 /// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.
