@@ -133,7 +133,7 @@ fn config(control: &Control) -> String {
 /// How the waypoints are: an empty list until the folders have been read.
 fn waypoints(control: &Control) -> String {
     let latest = control.latest.borrow();
-    let gateways = latest.world.as_ref().map_or(&[][..], |world| &world.gateways);
+    let gateways = latest.world.as_ref().map_or(&[][..], |world| world.gateways.as_slice());
     serde_json::to_string_pretty(gateways).unwrap_or_default() + "\n"
 }
 

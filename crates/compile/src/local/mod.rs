@@ -29,10 +29,8 @@ use crate::object::{Body, Meta as _, ORIGIN_ANNOTATION, Object, Objects, Origin}
 use crate::waypoints::Settings;
 
 /// Where the control plane of the local world listens: the lab's own end of the nodes' bridge.
-pub const CONTROL_PLANE: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(10, 89, 0, 1)),
-    IpAddr::V6(Ipv6Addr::new(0xfd89, 0, 0, 0, 0, 0, 0, 1)),
-];
+pub const CONTROL_PLANE_V4: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
+pub const CONTROL_PLANE_V6: Ipv6Addr = Ipv6Addr::new(0xfd89, 0, 0, 0, 0, 0, 0, 1);
 /// Its port for proxies, as in Istio.
 pub const CONTROL_PLANE_PORT: u16 = 15012;
 
@@ -88,7 +86,7 @@ impl LocalConfig {
     fn waypoints(mesh: &MeshConfig) -> Settings {
         Settings {
             image: Settings::IMAGE.into(),
-            xds_address: format!("https://{}:{CONTROL_PLANE_PORT}", CONTROL_PLANE[0]).into(),
+            xds_address: format!("https://{CONTROL_PLANE_V4}:{CONTROL_PLANE_PORT}").into(),
             xds_server_name: Settings::XDS_SERVER_NAME.into(),
             trust_domain: mesh.trust_domain.clone(),
             cluster: mesh.cluster.clone(),
