@@ -13,7 +13,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest::{SHA256, digest};
-use compile::{Programmed, USE_WAYPOINT};
+use compile::Programmed;
+use compile::waypoints::USE_WAYPOINT;
 use model::Str;
 
 use crate::files::{create_dir, read, write_atomic};

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use compile::{
-    Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, Programmed, sort_diagnostics,
+    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, Programmed,
+    WaypointAccounts, sort_diagnostics,
 };
 use model::ConfigVersion;
 use xds::server::Resources;
@@ -24,6 +25,10 @@ pub(crate) struct World {
     pub resources: Arc<Resources>,
     /// Who may have a certificate on which node.
     pub pods: PodsOnNodes,
+    /// As whom waypoints run.
+    pub waypoints: WaypointAccounts,
+    /// How they are.
+    pub gateways: Vec<GatewayStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -129,8 +134,9 @@ impl Builder {
         let started = Instant::now();
         let mut objects = self.folder.objects();
         objects.programmed.clone_from(&self.programmed);
-        let Compiled { workloads, services, policies, diagnostics, pods, programmed } =
-            compile::compile(&objects, &self.mesh);
+        let compiled = compile::compile(&objects, &self.mesh);
+        let Compiled { workloads, services, policies, diagnostics, pods, .. } = compiled;
+        let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
         let number = last.as_ref().map_or(0, |last| last.push().number);
@@ -148,8 +154,9 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        let world = Arc::new(World { resources, pods, counts, compile_time, since });
-        Built { world, diagnostics: of_content, programmed }
+        let world =
+            World { resources, pods, waypoints, gateways, counts, compile_time, since };
+        Built { world: Arc::new(world), diagnostics: of_content, programmed: compiled.programmed }
     }
 }
 

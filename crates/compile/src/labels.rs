@@ -10,31 +10,31 @@ use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::{DATAPLANE_MODE, Enrolment, enrolment};
 use crate::object::{Meta, Objects, Sourced, Table};
-use crate::waypoint::{
-    Labels, Traffic, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR, Waypoints, Why,
-    Wish,
+use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
+use crate::waypoints::{
+    TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR,
 };
 
 /// `own_pods`: those that no Deployment of the user made.
 pub(crate) fn check(
     objects: &Objects,
     own_pods: &Table<Pod>,
-    waypoints: &Waypoints<'_>,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
     for (key, sourced) in &objects.namespaces {
         let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
         modes(&on, cx);
-        waypoint(&on, &key.1, Traffic::Any, waypoints, cx);
+        waypoint(&on, &key.1, Traffic::Any, bindings, cx);
     }
     for (key, sourced) in &objects.services {
         let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
-        waypoint(&on, &key.0, Traffic::Service, waypoints, cx);
+        waypoint(&on, &key.0, Traffic::Service, bindings, cx);
     }
     for (key, sourced) in own_pods {
         let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
         modes(&on, cx);
-        waypoint(&on, &key.0, Traffic::Workload, waypoints, cx);
+        waypoint(&on, &key.0, Traffic::Workload, bindings, cx);
         pod(key, sourced, &sourced.value, "", objects, cx);
     }
     for (key, sourced) in &objects.deployments {
@@ -43,7 +43,7 @@ pub(crate) fn check(
         let labels = metadata.labels.as_ref();
         let on = Labelled { key, sourced, labels, at: "spec.template.metadata.labels" };
         modes(&on, cx);
-        waypoint(&on, &key.0, Traffic::Workload, waypoints, cx);
+        waypoint(&on, &key.0, Traffic::Workload, bindings, cx);
         metadata.namespace = Some(key.0.to_string());
         let template = Pod { metadata, spec: spec.template.spec.clone(), status: None };
         pod(key, sourced, &template, "spec.template.", objects, cx);
@@ -74,7 +74,7 @@ fn waypoint<T: Meta>(
     on: &Labelled<'_, T>,
     namespace: &str,
     traffic: Traffic,
-    waypoints: &Waypoints<'_>,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
     let Wish::Waypoint(gateway_namespace, gateway) = Wish::of(on.labels, namespace) else {
@@ -85,7 +85,7 @@ fn waypoint<T: Meta>(
         }
         return;
     };
-    let Err(why) = waypoints.check((&gateway_namespace, &gateway), namespace, traffic) else { return };
+    let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else { return };
     let name = format!("Gateway/{gateway_namespace}/{gateway}");
     let direct = "what is labelled is reached directly";
     let d = match why {
@@ -105,6 +105,12 @@ fn waypoint<T: Meta>(
                 .help("let its HBONE listener say so in allowedRoutes.namespaces")
         }
         Why::Traffic(takes) => {
+            let takes = match takes {
+                TrafficFor::Service => "calls to Services",
+                TrafficFor::Workload => "calls to pods by their own address",
+                TrafficFor::All => "all calls",
+                TrafficFor::None => "no calls",
+            };
             let message = format!("{name} is for {takes}: {direct}");
             Diagnostic::error(Code::UnsupportedTrafficType, message)
                 .help(format!("change its label {WAYPOINT_FOR}"))

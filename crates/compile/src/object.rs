@@ -14,7 +14,7 @@ use model::{Provenance, Str};
 
 use crate::gateway_api::{Gateway, GatewayClass, GrpcRoute, HttpRoute, ReferenceGrant};
 use crate::istio::{AuthorizationPolicy, PeerAuthentication};
-use crate::waypoint::Programmed;
+use crate::waypoints::Programmed;
 use crate::yaml::{Node as YamlNode, Value};
 
 /// Annotation on generated objects: the place in the user's files that they come from, `file:line`.

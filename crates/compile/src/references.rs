@@ -17,7 +17,7 @@ use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::selection::ByLabel;
 use crate::services::ByNamespace;
-use crate::waypoint::Waypoints;
+use crate::waypoints::binding::Bindings;
 
 /// Namespaces that every cluster has, or that the mesh brings.
 const BUILT_IN: [&str; 5] =
@@ -27,7 +27,7 @@ pub(crate) fn check(
     objects: &Objects,
     services: &ByNamespace,
     policies: &[authorization::Compiled],
-    waypoints: &Waypoints<'_>,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
     namespaces(&objects.service_accounts, objects, cx);
@@ -39,7 +39,7 @@ pub(crate) fn check(
     namespaces(&objects.peer_authentications, objects, cx);
     namespaces(&objects.gateways, objects, cx);
     accounts(&own, objects, cx);
-    labels::check(objects, &own, waypoints, cx);
+    labels::check(objects, &own, bindings, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);

@@ -142,7 +142,7 @@ fn the_class_says_what_is_for_all_its_gateways() {
     };
     check("workload", "", ["direct", "w.shop"]);
     check("workload", "istio.io/waypoint-for: service", ["w.shop", "direct"]);
-    check("workload", "istio.io/waypoint-for: nonsense", ["direct", "w.shop"]);
+    check("workload", "istio.io/waypoint-for: nonsense", ["w.shop", "direct"]);
     check("nonsense", "", ["w.shop", "direct"]);
 }
 
@@ -190,7 +190,8 @@ fn what_is_not_bound_is_said() {
     let here = gateway("shop", "w", "", "") + &ready;
     check(&here, ["", elsewhere, ""], &["error dangling_reference Service/shop/web"]);
     let other = here.replace("istio-waypoint", "nginx");
-    check(&other, ["", USE, ""], &["error not_a_waypoint Service/shop/web"]);
+    let unserved = "error dangling_reference Gateway/shop/w";
+    check(&other, ["", USE, ""], &["error not_a_waypoint Service/shop/web", unserved]);
     let workloads = gateway("shop", "w", "istio.io/waypoint-for: workload", "") + &ready;
     check(&workloads, ["", USE, ""], &["error unsupported_traffic_type Service/shop/web"]);
     let on_pod = format!("app: web, {USE}");
@@ -200,7 +201,7 @@ fn what_is_not_bound_is_said() {
     let misspelt = gateway("shop", "w", "istio.io/waypoint-for: Service", "") + &ready;
     check(&misspelt, ["", "", ""], &["error invalid_field Gateway/shop/w"]);
     let no_tunnel = here.replace("protocol: HBONE", "protocol: HTTP");
-    check(&no_tunnel, ["", "", ""], &["warning invalid_field Gateway/shop/w"]);
+    check(&no_tunnel, ["", "", ""], &["error invalid_field Gateway/shop/w"]);
     let lone = "istio.io/use-waypoint-namespace: edge";
     check(&here, ["", lone, ""], &["warning no_effect Service/shop/web"]);
     let deployment = "

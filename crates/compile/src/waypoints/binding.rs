@@ -1,7 +1,7 @@
 //! Which waypoint a Service or a pod is bound to.
 //!
-//! The label `istio.io/use-waypoint` names a Gateway of class `istio-waypoint`, on the object or on its namespace; the object's
-//! own word goes first, and `none` is a word. The waypoint is reached at the Service of the Gateway's name.
+//! The label `istio.io/use-waypoint` names a waypoint's Gateway, on the object or on its namespace; the object's own word
+//! goes first, and `none` is a word. The waypoint is reached at the Service of the Gateway's name.
 //!
 //! Before a waypoint is *programmed*, what names it is reached directly. It is programmed from the moment at which one of
 //! its proxies is ready, and from then on for as long as its Gateway exists: without a ready proxy calls are refused,
@@ -21,27 +21,16 @@ use model::{
     GatewayAddress, GatewayDestination, HBONE_PORT, Health, ServiceKey, Str, TunnelProtocol, Workload,
 };
 
+use super::{TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, Waypoint};
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::Gateway;
 use crate::gateway_api::gateways::{
     GatewayListenersAllowedRoutesNamespaces, GatewayListenersAllowedRoutesNamespacesFrom as Which,
 };
-use crate::object::{Meta, Objects, Sourced};
+use crate::object::Objects;
 use crate::selection::fits;
 use crate::services::{self, ByNamespace};
-
-/// The GatewayClass of waypoints.
-pub const WAYPOINT_CLASS: &str = "istio-waypoint";
-/// The label that names a waypoint, or `none`.
-pub const USE_WAYPOINT: &str = "istio.io/use-waypoint";
-/// The label that names the waypoint's namespace, where it is another one.
-pub const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
-/// The label of a waypoint that says what may be bound to it.
-pub const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
-
-/// The listener's protocol by which a Gateway takes tunnels.
-const HBONE: &str = "HBONE";
 
 /// Waypoints that had a ready proxy: the namespaces and names of their Gateways.
 pub type Programmed = BTreeSet<(Str, Str)>;
@@ -49,28 +38,19 @@ pub type Programmed = BTreeSet<(Str, Str)>;
 pub(crate) type Labels<'a> = Option<&'a BTreeMap<String, String>>;
 
 /// Every waypoint, and what they may be used for.
-pub(crate) struct Waypoints<'a> {
+pub(crate) struct Bindings<'a> {
     objects: &'a Objects,
     namespaces: BTreeMap<&'a str, &'a Namespace>,
-    all: BTreeMap<&'a (Str, Str), Waypoint>,
+    all: BTreeMap<&'a (Str, Str), Target>,
     pub(crate) programmed: Programmed,
 }
 
+/// A waypoint as something to be bound to.
 #[derive(Debug)]
-struct Waypoint {
+struct Target {
     key: ServiceKey,
-    takes: Takes,
+    takes: TrafficFor,
     from: Admits,
-}
-
-/// What may be bound to a waypoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Takes {
-    #[default]
-    Service,
-    Workload,
-    All,
-    Nothing,
 }
 
 /// From which namespaces.
@@ -104,7 +84,7 @@ pub(crate) enum Why {
     Missing,
     OtherClass(String),
     NotAllowed,
-    Traffic(&'static str),
+    Traffic(TrafficFor),
 }
 
 impl Wish {
@@ -122,30 +102,26 @@ impl Wish {
     }
 }
 
-impl<'a> Waypoints<'a> {
+impl<'a> Bindings<'a> {
     pub(crate) fn new(
         objects: &'a Objects,
+        waypoints: &BTreeMap<&'a (Str, Str), Waypoint<'a>>,
         workloads: &[Arc<Workload>],
         cx: &mut Context<'_>,
     ) -> Self {
         let namespaces = objects.namespaces.iter();
         let namespaces = namespaces.map(|((_, name), s)| (&**name, &*s.value)).collect();
-        let class = takes_of_class(objects, cx);
-        let mut all = BTreeMap::new();
-        for (key, sourced) in &objects.gateways {
-            if sourced.value.spec.gateway_class_name == WAYPOINT_CLASS {
-                all.insert(key, waypoint(key, sourced, class, cx));
-            }
-        }
-        let mut programmed = Programmed::new();
+        let domain = &cx.config.cluster_domain;
+        let targets = waypoints.iter().map(|(key, w)| (*key, Target::new(w, domain)));
+        let all: BTreeMap<_, _> = targets.collect();
         let ready = ready(&all, workloads);
-        for key in all.keys() {
+        let mut programmed = Programmed::new();
+        for (key, waypoint) in waypoints {
             let known = objects.programmed.contains(*key) || ready.contains(*key);
-            let gateway = &objects.gateways[*key];
-            if known || says_programmed(&gateway.value) {
+            if known || says_programmed(&waypoint.sourced.value) {
                 programmed.insert((*key).clone());
             } else {
-                cx.report(key, gateway, not_ready());
+                cx.report(key, waypoint.sourced, not_ready());
             }
         }
         Self { objects, namespaces, all, programmed }
@@ -207,7 +183,7 @@ impl<'a> Waypoints<'a> {
         (gateway_namespace, gateway): (&Str, &Str),
         namespace: &str,
         traffic: Traffic,
-    ) -> Result<&Waypoint, Why> {
+    ) -> Result<&Target, Why> {
         let key = (gateway_namespace.clone(), gateway.clone());
         let Some(found) = self.all.get(&key) else {
             return Err(match self.objects.gateways.get(&key) {
@@ -221,12 +197,15 @@ impl<'a> Waypoints<'a> {
             Admits::All => true,
             Admits::Selected(selector) => self.is_selected(selector, namespace),
         };
-        match (allowed, found.takes, traffic) {
-            (false, ..) => Err(Why::NotAllowed),
-            (_, Takes::All, _)
-            | (_, Takes::Service, Traffic::Service | Traffic::Any)
-            | (_, Takes::Workload, Traffic::Workload | Traffic::Any) => Ok(found),
-            (_, takes, _) => Err(Why::Traffic(takes.as_str())),
+        let takes = match traffic {
+            Traffic::Service => found.takes.services(),
+            Traffic::Workload => found.takes.workloads(),
+            Traffic::Any => found.takes != TrafficFor::None,
+        };
+        match (allowed, takes) {
+            (false, _) => Err(Why::NotAllowed),
+            (true, false) => Err(Why::Traffic(found.takes)),
+            (true, true) => Ok(found),
         }
     }
 
@@ -240,79 +219,33 @@ impl<'a> Waypoints<'a> {
 
     fn is_proxy(&self, workload: &Workload) -> bool {
         let mut services = workload.services.iter().map(|(key, _)| key);
-        workload.native_tunnel && services.any(|key| self.all.values().any(|w| w.key == *key))
+        workload.native_tunnel && services.any(|key| self.all.values().any(|target| target.key == *key))
     }
 }
 
-impl fmt::Debug for Waypoints<'_> {
+impl fmt::Debug for Bindings<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Waypoints")
+        f.debug_struct("Bindings")
             .field("all", &self.all)
             .field("programmed", &self.programmed)
             .finish_non_exhaustive()
     }
 }
 
-impl Takes {
-    fn parse(text: &str) -> Option<Self> {
-        Some(match text {
-            "service" => Self::Service,
-            "workload" => Self::Workload,
-            "all" => Self::All,
-            "none" => Self::Nothing,
-            _ => return None,
-        })
-    }
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Service => "Services",
-            Self::Workload => "pods that are called by their own address",
-            Self::All => "everything",
-            Self::Nothing => "nothing",
+impl Target {
+    fn new(waypoint: &Waypoint<'_>, cluster_domain: &str) -> Self {
+        // The one that is served, of those that are written.
+        let spec = &waypoint.sourced.value.spec.listeners;
+        let mut served = waypoint.listeners.iter().zip(spec).filter(|(l, _)| l.rejected.is_none());
+        let listener = served.next().map(|(_, listener)| listener);
+        let namespaces = listener.and_then(|l| l.allowed_routes.as_ref()?.namespaces.as_ref());
+        let (namespace, name) = waypoint.key;
+        Self {
+            key: services::key(namespace, name, cluster_domain),
+            takes: waypoint.traffic,
+            from: namespaces.map_or(Admits::Same, admits),
         }
     }
-}
-
-fn waypoint(
-    key: &(Str, Str),
-    sourced: &Sourced<Gateway>,
-    class: Option<Takes>,
-    cx: &mut Context<'_>,
-) -> Waypoint {
-    let gateway = &*sourced.value;
-    let listener = gateway.spec.listeners.iter().find(|l| l.protocol == HBONE);
-    if listener.is_none() {
-        let message = "has no listener of protocol HBONE: it takes what is of its own namespace only";
-        let d = Diagnostic::warning(Code::InvalidField, message).field("spec.listeners");
-        cx.report(key, sourced, d.help("add {name: mesh, port: 15008, protocol: HBONE}"));
-    }
-    let namespaces = listener.and_then(|l| l.allowed_routes.as_ref()?.namespaces.as_ref());
-    Waypoint {
-        key: services::key(&key.0, &key.1, &cx.config.cluster_domain),
-        takes: takes(key, sourced, cx).or(class).unwrap_or_default(),
-        from: namespaces.map_or(Admits::Same, admits),
-    }
-}
-
-fn takes_of_class(objects: &Objects, cx: &mut Context<'_>) -> Option<Takes> {
-    let key = ("".into(), WAYPOINT_CLASS.into());
-    let class = objects.gateway_classes.get(&key)?;
-    takes(&key, class, cx)
-}
-
-/// What the label of a Gateway or its class says.
-fn takes<T: Meta>(key: &(Str, Str), sourced: &Sourced<T>, cx: &mut Context<'_>) -> Option<Takes> {
-    let text = sourced.value.label(WAYPOINT_FOR)?;
-    let takes = Takes::parse(text);
-    if takes.is_none() {
-        let message = format!("{text:?} is no kind of traffic: it counts as not said");
-        let d = Diagnostic::error(Code::InvalidField, message)
-            .field(format!("metadata.labels.{WAYPOINT_FOR}"))
-            .help("write service (as when it is not said), workload, all or none");
-        cx.report(key, sourced, d);
-    }
-    takes
 }
 
 fn admits(namespaces: &GatewayListenersAllowedRoutesNamespaces) -> Admits {
@@ -338,11 +271,11 @@ fn admits(namespaces: &GatewayListenersAllowedRoutesNamespaces) -> Admits {
 
 /// Waypoints with a proxy that takes connections.
 fn ready<'a>(
-    all: &BTreeMap<&'a (Str, Str), Waypoint>,
+    all: &BTreeMap<&'a (Str, Str), Target>,
     workloads: &[Arc<Workload>],
 ) -> BTreeSet<&'a (Str, Str)> {
     let by_service: BTreeMap<&ServiceKey, &'a (Str, Str)> =
-        all.iter().map(|(gateway, waypoint)| (&waypoint.key, *gateway)).collect();
+        all.iter().map(|(gateway, target)| (&target.key, *gateway)).collect();
     if by_service.is_empty() {
         return BTreeSet::new();
     }
