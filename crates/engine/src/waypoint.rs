@@ -194,12 +194,12 @@ fn takes(snapshot: &Snapshot, facts: &AdmitFacts<'_>, service: &Service) -> Opti
     if service.waypoint.as_ref().is_some_and(|at| is_waypoint(snapshot, own, at)) {
         return Some(Takes::Bound);
     }
-    let sets = snapshot.routes(&service.key).into_iter().flat_map(|routes| routes.sets.iter());
+    let mut sets = snapshot.routes(&service.key).into_iter().flat_map(|routes| routes.sets.iter());
     let consumer = |audience: &Audience| match audience {
         Audience::Everybody => false,
         Audience::Namespace(namespace) => *namespace == own.namespace,
     };
-    let has_routes = sets.into_iter().any(|set| consumer(&set.audience));
+    let has_routes = sets.any(|set| consumer(&set.audience));
     (has_routes && facts.peer.namespace == own.namespace).then_some(Takes::Consumer)
 }
 
