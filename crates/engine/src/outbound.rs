@@ -226,7 +226,7 @@ fn to_workload<'a>(
     }
 }
 
-fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
+pub(crate) fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
     let workload = pick.workload;
     let transport = match workload.protocol {
         TunnelProtocol::None => Transport::Plain,

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use model::http::{PortProtocol, RouteKind, RouteSet, ServiceRoutes};
 use model::{
-    Change, FamilyPolicy, HBONE_PORT, LoadBalancing, NetworkAddress, ServicePort, Vip, WorkloadUid,
+    AppProtocol, Change, FamilyPolicy, HBONE_PORT, LoadBalancing, NetworkAddress, ServicePort, Vip, WorkloadUid,
 };
 
 use super::*;
