@@ -208,7 +208,15 @@ impl World {
         let around = Surroundings { node: &plan.node, ips: &plan.ips, images: &self.images };
         let resolved = resolve::resolve(&plan.pod, &around);
         let needs_root = resolved.needs(FileContent::Root);
-        let token = self.token_for(&key, &plan, &resolved, net.as_ref())?;
+        let token = match self.token_for(&key, &plan, &resolved, net.as_ref()) {
+            Ok(token) => token,
+            Err(e) => {
+                if let Some(net) = &net {
+                    self.network.remove_pod(net)?;
+                }
+                return Err(e);
+            }
+        };
         let credentials = self.mesh.as_ref().map(|mesh| Credentials {
             token: token.as_ref().map(|t| t.secret.clone()),
             root: mesh.root.clone(),
