@@ -7,7 +7,7 @@
 //! state, which is not on disk.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -92,6 +92,11 @@ fn answer(
         Output::Json => show::json(&answer)?,
     };
     Ok((text, yes))
+}
+
+/// The files of a folder that the control plane would read, by name.
+pub(crate) fn texts(dir: &Path) -> Result<Vec<(String, String)>> {
+    load::texts(dir)
 }
 
 #[cfg(test)]

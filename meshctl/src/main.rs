@@ -5,6 +5,7 @@
 
 mod can;
 mod local;
+mod waypoint;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,9 @@ enum Command {
     /// A cluster on this machine: nodes and pods from a folder of Kubernetes YAML, without Kubernetes and without root
     #[command(subcommand, after_help = local::EXAMPLES)]
     Local(local::Command),
+    /// Waypoints, which the HTTP traffic of a namespace goes through
+    #[command(subcommand, after_help = waypoint::EXAMPLES)]
+    Waypoint(waypoint::Command),
     Can(can::Args),
 }
 
@@ -33,6 +37,7 @@ fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Local(command) => local::run(command),
+        Command::Waypoint(command) => waypoint::run(command),
         Command::Can(args) => return can::run(&args, folders_of),
     };
     result.unwrap_or_else(|e| {

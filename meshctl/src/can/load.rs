@@ -51,24 +51,33 @@ fn world(objects: Objects) -> Result<World> {
 pub(super) fn read(folders: &[PathBuf]) -> Result<Objects> {
     let mut folder = Folder::new();
     for (index, dir) in folders.iter().enumerate() {
-        let listing = || format!("cannot read the folder {}", dir.display());
-        let mut files = Vec::new();
-        for entry in fs::read_dir(dir).with_context(listing)? {
-            let entry = entry.with_context(listing)?;
-            if is_config(&entry.file_name().to_string_lossy()) && entry.path().is_file() {
-                files.push(entry.path());
-            }
-        }
-        files.sort_unstable();
-        for path in files {
-            // Pods that end take their file away; between listing and reading is time enough for that.
-            let Some(text) = read_file(&path)? else { continue };
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
+        for (name, text) in texts(dir)? {
             folder.set_file(index, &name, &text);
         }
     }
     refuse_broken(&folder.diagnostics())?;
     Ok(folder.objects())
+}
+
+/// The files of a folder by name, in their order.
+pub(super) fn texts(dir: &Path) -> Result<Vec<(String, String)>> {
+    let listing = || format!("cannot read the folder {}", dir.display());
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).with_context(listing)? {
+        let entry = entry.with_context(listing)?;
+        if is_config(&entry.file_name().to_string_lossy()) && entry.path().is_file() {
+            files.push(entry.path());
+        }
+    }
+    files.sort_unstable();
+    let mut texts = Vec::new();
+    for path in files {
+        // Pods that end take their file away; between listing and reading is time enough for that.
+        let Some(text) = read_file(&path)? else { continue };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        texts.push((name.into_owned(), text));
+    }
+    Ok(texts)
 }
 
 fn read_file(path: &Path) -> Result<Option<String>> {
