@@ -65,10 +65,7 @@ pub(crate) struct Running {
 }
 
 /// Answers. `running` finds a running lab by its name.
-pub(crate) fn run(
-    args: &Args,
-    running: impl FnOnce(Option<&str>) -> Result<Running>,
-) -> ExitCode {
+pub(crate) fn run(args: &Args, running: impl FnOnce(Option<&str>) -> Result<Running>) -> ExitCode {
     match answer(args, running) {
         Ok((text, yes)) => match io::stdout().write_all(text.as_bytes()) {
             Ok(()) if yes => ExitCode::SUCCESS,
@@ -89,7 +86,8 @@ fn answer(
     running: impl FnOnce(Option<&str>) -> Result<Running>,
 ) -> Result<(String, bool)> {
     let world = if args.folders.is_empty() {
-        let lab = running(args.name.as_deref()).context("to ask about a folder, use --folder DIR")?;
+        let lab =
+            running(args.name.as_deref()).context("to ask about a folder, use --folder DIR")?;
         load::running(&lab)?
     } else {
         load::offline(&args.folders, args.nodes)?

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use model::http::{Audience, Protocol};
 use model::{
-    GatewayAddress, GatewayDestination, Identity, MESH_PORTS, Reason, Refusal, Service,
-    ServiceKey, Snapshot, TunnelProtocol, Workload,
+    GatewayAddress, GatewayDestination, Identity, MESH_PORTS, Reason, Refusal, Service, ServiceKey,
+    Snapshot, TunnelProtocol, Workload,
 };
 
 use crate::authz::InboundFacts;
@@ -69,7 +69,9 @@ pub fn admit(snapshot: &Snapshot, facts: &AdmitFacts<'_>) -> Result<Admitted, Re
             match called(snapshot, &facts.own.network, to.ip()) {
                 Called::Service(service) => to_service(snapshot, facts, service, to.port()),
                 Called::Workload(workload) => to_workload(snapshot, facts, workload, to.port()),
-                Called::Stranger => Err(not_bound(facts, "neither a Service nor a pod of the mesh")),
+                Called::Stranger => {
+                    Err(not_bound(facts, "neither a Service nor a pod of the mesh"))
+                }
             }
         }
         Authority::Host(host, port) => {
@@ -205,7 +207,8 @@ fn to_service(
     port: u16,
 ) -> Result<Admitted, Refusal> {
     if takes(snapshot, facts, service).is_none() {
-        let what = format!("service {}, which {}", service.key, bound_to(service.waypoint.as_ref()));
+        let what =
+            format!("service {}, which {}", service.key, bound_to(service.waypoint.as_ref()));
         return Err(not_bound(facts, &what));
     }
     if !service.ports.iter().any(|p| p.service_port == port) {
@@ -236,7 +239,8 @@ fn to_workload(
         let port = ports.iter().find(|p| p.target_port == port)?;
         Some((snapshot.service(key)?, port.service_port))
     });
-    let protocol = leads.map_or(Protocol::Undeclared, |(s, port)| backend_protocol(snapshot, s, port));
+    let protocol =
+        leads.map_or(Protocol::Undeclared, |(s, port)| backend_protocol(snapshot, s, port));
     Ok(Admitted::Workload { workload: workload.clone(), port, protocol })
 }
 

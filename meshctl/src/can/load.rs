@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use compile::local::{self, Assignments, LocalConfig};
-use compile::{Code, Compiled, Diagnostic, Folder, MeshConfig, Objects, Severity};
 use compile::waypoints::Programmed;
+use compile::{Code, Compiled, Diagnostic, Folder, MeshConfig, Objects, Severity};
 use model::{Change, Snapshot};
 use prost::Message;
 use xds::codec::{self, Address, DecodeError, Defaults, Interner};

@@ -282,12 +282,16 @@ fn through_a_waypoint() {
     assert!(text.contains("policy_no_allow: ") && text.contains(both), "{text}");
     // Who is let in as a waypoint brings its clients along.
     check(&by_edge, "shop/client", [false, true]);
-    let deny = FRONT_CLOSED.replace("[{}]", "[{from: [{source: {principals: [\"*/sa/client\"]}}]}]");
+    let deny =
+        FRONT_CLOSED.replace("[{}]", "[{from: [{source: {principals: [\"*/sa/client\"]}}]}]");
     check(&deny, "shop/client", [false, false]);
     check(&deny, "shop/web-2", [true, true]);
     // Nothing outside the mesh knows of waypoints.
     let text = check(STRICT, "legacy/old", [false, false]);
-    assert!(text.contains("mtls_required: the plaintext peer") && !text.contains("waypoint"), "{text}");
+    assert!(
+        text.contains("mtls_required: the plaintext peer") && !text.contains("waypoint"),
+        "{text}"
+    );
     check(STRICT, "shop/client", [true, true]);
     // The waypoint asks for itself.
     let text = check(&by_edge, "shop/edge", [true, true]);
