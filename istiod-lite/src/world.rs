@@ -134,7 +134,10 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        (Arc::new(World { resources, pods, waypoints, gateways, counts, compile_time, since }), of_content)
+        (
+            Arc::new(World { resources, pods, waypoints, gateways, counts, compile_time, since }),
+            of_content,
+        )
     }
 }
 
