@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use compile::{
-    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, WaypointAccounts,
-    sort_diagnostics,
+    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, RouteStatus,
+    WaypointAccounts, sort_diagnostics,
 };
 use model::ConfigVersion;
 use xds::server::Resources;
@@ -29,6 +29,8 @@ pub(crate) struct World {
     pub waypoints: WaypointAccounts,
     /// How they are.
     pub gateways: Vec<GatewayStatus>,
+    /// What there is to say about each route at each of its parents.
+    pub route_status: Vec<RouteStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -115,7 +117,8 @@ impl Builder {
     fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
         let started = Instant::now();
         let compiled = compile::compile(&self.folder.objects(), &self.mesh);
-        let Compiled { workloads, services, policies, diagnostics, pods, .. } = compiled;
+        let Compiled { workloads, services, policies, diagnostics, pods, route_status, .. } =
+            compiled;
         let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
@@ -134,10 +137,17 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        (
-            Arc::new(World { resources, pods, waypoints, gateways, counts, compile_time, since }),
-            of_content,
-        )
+        let world = World {
+            resources,
+            pods,
+            waypoints,
+            gateways,
+            route_status,
+            counts,
+            compile_time,
+            since,
+        };
+        (Arc::new(world), of_content)
     }
 }
 
