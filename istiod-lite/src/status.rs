@@ -80,8 +80,9 @@ fn answer<B>(control: &Control, request: &Request<B>) -> Response<Full<Bytes>> {
         "/debug/diagnostics" => {
             page(StatusCode::OK, JSON, Page::new(&control.latest.borrow()).to_json())
         }
+        "/debug/routes" => page(StatusCode::OK, JSON, routes(control)),
         _ => {
-            let text = "/readyz\n/metrics\n/debug/config\n/debug/waypoints\n/debug/diagnostics\n";
+            let text = "/readyz\n/metrics\n/debug/config\n/debug/waypoints\n/debug/diagnostics\n/debug/routes\n";
             page(StatusCode::NOT_FOUND, TEXT, text.into())
         }
     }
@@ -135,6 +136,14 @@ fn waypoints(control: &Control) -> String {
     let latest = control.latest.borrow();
     let gateways = latest.world.as_ref().map_or(&[][..], |world| world.gateways.as_slice());
     serde_json::to_string_pretty(gateways).unwrap_or_default() + "\n"
+}
+
+/// Every route's conditions; empty until every folder has been read.
+fn routes(control: &Control) -> String {
+    let latest = control.latest.borrow();
+    let routes = latest.world.as_ref().map_or(&[][..], |world| &world.route_status);
+    // Strings, numbers and lists: cannot fail.
+    serde_json::to_string_pretty(routes).unwrap_or_default() + "\n"
 }
 
 fn page(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {

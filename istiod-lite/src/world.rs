@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use compile::{
-    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, Programmed,
+    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, Programmed, RouteStatus,
     WaypointAccounts, sort_diagnostics,
 };
 use model::ConfigVersion;
@@ -29,6 +29,8 @@ pub(crate) struct World {
     pub waypoints: WaypointAccounts,
     /// How they are.
     pub gateways: Vec<GatewayStatus>,
+    /// What there is to say about each route at each of its parents.
+    pub route_status: Vec<RouteStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -131,7 +133,8 @@ impl Builder {
         let mut objects = self.folder.objects();
         objects.programmed.clone_from(&self.programmed);
         let compiled = compile::compile(&objects, &self.mesh);
-        let Compiled { workloads, services, policies, diagnostics, pods, .. } = compiled;
+        let Compiled { workloads, services, policies, diagnostics, pods, route_status, .. } =
+            compiled;
         let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
@@ -150,7 +153,16 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        let world = World { resources, pods, waypoints, gateways, counts, compile_time, since };
+        let world = World {
+            resources,
+            pods,
+            waypoints,
+            gateways,
+            route_status,
+            counts,
+            compile_time,
+            since,
+        };
         Built { world: Arc::new(world), diagnostics: of_content, programmed: compiled.programmed }
     }
 }

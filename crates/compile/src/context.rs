@@ -1,9 +1,10 @@
 //! What every step of compile shares: the configuration, the findings so far, and one copy of each
-//! string.
+//! string and of each pattern.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::Str;
+use model::http::{Pattern, PatternError};
 
 use crate::MeshConfig;
 use crate::diagnostics::Diagnostic;
@@ -13,11 +14,17 @@ pub(crate) struct Context<'a> {
     pub config: &'a MeshConfig,
     pub diagnostics: Vec<Diagnostic>,
     strings: BTreeSet<Str>,
+    patterns: BTreeMap<Str, Result<Pattern, PatternError>>,
 }
 
 impl<'a> Context<'a> {
     pub(crate) fn new(config: &'a MeshConfig) -> Self {
-        Self { config, diagnostics: Vec::new(), strings: BTreeSet::new() }
+        Self {
+            config,
+            diagnostics: Vec::new(),
+            strings: BTreeSet::new(),
+            patterns: BTreeMap::new(),
+        }
     }
 
     /// Adds a finding about an object; its place is looked up by the finding's field.
@@ -40,5 +47,15 @@ impl<'a> Context<'a> {
         let shared: Str = text.into();
         self.strings.insert(shared.clone());
         shared
+    }
+
+    /// A pattern, built once however often it is written: building one takes longer than reading a rule.
+    pub(crate) fn pattern(&mut self, text: &str) -> Result<Pattern, PatternError> {
+        if let Some(known) = self.patterns.get(text) {
+            return known.clone();
+        }
+        let pattern = Pattern::new(text);
+        self.patterns.insert(text.into(), pattern.clone());
+        pattern
     }
 }

@@ -1,4 +1,4 @@
-//! Kubernetes and Istio objects to what a proxy knows ([`model`]), and to diagnostics.
+//! Kubernetes, Gateway API and Istio objects to what a proxy knows ([`model`]), to route status, and to diagnostics.
 //!
 //! Text comes in through [`Folder`] (or [`parse_file`]), [`compile`] turns [`Objects`] into [`Compiled`].
 //! [`local`] does what a cluster's controllers and scheduler do, for the world on one machine.
@@ -20,6 +20,7 @@ mod diagnostics;
 mod enrolment;
 mod folder;
 pub mod gateway_api;
+mod http;
 pub mod istio;
 mod kinds;
 mod labels;
@@ -28,6 +29,7 @@ mod object;
 mod parse;
 mod peer_authentication;
 mod pods;
+mod read;
 mod references;
 mod selection;
 mod services;
@@ -38,6 +40,9 @@ mod yaml;
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
 pub use enrolment::{DATAPLANE_MODE, DNS_CAPTURE, Enrolment, REDIRECTION, captures_dns, enrolment};
 pub use folder::Folder;
+pub use http::{
+    CONTROLLER_NAME, Condition, ConditionReason, ConditionType, ParentReference, RouteStatus,
+};
 pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
 pub use parse::{ParsedFile, parse_file};
 pub use pods::PodsOnNodes;
@@ -75,6 +80,12 @@ pub struct Compiled {
     pub services: Vec<Arc<model::Service>>,
     /// By key.
     pub policies: Vec<Arc<model::Policy>>,
+    /// By service: those with routes, and those that declare what a port speaks.
+    pub routes: Vec<Arc<model::http::ServiceRoutes>>,
+    /// By key.
+    pub subsets: Vec<Arc<model::http::Subset>>,
+    /// By kind, namespace, name, and place of the parent.
+    pub route_status: Vec<RouteStatus>,
     /// Errors first, then by place.
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
@@ -106,6 +117,7 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     let bindings = Bindings::new(objects, &waypoints, &workloads, &mut cx);
     bindings.bind(&mut services, &mut workloads);
+    let http = http::compile(objects, &services, &mut cx);
     references::check(objects, &services, &authorization, &bindings, &mut cx);
     let pods = pods::on_nodes(objects, &mut cx);
     let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();
@@ -123,6 +135,9 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
         workloads,
         services,
         policies,
+        routes: http.routes,
+        subsets: http.subsets,
+        route_status: http.status,
         diagnostics,
         pods,
         gateways,

@@ -37,7 +37,10 @@ pub(crate) fn check(
     namespaces(&objects.services, objects, cx);
     namespaces(&objects.authorization_policies, objects, cx);
     namespaces(&objects.peer_authentications, objects, cx);
+    namespaces(&objects.http_routes, objects, cx);
+    namespaces(&objects.grpc_routes, objects, cx);
     namespaces(&objects.gateways, objects, cx);
+    namespaces(&objects.reference_grants, objects, cx);
     accounts(&own, objects, cx);
     labels::check(objects, &own, bindings, cx);
     let selectable = Selectable::of(objects);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use model::http::Protocol;
 use model::{
     AppProtocol, FamilyPolicy, HealthPolicy, LoadBalancing, LocalityScope, RoutingMode, ServiceKey,
     Str, Vip,
@@ -13,6 +14,7 @@ use model::{
 
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
+use crate::http::protocol;
 use crate::object::{Meta, Objects, Sourced, age};
 
 /// How clients choose among endpoints, on a Service or its namespace.
@@ -26,6 +28,19 @@ pub(crate) struct Compiled {
     pub selector: BTreeMap<String, String>,
     /// Beside `service.ports`: where each leads.
     pub targets: Vec<Target>,
+    /// Beside `service.ports`: what routes want to know of each.
+    pub ports: Vec<PortFacts>,
+    /// It says that it wants no virtual address.
+    pub headless: bool,
+}
+
+/// What a Service's port declares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PortFacts {
+    /// Empty: a Service with one port need not name it.
+    pub name: Str,
+    pub protocol: Protocol,
+    pub wants_tls: bool,
 }
 
 /// The port of the pod.
@@ -64,6 +79,17 @@ pub(crate) fn compile(objects: &Objects, cx: &mut Context<'_>) -> ByNamespace {
     out
 }
 
+/// The Service of that name.
+pub(crate) fn find<'a>(
+    services: &'a ByNamespace,
+    namespace: &str,
+    name: &str,
+) -> Option<&'a Compiled> {
+    let all = services.get(namespace)?;
+    let index = all.binary_search_by(|c| (*c.service.name).cmp(name)).ok()?;
+    all.get(index)
+}
+
 /// The hostname of a Service.
 pub(crate) fn key(namespace: &str, name: &str, cluster_domain: &str) -> ServiceKey {
     ServiceKey {
@@ -82,10 +108,16 @@ fn service(
 ) -> Compiled {
     let mut ports = Vec::new();
     let mut targets = Vec::new();
-    for (i, port) in spec.ports.iter().flatten().enumerate() {
-        if let Some((port, target)) = service_port(i, port, key, sourced, cx) {
+    let mut facts = Vec::new();
+    for (i, stated) in spec.ports.iter().flatten().enumerate() {
+        if let Some((port, target)) = service_port(i, stated, key, sourced, cx) {
             ports.push(port);
             targets.push(target);
+            facts.push(PortFacts {
+                name: cx.share(stated.name.as_deref().unwrap_or_default()),
+                protocol: protocol::of_port(stated),
+                wants_tls: protocol::wants_tls(stated),
+            });
         }
     }
     let addresses = addresses(spec).filter(|ip| vips.0.get(ip) == Some(key));
@@ -106,7 +138,8 @@ fn service(
         families: families(spec),
     };
     let selector = spec.selector.clone().unwrap_or_default();
-    Compiled { service: Arc::new(service), selector, targets }
+    let headless = spec.cluster_ip.as_deref() == Some("None");
+    Compiled { service: Arc::new(service), selector, targets, ports: facts, headless }
 }
 
 /// The virtual addresses a Service asks for, each once.
@@ -185,16 +218,9 @@ fn service_port(
 
 /// `appProtocol`, else the first word of the port's name.
 fn app_protocol(port: &ServicePort) -> AppProtocol {
-    let name = port.name.as_deref().unwrap_or_default();
-    // `grpc-web` is HTTP of its own, not gRPC named "web".
-    let word = match port.app_protocol.as_deref() {
-        Some(stated) => stated,
-        None if name == "grpc-web" || name.starts_with("grpc-web-") => "grpc-web",
-        None => name.split('-').next().unwrap_or_default(),
-    };
-    match word.to_ascii_lowercase().as_str() {
+    match protocol::word(port).as_str() {
         "http" => AppProtocol::Http11,
-        "http2" | "h2c" | "kubernetes.io/h2c" => AppProtocol::Http2,
+        "http2" | "h2c" => AppProtocol::Http2,
         "grpc" => AppProtocol::Grpc,
         _ => AppProtocol::Unknown,
     }

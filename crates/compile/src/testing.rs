@@ -60,7 +60,8 @@ impl Mesh {
         assert_eq!(keys.collect::<std::collections::BTreeSet<_>>().len(), compiled.policies.len());
         let changes = (compiled.workloads.iter().cloned().map(Change::SetWorkload))
             .chain(compiled.services.iter().cloned().map(Change::SetService))
-            .chain(compiled.policies.iter().cloned().map(Change::SetPolicy));
+            .chain(compiled.policies.iter().cloned().map(Change::SetPolicy))
+            .chain(compiled.routes.iter().cloned().map(Change::SetRoutes));
         let snapshot = Snapshot::default().with(changes);
         Self { compiled, snapshot }
     }

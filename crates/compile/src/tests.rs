@@ -62,7 +62,7 @@ fn a_folder_becomes_a_mesh() {
 }
 
 /// Documents of every kind, good ones and such with small faults.
-const DOCUMENTS: [&str; 13] = [
+const DOCUMENTS: [&str; 19] = [
     "{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}}",
     "{apiVersion: v1, kind: Node, metadata: {name: node-1, labels: {topology.kubernetes.io/zone: z}}}",
     "{apiVersion: v1, kind: ServiceAccount, metadata: {name: sa, namespace: shop}}",
@@ -87,6 +87,26 @@ const DOCUMENTS: [&str; 13] = [
     "{apiVersion: security.istio.io/v1, kind: PeerAuthentication, metadata: {name: q, namespace: shop}, spec: \
      {mtls: {mode: PERMISSIVE}}}",
     "{apiVersion: v1, kind: ConfigMap, metadata: {name: x}}",
+    "{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: h, namespace: shop}, spec: {parentRefs: \
+     [{group: '', kind: Service, name: web}], rules: [{name: a, matches: [{path: {type: PathPrefix, value: /a}, headers: \
+     [{name: x, value: y}], method: GET}], filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, \
+     replacePrefixMatch: /b}}}], backendRefs: [{name: web2, port: 80, weight: 3}], timeouts: {request: 1s}}]}}",
+    "{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: i, namespace: bank, creationTimestamp: \
+     '2026-01-01T00:00:00Z'}, spec: {parentRefs: [{group: '', kind: Service, name: web, namespace: shop, port: 80}, {name: g}], \
+     rules: [{filters: [{type: RequestMirror, requestMirror: {percent: 5, backendRef: {name: nobody, port: 1}}}, {type: \
+     RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: b}], remove: [c]}}]}]}}",
+    "{apiVersion: gateway.networking.k8s.io/v1, kind: HTTPRoute, metadata: {name: j, namespace: shop}, spec: {parentRefs: \
+     [{group: '', kind: Service, name: web}], rules: [{matches: [{path: {type: RegularExpression, value: '/[a-z]+'}, \
+     queryParams: [{name: q, value: '1'}]}], filters: [{type: CORS, cors: {allowOrigins: ['https://*.example'], maxAge: 3}}, \
+     {type: RequestRedirect, requestRedirect: {hostname: a.example, port: 81, statusCode: 301}}]}]}}",
+    "{apiVersion: gateway.networking.k8s.io/v1, kind: GRPCRoute, metadata: {name: g, namespace: shop}, spec: {parentRefs: \
+     [{group: '', kind: Service, name: web, port: 80}], rules: [{matches: [{method: {service: a.B, method: C}, headers: \
+     [{name: x, value: y}]}], filters: [{type: ExtensionRef, extensionRef: {group: a, kind: b, name: c}}], backendRefs: \
+     [{name: web2, port: 80, filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: a, value: b}]}}]}]}]}}",
+    "{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {name: g, namespace: bank}, spec: {gatewayClassName: \
+     istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}}",
+    "{apiVersion: gateway.networking.k8s.io/v1beta1, kind: ReferenceGrant, metadata: {name: g, namespace: shop}, spec: {from: \
+     [{group: a, kind: b, namespace: c}], to: [{group: '', kind: Service}]}}",
 ];
 
 /// What may stand where something else stood.

@@ -323,7 +323,8 @@ fn guard(bridge: u32, nodes: &[IpAddr]) -> Table {
         leave(Rule::new("a node").interface_and_source_in(false, "nodes4")),
         leave(Rule::new("a node").interface_and_source_in(true, "nodes6")),
         leave(Rule::new("who proves who it is").tcp_port(CONTROL_PLANE_PORT)),
-        Rule::new("a pod").protocol(TCP).counter().verdict(Verdict::Drop),
+        // What nodes send each other passes here as well on machines that filter what is bridged.
+        Rule::new("a pod").destination_is_local().protocol(TCP).counter().verdict(Verdict::Drop),
     ];
     let hook =
         Hook { point: HookPoint::Prerouting, kind: ChainType::Filter, priority: priority::RAW };

@@ -73,7 +73,7 @@ fn a_gateway_becomes_what_runs_it() {
     let pod = &plan.pods[0];
     assert_eq!(pod.owner.as_deref(), Some("wp"));
     assert!(!pod.captured(), "it ends HBONE itself");
-    assert_eq!(pod.origin, "test.yaml:5");
+    assert_eq!(pod.origin, "test.yaml:6");
     let spec = pod.pod.spec.as_ref().unwrap();
     assert_eq!(spec.service_account_name.as_deref(), Some("wp"));
     let container = &spec.containers[0];
@@ -164,7 +164,7 @@ fn labels_are_istios_and_the_users() {
     }
     assert_eq!(template.labels.as_ref().unwrap()["networking.istio.io/tunnel"], "http");
     for metadata in &all[..3] {
-        assert_eq!(metadata.annotations.as_ref().unwrap()["ambit.io/origin"], "test.yaml:5");
+        assert_eq!(metadata.annotations.as_ref().unwrap()["ambit.io/origin"], "test.yaml:6");
     }
     // Another line of the file is no reason for another pod.
     let moved = planned(&format!("# a comment\n{yaml}")).0;

@@ -1,0 +1,239 @@
+//! HTTP routes of Services: what Gateway API's routes and Istio's VirtualServices say, as one answer per Service and port.
+//!
+//! Each API turns its objects into [`Contribution`]s; [`assemble`] puts them together: whose requests (producer or
+//! consumer), which API wins on a port, and one flat list of matches in order of precedence. Rules are shared, not copied.
+//!
+//! Invariants: on one port of a Service and for one audience one API decides, in the order of [`Api`], and the loser is told;
+//! what cannot be resolved is in the result as an error for requests, never left out; the result does not depend on the order
+//! of the objects.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use model::http::{
+    Audience, PortProtocol, Protocol, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes,
+    Subset,
+};
+use model::{Provenance, ServiceKey, Str};
+
+use crate::context::Context;
+use crate::diagnostics::{Code, Diagnostic};
+use crate::object::Objects;
+use crate::services::{self, ByNamespace};
+
+mod filters;
+mod gateway;
+mod matches;
+pub(crate) mod protocol;
+mod rules;
+mod shape;
+mod status;
+mod targets;
+mod text;
+
+pub use status::{
+    CONTROLLER_NAME, Condition, ConditionReason, ConditionType, ParentReference, RouteStatus,
+};
+
+/// What all objects say about HTTP.
+#[derive(Debug, Default)]
+pub(crate) struct Compiled {
+    /// By service: those with routes, and those with a port that declares what it speaks.
+    pub routes: Vec<Arc<ServiceRoutes>>,
+    /// By key.
+    pub subsets: Vec<Arc<Subset>>,
+    /// By kind, namespace, name, and place of the parent.
+    pub status: Vec<RouteStatus>,
+}
+
+/// What one object says about one Service.
+#[derive(Debug)]
+pub(crate) struct Contribution {
+    pub service: ServiceKey,
+    pub audience: Audience,
+    /// The Service's own ports; ascending.
+    pub ports: Vec<u16>,
+    pub api: Api,
+    /// The object.
+    pub provenance: Provenance,
+    pub rules: Vec<Arc<RouteRule>>,
+    pub matches: Vec<Ranked>,
+}
+
+/// Who wins on one port of a Service: the first. Gateway API says so of its own kinds, we of Istio's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Api {
+    GrpcRoute,
+    HttpRoute,
+    #[allow(dead_code, reason = "its objects are not read yet")]
+    VirtualService,
+}
+
+/// A match and its place among the matches of all rules of all objects of one API.
+#[derive(Clone, Debug)]
+pub(crate) struct Ranked {
+    pub rank: Rank,
+    /// `rule` is an index into the contribution's own rules.
+    pub matched: RouteMatch,
+}
+
+/// The place of a match: the smallest decides. Gateway API's order, field by field.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub specificity: Specificity,
+    /// No creation time, then the time in seconds: that is all Kubernetes keeps.
+    pub age: (bool, i64),
+    /// `namespace/name`: compared as one text, as Gateway API says.
+    pub object: Str,
+    pub rule: u32,
+    pub place: u32,
+}
+
+/// What a match asks for; more comes first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Specificity {
+    /// Exact paths, then patterns, then prefixes. Nothing says where patterns belong; between, since they can be as
+    /// exact as an exact path, and a prefix never is.
+    pub path: PathForm,
+    /// Characters: of the path, or of gRPC's service.
+    pub length: Reverse<usize>,
+    /// Characters of gRPC's method.
+    pub method_length: Reverse<usize>,
+    pub method: Reverse<bool>,
+    pub headers: Reverse<usize>,
+    pub query: Reverse<usize>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum PathForm {
+    Exact,
+    Pattern,
+    /// Every gRPC method match, too: there only the lengths count.
+    #[default]
+    Prefix,
+}
+
+pub(crate) fn compile(objects: &Objects, services: &ByNamespace, cx: &mut Context<'_>) -> Compiled {
+    let mut contributions = Vec::new();
+    let attached = gateway::contributions(objects, services, &mut contributions, cx);
+    let (routes, losses) = assemble(services, &contributions);
+    let status = gateway::status(attached, &contributions, &losses, cx);
+    tell_others(&contributions, &losses, cx);
+    Compiled { routes, subsets: Vec::new(), status }
+}
+
+/// What status does not tell: that a VirtualService has no say on a port.
+fn tell_others(contributions: &[Contribution], losses: &[Loss], cx: &mut Context<'_>) {
+    let of_others = |l: &&Loss| contributions[l.contribution].api == Api::VirtualService;
+    for Loss { contribution, port, winner } in losses.iter().filter(of_others) {
+        let (loser, winner) = (&contributions[*contribution], &contributions[*winner].provenance);
+        let Provenance { object, field, origin } = &loser.provenance;
+        let message = format!("port {port} of {} belongs to {winner}", loser.service);
+        let d = Diagnostic::error(Code::RouteConflict, message).help(gateway::ONE_KIND);
+        cx.diagnostics.push(d.object(&**object).field(&**field).origin(&**origin));
+    }
+}
+
+/// A contribution, a port of its Service that another API has, and the first contribution of that one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Loss {
+    contribution: usize,
+    port: u16,
+    winner: usize,
+}
+
+/// Losses come out in the order of contributions and ports.
+fn assemble(
+    services: &ByNamespace,
+    contributions: &[Contribution],
+) -> (Vec<Arc<ServiceRoutes>>, Vec<Loss>) {
+    let mut of_service: BTreeMap<&ServiceKey, BTreeMap<&Audience, Vec<usize>>> = BTreeMap::new();
+    for (i, c) in contributions.iter().enumerate() {
+        of_service.entry(&c.service).or_default().entry(&c.audience).or_default().push(i);
+    }
+    let mut losses = Vec::new();
+    let mut routes = Vec::new();
+    for service in services.values().flatten() {
+        let mut sets = Vec::new();
+        for (audience, members) in of_service.remove(&service.service.key).unwrap_or_default() {
+            for (winners, ports) in by_port(service, contributions, &members, &mut losses) {
+                let members = winners.iter().map(|i| &contributions[*i]);
+                sets.extend(set(audience.clone(), ports, members));
+            }
+        }
+        let ports = protocols(service);
+        if !sets.is_empty() || ports.iter().any(|p| p.protocol != Protocol::Undeclared) {
+            let service = service.service.key.clone();
+            routes.push(Arc::new(ServiceRoutes { service, ports, sets: sets.into() }));
+        }
+    }
+    routes.sort_by(|a, b| a.service.cmp(&b.service));
+    losses.sort_unstable();
+    (routes, losses)
+}
+
+fn protocols(service: &services::Compiled) -> Arc<[PortProtocol]> {
+    let ports = service.service.ports.iter().zip(&service.ports);
+    ports
+        .map(|(p, facts)| PortProtocol { service_port: p.service_port, protocol: facts.protocol })
+        .collect()
+}
+
+/// Which contributions decide, and on which ports: those of the winning API.
+fn by_port(
+    service: &services::Compiled,
+    contributions: &[Contribution],
+    members: &[usize],
+    losses: &mut Vec<Loss>,
+) -> BTreeMap<Vec<usize>, Vec<u16>> {
+    let mut ports: Vec<u16> = service.service.ports.iter().map(|p| p.service_port).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    let mut out: BTreeMap<Vec<usize>, Vec<u16>> = BTreeMap::new();
+    for port in ports {
+        let claims = |i: &&usize| contributions[**i].ports.binary_search(&port).is_ok();
+        let claimants: Vec<usize> = members.iter().filter(claims).copied().collect();
+        let Some(api) = claimants.iter().map(|i| contributions[*i].api).min() else { continue };
+        let (winners, losers): (Vec<usize>, Vec<usize>) =
+            claimants.into_iter().partition(|i| contributions[*i].api == api);
+        let winner = winners.first().copied().unwrap_or_default();
+        losses.extend(losers.into_iter().map(|contribution| Loss { contribution, port, winner }));
+        out.entry(winners).or_default().push(port);
+    }
+    out
+}
+
+fn set<'a>(
+    audience: Audience,
+    ports: Vec<u16>,
+    members: impl Iterator<Item = &'a Contribution>,
+) -> Option<Arc<RouteSet>> {
+    let mut kind = RouteKind::Http;
+    let mut rules = Vec::new();
+    let mut ranked: Vec<(&Rank, u32, &RouteMatch)> = Vec::new();
+    for member in members {
+        if member.api == Api::GrpcRoute {
+            kind = RouteKind::Grpc;
+        }
+        // Thousands of rules at most, by the limits of files and objects.
+        let offset = u32::try_from(rules.len()).unwrap_or(u32::MAX);
+        rules.extend(member.rules.iter().cloned());
+        ranked.extend(member.matches.iter().map(|m| (&m.rank, offset, &m.matched)));
+    }
+    ranked.sort_by_key(|(rank, ..)| *rank);
+    let matches: Arc<[RouteMatch]> = ranked
+        .into_iter()
+        .map(|(_, offset, m)| RouteMatch { rule: m.rule.saturating_add(offset), ..m.clone() })
+        .collect();
+    let ports: Arc<[u16]> = ports.into();
+    let set = RouteSet::new(audience.clone(), ports.clone(), kind, rules.into(), matches);
+    // A match of no rule is a fault of ours: nothing matches then, which answers with an error.
+    let set = set.or_else(|_| RouteSet::new(audience, ports, kind, Arc::new([]), Arc::new([])));
+    set.ok().map(Arc::new)
+}
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
