@@ -211,6 +211,13 @@ impl Lab {
         command::run(self.meshctl_command(args), "", SOON)
     }
 
+    /// `meshctl waypoint ARGS` about this lab.
+    pub fn waypoint(&self, args: &[&str], limit: Duration) -> Result<Ran> {
+        let mut command = Command::new(&self.meshctl);
+        command.arg("waypoint").args(args).args(["--lab", &self.name]);
+        command::run(command, "", limit)
+    }
+
     fn meshctl_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.meshctl);
         // Names the lab before `--`, behind which the arguments belong to somebody else.
@@ -381,6 +388,14 @@ impl Lab {
 
     pub fn signal_front(&self, signal: Signal) -> Result<()> {
         self.front.as_ref().context("the lab has ended")?.signal(signal)
+    }
+
+    /// Kills the front as nobody should, and collects it: a process that is dead and not collected is still one.
+    pub fn kill_front(&mut self) -> Result<()> {
+        let mut front = self.front.take().context("the lab has ended")?;
+        front.signal(Signal::SIGKILL)?;
+        wait_until("the front to be dead", SOON, || Ok(!front.is_running()?))?;
+        Ok(())
     }
 
     pub fn front_pid(&self) -> Result<u32> {

@@ -34,6 +34,7 @@ fn write_seeds() {
     discovery();
     configuration();
     names();
+    requests();
 }
 
 /// Questions by hand, and answers.
@@ -64,6 +65,21 @@ fn names() {
     seed("dns", "edns", both(60, &edns, &answer));
 }
 
+/// Requests of both versions that every route of the target's world takes.
+fn requests() {
+    for (name, lines) in [
+        ("plain", "1 GET /a/b/../b/c?q=1\nhost: Web:80\nx-one: a\nx-one: b"),
+        ("absolute", "1 POST http://web/x/y/%7Ez\ntransfer-encoding: chunked\nconnection: x-two, close\nx-two: 1"),
+        ("http2", "2 POST http://web/shop.Cart/Say\ncontent-type: application/grpc\nte: trailers\ncookie: a=1\ncookie: b=2"),
+        ("upgrade", "1 GET /test\nhost: [fd00::1]:8080\nconnection: upgrade\nupgrade: websocket"),
+        ("length", "0 PUT /exact\nhost: web\ncontent-length: 5\nx-ambit-reason: x"),
+        ("query", "1 OPTIONS /?q=a+b&q=%63\nhost: web\norigin: https://a.com"),
+        ("asterisk", "1 OPTIONS *\nhost: web"),
+    ] {
+        seed("request", name, lines);
+    }
+}
+
 fn seed(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
     fs::write(folder(target).join(format!("seed-{name}")), bytes).unwrap();
 }
@@ -79,6 +95,8 @@ fn peer() {
     );
     seed("headers", "host", format!("web.shop.svc.cluster.local:80\n{rest}"));
     let name = "spiffe://cluster.local/ns/shop/sa/web";
+    seed("headers", "claim", format!("10.0.0.1:8080\n{rest}\n{name}"));
+    seed("headers", "claims", format!("10.0.0.1:8080\n{rest}\n{name}\n{name}"));
     seed("identity", "uri", name);
     for (kind, algorithm) in [("p256", &PKCS_ECDSA_P256_SHA256), ("ed25519", &PKCS_ED25519)] {
         let key = KeyPair::generate_for(algorithm).unwrap();

@@ -1,6 +1,7 @@
 //! Shapes of traffic beyond the paired lines: both ends on one node, IPv6, many policies, DNS, HTTP/2, latency under
 //! churn, a hundred pairs at once. A mesh of their own; every shape has its arms, measured in turns.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -65,9 +66,22 @@ enum Work {
     Dns,
     /// The real h2load against the real nghttpd.
     H2,
+    /// h2load again, calling a gRPC method of the echo server.
+    Grpc,
     /// A hundred clients at once; a `*` in the way stands for the number of each.
     Pairs,
 }
+
+/// The echo server's method.
+const GRPC_METHOD: &str = "/proto.EchoTestService/Echo";
+/// h2load takes a body from a file only: one message, field 1 is the text `a`.
+const GRPC_CALL: [&str; 4] = [
+    "sh",
+    "-c",
+    "printf '\\0\\0\\0\\0\\3\\12\\1a' >/tmp/call; exec h2load -d /tmp/call \
+     -H 'content-type: application/grpc' -H 'te: trailers' \"$@\"",
+    "h2load",
+];
 
 const BULK: Work = Work::Load(&["send", "-n", "1"], 8081);
 const REQUESTS: Work = Work::Load(&["closed", "-n", "16"], 8080);
@@ -148,6 +162,13 @@ pub const SHAPES: &[Shape] = &[
         "HTTP/2: h2load, 4 connections of 16 streams",
         Kind::Requests,
         Work::H2,
+        PLAIN_AND_MESH,
+    ),
+    shape(
+        "grpc",
+        "gRPC: h2load, 4 connections of 16 calls",
+        Kind::Requests,
+        Work::Grpc,
         PLAIN_AND_MESH,
     ),
     shape(
@@ -298,7 +319,8 @@ impl<'w> Place<'w> {
                     &time,
                 )
             }
-            Work::H2 => self.h2(way, seconds),
+            Work::H2 => self.h2(way, seconds, &["h2load"], &self.url(way, 8088, "/")?),
+            Work::Grpc => self.h2(way, seconds, &GRPC_CALL, &self.url(way, 7070, GRPC_METHOD)?),
             Work::Pairs => self.pairs(way, seconds),
         }
     }
@@ -321,12 +343,15 @@ impl<'w> Place<'w> {
         Ok(format!("{}:53", server.with_context(|| format!("no nameserver in {text:?}"))?.trim()))
     }
 
+    fn url(&self, way: &Way, port: u16, path: &str) -> Result<String> {
+        Ok(format!("http://{}:{port}{path}", self.address(way.server, way.ipv6)?))
+    }
+
     /// h2load prints text: the CPU is read around the whole program.
-    fn h2(&self, way: &Way, seconds: f64) -> Result<Outcome> {
-        let url = format!("http://{}:8088/", self.address(way.server, way.ipv6)?);
-        // Of nghttpd's answer to a path that is not there, which is small as well; h2load counts it apart.
+    fn h2(&self, way: &Way, seconds: f64, program: &[&str], url: &str) -> Result<Outcome> {
+        // nghttpd answers that the path is not there, which is small as well; h2load counts it apart.
         let time = (seconds.ceil().max(1.0)).to_string();
-        let argv = ["h2load", "-c", "4", "-m", "16", "-t", "1", "-D", &time, &url];
+        let argv = [program, &["-c", "4", "-m", "16", "-t", "1", "-D", &time, url]].concat();
         let before = Cpu::now(&self.pids)?;
         let output = self.world.command_in(way.client, &argv).output()?;
         let after = Cpu::now(&self.pids)?;
@@ -408,7 +433,8 @@ fn h2load(text: &str) -> Option<Value> {
 }
 
 /// Namespaces with a client on node-1, a server beside it and one on node-2.
-pub fn manifest() -> String {
+/// `echo` is the echo server's program.
+pub fn manifest(echo: &Path) -> String {
     let mut yaml = String::new();
     for namespace in NAMESPACES {
         let mode = if *namespace == "plain" { "none" } else { "ambient" };
@@ -418,7 +444,8 @@ pub fn manifest() -> String {
         );
         for (name, node, command) in [("client", 1, "pause"), ("near", 1, "all"), ("far", 2, "all")]
         {
-            yaml += &pod(namespace, name, node, command, *namespace != "direct" && name == "far");
+            let echo = (*namespace != "direct" && name == "far").then_some(echo);
+            yaml += &pod(namespace, name, node, command, echo);
         }
         yaml += &format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{name: far, namespace: {namespace}}}\n\
@@ -437,8 +464,8 @@ pub fn manifest() -> String {
          backendRefs: [{{name: far, port: 80, weight: 90}}, {{name: far, port: 80, weight: 10}}]\n---\n"
     );
     for pair in 0..PAIRS {
-        yaml += &pod("mesh", &format!("client-{pair}"), 1, "pause", false);
-        yaml += &pod("mesh", &format!("server-{pair}"), 2, "all", false);
+        yaml += &pod("mesh", &format!("client-{pair}"), 1, "pause", None);
+        yaml += &pod("mesh", &format!("server-{pair}"), 2, "all", None);
     }
     for policy in 0..POLICIES {
         let user =
@@ -452,9 +479,15 @@ pub fn manifest() -> String {
     yaml
 }
 
-fn pod(namespace: &str, name: &str, node: u16, command: &str, h2: bool) -> String {
-    let more =
-        if h2 { "\n  - {name: h2, command: [nghttpd, --no-tls, -d, /tmp, '8088']}" } else { "" };
+/// With `echo`, HTTP/2 and gRPC servers beside the usual one.
+fn pod(namespace: &str, name: &str, node: u16, command: &str, echo: Option<&Path>) -> String {
+    let more = echo.map_or_else(String::new, |echo| {
+        format!(
+            "\n  - {{name: h2, command: [nghttpd, --no-tls, -d, /tmp, '8088']}}\n  \
+             - {{name: grpc, command: ['{}', --grpc, '7070']}}",
+            echo.display()
+        )
+    });
     format!(
         "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: {namespace}}}\n---\n\
          apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\nspec:\n  \

@@ -51,6 +51,7 @@ pub struct Programs {
     pub meshctl: PathBuf,
     pub meshload: PathBuf,
     pub ztunnel: PathBuf,
+    pub echo_server: PathBuf,
 }
 
 impl Programs {
@@ -69,6 +70,7 @@ impl Programs {
             meshctl: program("meshctl")?,
             meshload: program("meshload")?,
             ztunnel: program("ztunnel")?,
+            echo_server: program("echo-server")?,
         })
     }
 }

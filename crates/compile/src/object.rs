@@ -15,6 +15,7 @@ use model::{Provenance, Str};
 use crate::ambit::HttpFault;
 use crate::gateway_api::{Gateway, GatewayClass, GrpcRoute, HttpRoute, ReferenceGrant};
 use crate::istio::{AuthorizationPolicy, DestinationRule, PeerAuthentication, VirtualService};
+use crate::waypoints::Programmed;
 use crate::yaml::{Node as YamlNode, Value};
 
 /// Annotation on generated objects: the place in the user's files that they come from, `file:line`.
@@ -238,6 +239,8 @@ pub struct Objects {
     pub virtual_services: Table<VirtualService>,
     pub destination_rules: Table<DestinationRule>,
     pub http_faults: Table<HttpFault>,
+    /// Waypoints that are known to have been ready, which stands in no file; those without a Gateway do not count.
+    pub programmed: Programmed,
 }
 
 impl Objects {
@@ -291,8 +294,12 @@ pub(crate) trait Meta {
         self.meta().annotations.as_ref()?.get(name).map(String::as_str)
     }
 
+    fn labels(&self) -> Option<&BTreeMap<String, String>> {
+        self.meta().labels.as_ref()
+    }
+
     fn label(&self, name: &str) -> Option<&str> {
-        self.meta().labels.as_ref()?.get(name).map(String::as_str)
+        self.labels()?.get(name).map(String::as_str)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::istio::FIELD_NAMES;
 use crate::istio::fields::{self, Finding};
 use crate::kinds::{self, Handling, Kind};
 use crate::object::{Body, Meta, ORIGIN_ANNOTATION, Object, Origin, object_id};
+use crate::read::{Misfit, Reading, typed};
 use crate::validate;
 use crate::yaml::{self, Node, Value};
 use crate::{ambit, gateway_api};
@@ -241,20 +242,13 @@ impl Reader<'_> {
             }
         }
         numbers_of_quantities(&mut json, false);
-        let mut unknown = Vec::new();
-        let mut ignored = |path: serde_ignored::Path<'_>| unknown.push(field_path(&path));
-        let mut track = serde_path_to_error::Track::new();
-        let inner = serde_path_to_error::Deserializer::new(json, &mut track);
-        let result: Result<T, _> = serde_ignored::deserialize(inner, &mut ignored);
-        match result {
+        let Reading { value, unknown } = typed(&json);
+        match value {
             Ok(value) => self.known_fields(kind, &unknown).then(|| Arc::new(value)),
-            Err(e) => {
-                let field = track.path().to_string();
-                let field = if field == "." { "" } else { &field };
-                let message = e.to_string();
+            Err(Misfit { field, message }) => {
                 let quote = message.contains("expected a string") && !message.contains("map");
                 let help = if quote { "put the value in quotes" } else { "" };
-                self.lose(Code::InvalidField, field, &message, help);
+                self.lose(Code::InvalidField, &field, &message, help);
                 None
             }
         }
@@ -320,21 +314,6 @@ fn numbers_of_quantities(json: &mut Json, quantities: bool) {
         }
         Json::Array(items) => items.iter_mut().for_each(|i| numbers_of_quantities(i, false)),
         _ => {}
-    }
-}
-
-fn field_path(path: &serde_ignored::Path<'_>) -> String {
-    use serde_ignored::Path;
-    match path {
-        Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", field_path(parent)),
-        Path::Map { parent, key } => match field_path(parent) {
-            parent if parent.is_empty() => key.clone(),
-            parent => format!("{parent}.{key}"),
-        },
-        Path::Some { parent }
-        | Path::NewtypeStruct { parent }
-        | Path::NewtypeVariant { parent } => field_path(parent),
     }
 }
 

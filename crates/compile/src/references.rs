@@ -16,6 +16,7 @@ use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::selection::ByLabel;
 use crate::services::ByNamespace;
+use crate::waypoints::binding::Bindings;
 use crate::{http, labels};
 
 /// Namespaces that every cluster has, or that the mesh brings.
@@ -26,6 +27,7 @@ pub(crate) fn check(
     objects: &Objects,
     services: &ByNamespace,
     policies: &[authorization::Compiled],
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
     namespaces(&objects.service_accounts, objects, cx);
@@ -43,7 +45,7 @@ pub(crate) fn check(
     namespaces(&objects.destination_rules, objects, cx);
     namespaces(&objects.http_faults, objects, cx);
     accounts(&own, objects, cx);
-    labels::check(objects, &own, cx);
+    labels::check(objects, &own, bindings, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
     subset_labels(objects, services, &selectable, cx);

@@ -60,7 +60,8 @@ impl Mesh {
         assert_eq!(keys.collect::<std::collections::BTreeSet<_>>().len(), compiled.policies.len());
         let changes = (compiled.workloads.iter().cloned().map(Change::SetWorkload))
             .chain(compiled.services.iter().cloned().map(Change::SetService))
-            .chain(compiled.policies.iter().cloned().map(Change::SetPolicy));
+            .chain(compiled.policies.iter().cloned().map(Change::SetPolicy))
+            .chain(compiled.routes.iter().cloned().map(Change::SetRoutes));
         let snapshot = Snapshot::default().with(changes);
         Self { compiled, snapshot }
     }
@@ -78,6 +79,7 @@ impl Mesh {
             destination: SocketAddr::new(workload.addresses[0], port),
             source_ip,
             peer: identity.as_ref(),
+            client: None,
         };
         match authorize(&self.snapshot, &facts) {
             Verdict::Allow(_) => true,

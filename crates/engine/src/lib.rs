@@ -7,13 +7,16 @@
 //! that lacks information is `Pending` or a refusal, never a permission.
 
 mod authz;
+mod dice;
 mod dns;
 mod endpoint;
+pub mod http;
 mod live;
 mod outbound;
 mod pool;
 mod renewals;
 mod rotate;
+mod waypoint;
 
 pub use authz::{Allowed, InboundFacts, Verdict, authorize, demands_mutual_tls, dry_run_matches};
 pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
@@ -25,3 +28,4 @@ pub use outbound::{
 pub use pool::{BookLimits, Carrier, Next, PoolBook, Turn};
 pub use renewals::{Begin, MAX_REQUESTS, Renewals, State, TICK};
 pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};
+pub use waypoint::{AdmitFacts, Admitted, Authority, Claim, admit, claim_is_early, delegated};

@@ -44,6 +44,8 @@ pub struct TrafficKey<'a> {
     pub source: Option<&'a Arc<Workload>>,
     /// The identity the source showed. `None`, where identities are known: that of the workload.
     pub source_identity: Option<&'a Identity>,
+    /// The client for whom the source, a waypoint, calls.
+    pub client: Option<&'a Identity>,
     pub destination: Option<&'a Arc<Workload>>,
     pub destination_identity: Option<&'a Identity>,
     /// The service that was called, if it was called by its virtual address.
@@ -58,6 +60,7 @@ impl TrafficKey<'_> {
             security: Security::Plaintext,
             source: None,
             source_identity: None,
+            client: None,
             destination: None,
             destination_identity: None,
             service: None,
@@ -71,6 +74,7 @@ pub(super) struct Labels {
     pub(super) reporter: Reporter,
     security: Security,
     source: Side,
+    client: Option<Identity>,
     destination: Side,
     service: Option<(Str, Str, Str)>,
 }
@@ -98,6 +102,7 @@ impl Labels {
             reporter: key.reporter,
             security: key.security,
             source: Side::new(key.source, key.source_identity, key.security),
+            client: key.client.cloned(),
             destination: Side::new(key.destination, key.destination_identity, key.security),
             service: key
                 .service
@@ -206,6 +211,10 @@ impl EncodeLabelSet for Flagged<'_> {
         let l = self.labels;
         label(encoder, "reporter", l.reporter.as_str())?;
         l.source.encode(encoder, &SOURCE)?;
+        // Istio has no such label: left out where no waypoint names a client.
+        if let Some(client) = &l.client {
+            label(encoder, "client_principal", client)?;
+        }
         let service = l.service.as_ref();
         label(encoder, "destination_service", service.map(|s| &*s.0).unwrap_or_default())?;
         label(

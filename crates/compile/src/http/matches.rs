@@ -93,12 +93,16 @@ fn http_path(
     let value = path.and_then(|p| p.value.as_deref()).unwrap_or("/");
     let kind = path.and_then(|p| p.r#type.as_ref()).unwrap_or(&PathPrefix);
     if *kind == RegularExpression {
-        let pattern = c.pattern(value).map_err(|e| Invalid::value(at, e))?;
+        let pattern = c.pattern(value).map_err(|e| Invalid::value(at.clone(), e))?;
         return Ok((PathForm::Pattern, value.chars().count(), PathMatch::Regex(pattern)));
     }
-    text::absolute_path(value).map_err(|e| Invalid::value(at, e))?;
+    let judge = |path: &str| text::absolute_path(path).map_err(|e| Invalid::value(at.clone(), e));
+    judge(value)?;
+    // Again: `%2e` is a dot.
+    let value = &text::spelled(value);
+    judge(value)?;
     if *kind == Exact {
-        return Ok((PathForm::Exact, value.len(), PathMatch::Exact(value.into())));
+        return Ok((PathForm::Exact, value.len(), PathMatch::Exact(value.as_str().into())));
     }
     let prefix = value.strip_suffix('/').unwrap_or(value);
     let path = if prefix.is_empty() { PathMatch::Any } else { PathMatch::Segments(prefix.into()) };
@@ -161,7 +165,10 @@ fn grpc_method(
         (Some(service), None, true) => PathMatch::Prefix(format!("/{service}/").into()),
         (None, Some(method), true) => PathMatch::GrpcMethod(method.into()),
         (service, method, false) => {
-            let part = |text: Option<String>| text.map_or("[^/]+".into(), |t| format!("(?:{t})"));
+            let part = |text: Option<String>| match text {
+                Some(text) => format!("(?:{text})"),
+                None => "[^/]+".to_owned(),
+            };
             let pattern = c.pattern(&format!("/{}/{}", part(service), part(method)));
             PathMatch::Regex(pattern.map_err(|e| Invalid::value(at.to_owned(), e))?)
         }

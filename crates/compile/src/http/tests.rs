@@ -412,3 +412,45 @@ fn backends_are_services_by_their_own_port() {
     let line = rule(&compiled).provenance.origin.clone();
     assert!(line.starts_with("test.yaml:"), "{line}");
 }
+
+/// The whole way, from text to the proxy's plan: the conformance suite's case that mixes paths and headers.
+#[test]
+fn the_proxy_does_what_the_yaml_says() {
+    let to = |name: &str| format!("backendRefs: [{{name: {name}, port: 80}}]");
+    let rules = format!(
+        "[{{{}, matches: [{{path: {{value: /}}}}, {{headers: [{{name: version, value: one}}]}}]}}, \
+         {{{}, matches: [{{path: {{value: /v2}}}}, {{headers: [{{name: version, value: two}}]}}]}}]",
+        to("v1"),
+        to("v2")
+    );
+    let yaml = format!("{SHOP}{}", http(&rules));
+    let mesh = crate::testing::Mesh::new(&yaml);
+    let service = mesh.compiled.services.iter().find(|s| &*s.name == "web").unwrap();
+    for (path, version, want) in [
+        ("/", None, "v1"),
+        ("/v2", None, "v2"),
+        ("/v2/x?a=b", None, "v2"),
+        ("/v2example", None, "v1"),
+        ("/", Some("two"), "v2"),
+        ("/", Some("one"), "v1"),
+        ("/v2", Some("one"), "v2"),
+        ("/%762", None, "v2"),
+    ] {
+        let mut request = ::http::Request::builder().uri(path).header("host", "web");
+        if let Some(version) = version {
+            request = request.header("Version", version);
+        }
+        let (mut parts, ()) = request.body(()).unwrap().into_parts();
+        engine::http::normalize(&mut parts).unwrap();
+        let caller = engine::http::Caller::default();
+        let facts =
+            engine::http::RequestFacts { service, port: 80, caller, request: &parts, now: 0 };
+        let plan = engine::http::route(&mesh.snapshot, &facts, 0);
+        let engine::http::HttpAction::Forward { target: Target::Service { service, .. }, .. } =
+            plan.action
+        else {
+            panic!("R9 {path}: {plan:?}")
+        };
+        assert!(service.hostname.starts_with(want), "R9 {path} {version:?}: {service}");
+    }
+}

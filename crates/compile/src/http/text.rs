@@ -62,13 +62,34 @@ pub(super) fn absolute_path(path: &str) -> Result<(), String> {
     let lower = path.to_ascii_lowercase();
     for bad in ["//", "/./", "/../", "%2f"] {
         if lower.contains(bad) {
-            return Err(format!("{path:?} holds {bad:?}: no request's path does"));
+            return Err(format!("{path:?} holds {bad:?}, which no path of a route may"));
         }
     }
     if path.ends_with("/.") || path.ends_with("/..") {
-        return Err(format!("{path:?} ends in a dot segment: no request's path does"));
+        return Err(format!("{path:?} ends in a dot segment, as no request's path does"));
     }
     Ok(())
+}
+
+/// A path that [`absolute_path`] takes, in the one spelling that requests' paths have when rules see them: no escape of
+/// what needs none, the digits of others in upper case.
+pub(super) fn spelled(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((before, after)) = rest.split_once('%') {
+        out.push_str(before);
+        let (digits, after) = after.split_at_checked(2).unwrap_or((after, ""));
+        match u8::from_str_radix(digits, 16) {
+            Ok(b) if b.is_ascii_alphanumeric() || b"-._~".contains(&b) => out.push(char::from(b)),
+            _ => {
+                out.push('%');
+                out.push_str(&digits.to_ascii_uppercase());
+            }
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
 }
 
 /// What a path or its beginning is replaced with: absolute, or nothing.
@@ -181,6 +202,20 @@ mod tests {
         }
         for (text, good) in [("", true), ("/", true), ("/a", true), ("a", false), ("/a?b", false)] {
             assert_eq!(replacement(text).is_ok(), good, "{text}");
+        }
+    }
+
+    /// Row P6: a route means the same path however it spells it.
+    #[test]
+    fn paths_are_spelled_as_requests_are() {
+        for (path, want) in [
+            ("/a", "/a"),
+            ("/%41%7e", "/A~"),
+            ("/caf%c3%a9/x%20y", "/caf%C3%A9/x%20y"),
+            ("/%25%41", "/%25A"),
+        ] {
+            assert_eq!(spelled(path), want, "{path}");
+            assert_eq!(engine::http::normal_path(path).as_deref(), Some(want), "{path}");
         }
     }
 
