@@ -281,7 +281,7 @@ const HEAD: &str = "\
 Every field of both kinds is either *honoured*, and a test shows it, or *diagnosed*: `istiod-lite` and `meshctl` name it with a code, the
 file and the line. A field that Istio does not have is an error (`unknown_field`). The versions `v1`, `v1beta1` and `v1alpha3` are one.
 
-<!-- Made from crates/compile/src/istio/fields: TIDY_WRITE=1 cargo test -p tidy --test docs -->
+<!-- Made from crates/compile/src/istio/fields: TIDY_WRITE=1 cargo test -p compile page_is_current -->
 ";
 
 const KINDS_HEAD: &str = "

@@ -49,6 +49,21 @@ fn every_honoured_field_has_its_test() {
     }
 }
 
+/// `TIDY_WRITE=1` writes the page instead, as it does for the page of reasons.
+#[test]
+fn the_page_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/istio-fields.md");
+    let want = page();
+    if std::env::var_os("TIDY_WRITE").is_some() {
+        std::fs::write(path, &want).unwrap();
+    }
+    let got = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        got == want,
+        "docs/istio-fields.md is not what the table says: TIDY_WRITE=1 cargo test -p compile page_is_current"
+    );
+}
+
 /// The types read exactly the fields of the table.
 #[test]
 fn the_types_are_the_table() {
