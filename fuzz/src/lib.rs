@@ -11,18 +11,19 @@ mod peer;
 mod planted;
 
 pub use configuration::{objects, registry, zds};
-pub use discovery::{address, authorization, delta};
+pub use discovery::{address, authorization, delta, routes};
 pub use names::dns;
 pub use peer::{csr, headers, identity};
 
 /// Every target by name.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+pub const TARGETS: [(&str, fn(&[u8])); 11] = [
     ("headers", headers),
     ("identity", identity),
     ("csr", csr),
     ("registry", registry),
     ("address", address),
     ("authorization", authorization),
+    ("routes", routes),
     ("delta", delta),
     ("zds", zds),
     ("dns", dns),

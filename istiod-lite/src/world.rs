@@ -22,8 +22,8 @@ pub(crate) struct World {
     pub resources: Arc<Resources>,
     /// Who may have a certificate on which node.
     pub pods: PodsOnNodes,
-    /// Workloads, services, policies.
-    pub counts: [usize; 3],
+    /// Workloads, services, policies, services with routes, subsets.
+    pub counts: [usize; 5],
     pub compile_time: Duration,
     /// When this push number came to be.
     pub since: Instant,
@@ -107,7 +107,7 @@ impl Builder {
     /// else to do. Parsing, the larger part of the work, was done for the changed files only.
     fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
         let started = Instant::now();
-        let Compiled { workloads, services, policies, diagnostics, pods } =
+        let Compiled { workloads, services, policies, routes, subsets, diagnostics, pods } =
             compile::compile(&self.folder.objects(), &self.mesh);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
@@ -118,13 +118,16 @@ impl Builder {
             workloads.iter().map(|w| &**w),
             services.iter().map(|s| &**s),
             policies.iter().map(|p| &**p),
+            routes.iter().map(|r| &**r),
+            subsets.iter().map(|s| &**s),
         );
         let unchanged = last.filter(|last| last.resources.same_content(&resources));
         let (resources, since) = match unchanged {
             Some(last) => (last.resources.clone(), last.since),
             None => (Arc::new(resources), now),
         };
-        let counts = [workloads.len(), services.len(), policies.len()];
+        let counts =
+            [workloads.len(), services.len(), policies.len(), routes.len(), subsets.len()];
         let compile_time = started.elapsed();
         (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
     }
@@ -226,6 +229,6 @@ spec: {}
         assert!(play.set("s.yaml", SERVICE).world.is_none());
         play.complete = true;
         let latest = play.update(vec![]);
-        assert_eq!(latest.world.expect("complete").counts, [0, 1, 0]);
+        assert_eq!(latest.world.expect("complete").counts, [0, 1, 0, 0, 0]);
     }
 }

@@ -71,6 +71,10 @@ pub struct Compiled {
     pub services: Vec<Arc<model::Service>>,
     /// By key.
     pub policies: Vec<Arc<model::Policy>>,
+    /// By service.
+    pub routes: Vec<Arc<model::http::ServiceRoutes>>,
+    /// By key.
+    pub subsets: Vec<Arc<model::http::Subset>>,
     /// Errors first, then by place.
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
@@ -101,7 +105,8 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     policies.sort_by(|a, b| a.key.cmp(&b.key));
     let mut diagnostics = cx.diagnostics;
     diagnostics::sort(&mut diagnostics);
-    Compiled { workloads, services, policies, diagnostics, pods }
+    let (routes, subsets) = (Vec::new(), Vec::new());
+    Compiled { workloads, services, policies, routes, subsets, diagnostics, pods }
 }
 
 /// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.
