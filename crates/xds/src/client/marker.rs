@@ -11,7 +11,7 @@ use crate::{Kind, MARKER_NAME, ambit};
 
 /// Attempts to get a type from scratch before only a reconnect tries again: a server whose sums are
 /// wrong must not make us fetch the mesh forever.
-const MAX_RESYNCS: u32 = 3;
+pub(super) const MAX_RESYNCS: u32 = 3;
 
 /// A type of which the proxy holds something else than the control plane believes.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,9 +1,10 @@
 //! The client's half of the delta protocol: what is in force, what is refused, what is reported.
 
+use super::marker::MAX_RESYNCS;
 use super::*;
-use crate::security;
+use crate::{MARKER_NAME, security};
 use model::http::{ServiceRoutes, Subset, SubsetKey};
-use model::{Action, ConfigVersion, Scope, Snapshot, Workload};
+use model::{Action, Scope, Snapshot, Workload};
 
 fn client() -> Client {
     let node = Node { id: "node-1".to_owned(), ..Default::default() };

@@ -9,6 +9,7 @@
 
 mod decode;
 mod encode;
+mod reader;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -6,20 +6,18 @@ use std::time::Duration;
 
 use model::http::{
     Abort, Audience, Backend, Cors, Fault, FieldMatch, Filter, FixedResponse, HeaderEdits, Mirror,
-    OriginMatch, PathMatch, PathRewrite, Pattern, PortProtocol, Protocol, Redirect, RedirectPort,
+    OriginMatch, PathMatch, PathRewrite, PortProtocol, Protocol, Redirect, RedirectPort,
     Rewrite, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Share, SourceMatch, Subset,
     SubsetKey, Target, TextMatch, Timeouts,
 };
-use model::{Identity, Provenance, Reason, ServiceKey, Str, WorkloadUid};
+use model::{Identity, Provenance, Reason, Str, WorkloadUid};
 use prost::Message;
-use rustc_hash::FxHashSet;
 
-use super::{MAX_LIST, MAX_PATTERNS, MAX_ROUTES_BYTES, MAX_RULES, MAX_SETS, MAX_SUBSET};
+use super::reader::{Reader, Result, within};
+use super::{MAX_LIST, MAX_ROUTES_BYTES, MAX_RULES, MAX_SETS, MAX_SUBSET};
 use crate::ambit as wire;
-use crate::codec::context::{Cx, short};
-use crate::codec::{DecodeError, Interner};
-
-type Result<T> = std::result::Result<T, DecodeError>;
+use crate::codec::Interner;
+use crate::codec::context::short;
 
 const UNKNOWN_FIELDS: &str = "has fields that this proxy does not know";
 
@@ -48,20 +46,7 @@ pub fn decode_subset(name: &str, value: &[u8], interner: &mut Interner) -> Resul
     reader.subset(&message)
 }
 
-/// The resource at hand, and how much of it there was so far.
-struct Reader<'a> {
-    cx: Cx<'a>,
-    patterns: FxHashSet<Str>,
-    rules: usize,
-    matches: usize,
-}
-
-impl<'a> Reader<'a> {
-    fn new(resource: &'a str, interner: &'a mut Interner) -> Self {
-        let cx = Cx { resource, interner };
-        Self { cx, patterns: FxHashSet::default(), rules: 0, matches: 0 }
-    }
-
+impl Reader<'_> {
     fn routes(&mut self, m: &wire::Routes) -> Result<ServiceRoutes> {
         let service = self.service(m.service.as_ref())?;
         self.cx.named("service", &service.to_string())?;
@@ -399,106 +384,4 @@ impl<'a> Reader<'a> {
         })?;
         Ok(Subset { key, workloads: workloads.into_iter().collect() })
     }
-
-    fn service(&mut self, m: Option<&wire::ServiceName>) -> Result<ServiceKey> {
-        let Some(m) = m else { return Err(self.error("service", "is not set")) };
-        let plain = |s: &str| !s.is_empty() && !s.contains('/');
-        if !plain(&m.namespace) || !plain(&m.hostname) {
-            return Err(self.error("service", "is not namespace/hostname"));
-        }
-        let (namespace, hostname) = (self.cx.str(&m.namespace), self.cx.str(&m.hostname));
-        Ok(ServiceKey { namespace, hostname })
-    }
-
-    fn share(&self, m: Option<wire::Share>) -> Result<Share> {
-        match m {
-            Some(wire::Share { numerator, denominator: denominator @ 1.. }) => {
-                Ok(Share { numerator, denominator })
-            }
-            _ => Err(self.error("share", "has no denominator")),
-        }
-    }
-
-    /// The status of a final answer.
-    fn status(&self, field: &str, status: u32) -> Result<u16> {
-        match u16::try_from(status) {
-            Ok(status @ 200..=599) => Ok(status),
-            _ => Err(self.error(field, format!("{status} is no status of an answer"))),
-        }
-    }
-
-    fn port(&self, field: &str, port: u32) -> Result<u16> {
-        match self.cx.port(field, port)? {
-            0 => Err(self.error(field, "0 is not a port")),
-            port => Ok(port),
-        }
-    }
-
-    /// Lower case, as HTTP/2 has them and as they are looked up.
-    fn header_name(&self, field: &str, name: &str) -> Result<()> {
-        let token = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&b);
-        if !name.is_empty() && name.bytes().all(token) {
-            return Ok(());
-        }
-        Err(self.error(field, format!("{:?} is no header name in lower case", short(name))))
-    }
-
-    fn pattern(&mut self, field: &str, text: &str) -> Result<Pattern> {
-        let pattern = self.cx.interner.pattern(text).map_err(|e| self.error(field, e))?;
-        self.patterns.insert(pattern.text().clone());
-        if self.patterns.len() > MAX_PATTERNS {
-            let problem = format!("more than {MAX_PATTERNS} different patterns");
-            return Err(self.error(field, problem));
-        }
-        Ok(pattern)
-    }
-
-    fn strings(&mut self, field: &str, all: &[String]) -> Result<Vec<Str>> {
-        self.each(field, MAX_LIST, all, |r, s| Ok(r.cx.str(s)))
-    }
-
-    /// Every entry of a list; an error names the place.
-    fn each<T, U>(
-        &mut self,
-        field: &str,
-        max: usize,
-        all: &[T],
-        mut one: impl FnMut(&mut Self, &T) -> Result<U>,
-    ) -> Result<Vec<U>> {
-        if all.len() > max {
-            let problem = format!("{} entries, at most {max} are read", all.len());
-            return Err(self.error(field, problem));
-        }
-        let mut read = Vec::with_capacity(all.len());
-        for (i, entry) in all.iter().enumerate() {
-            read.push(one(self, entry).map_err(|e| within(e, &format!("{field}[{i}]")))?);
-        }
-        Ok(read)
-    }
-
-    fn optional<T, U>(
-        &mut self,
-        field: &str,
-        message: Option<&T>,
-        one: impl FnOnce(&mut Self, &T) -> Result<U>,
-    ) -> Result<Option<U>> {
-        message.map(|m| one(self, m)).transpose().map_err(|e| within(e, field))
-    }
-
-    fn unknown(&self, field: &str) -> DecodeError {
-        self.error(field, "is of a kind that this proxy does not know")
-    }
-
-    fn error(&self, field: &str, problem: impl ToString) -> DecodeError {
-        self.cx.error(field, problem)
-    }
-}
-
-/// The error of a part, named by its place in the whole.
-fn within(error: DecodeError, place: &str) -> DecodeError {
-    let field = match error.field.as_str() {
-        "" => place.to_owned(),
-        inner => format!("{place}.{inner}"),
-    };
-    DecodeError { field, ..error }
 }
