@@ -76,7 +76,8 @@ impl Client {
     fn compare(&mut self, push: ConfigVersion, holdings: &[ambit::Holding]) -> Vec<Mismatch> {
         let mut mismatches = Vec::new();
         for holding in holdings {
-            let Some(kind) = Kind::from_type_url(&holding.type_url) else { continue };
+            let kind = Kind::from_type_url(&holding.type_url);
+            let Some(kind) = kind.filter(|kind| self.kinds.contains(kind)) else { continue };
             let Some(table) = self.tables.get_mut(kind.index()) else { continue };
             let (want, have) = (Sum { count: holding.count, sum: holding.sum }, table.sum);
             if table.resyncing {

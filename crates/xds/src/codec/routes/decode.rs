@@ -317,7 +317,7 @@ impl Reader<'_> {
 
     fn cors(&mut self, m: &wire::Cors) -> Result<Cors> {
         use wire::origin_match::Origin;
-        let origin = |r: &mut Self, m: &wire::OriginMatch| {
+        let origin = |r: &mut Self, m: &wire::OriginMatch| -> Result<_> {
             Ok(match &m.origin {
                 Some(Origin::Any(())) => OriginMatch::Any,
                 Some(Origin::Exact(s)) => OriginMatch::Exact(r.cx.str(s)),
@@ -342,7 +342,7 @@ impl Reader<'_> {
     }
 
     fn fault(&mut self, m: &wire::Fault) -> Result<Fault> {
-        let delay = |r: &mut Self, m: &wire::Delay| {
+        let delay = |r: &mut Self, m: &wire::Delay| -> Result<_> {
             Ok((r.share(m.share)?, Duration::from_nanos(m.duration_ns)))
         };
         Ok(Fault {
