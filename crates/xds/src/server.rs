@@ -297,9 +297,8 @@ impl Connection {
             return None;
         }
         self.marker_due = false;
-        let sent = |kind: &Kind| {
-            self.types[kind.index()].active && !self.must_wait(*kind, Part::Added)
-        };
+        let sent =
+            |kind: &Kind| self.types[kind.index()].active && !self.must_wait(*kind, Part::Added);
         let kinds = Kind::CONFIGURATION.into_iter().filter(sent);
         let push = self.desired.push();
         let message = ambit::PushMarker {

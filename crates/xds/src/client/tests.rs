@@ -222,9 +222,7 @@ fn unreadable_new_routes_and_subsets_are_closed() {
         let one = resource(Kind::Routes, "ns/h", version, value.to_vec());
         response(Kind::Routes, vec![one], &[])
     };
-    let closed = |changes: &[Change]| {
-        matches!(changes, [Change::SetRoutes(r)] if r.sets.len() == 1 && r.sets[0].ports.is_empty())
-    };
+    let closed = |changes: &[Change]| matches!(changes, [Change::SetRoutes(r)] if r.sets.len() == 1 && r.sets[0].ports.is_empty());
     // Also what is of another type is closed: the name says what it is for.
     let mut odd = one("1", &readable);
     odd.resources[0].resource = None;

@@ -49,7 +49,12 @@ impl Cx<'_> {
         Err(self.error(field, format!("{} bytes are not an IP address", bytes.len())))
     }
 
-    pub(super) fn prefix_length(&self, field: &str, ip: IpAddr, length: u32) -> Result<u8, DecodeError> {
+    pub(super) fn prefix_length(
+        &self,
+        field: &str,
+        ip: IpAddr,
+        length: u32,
+    ) -> Result<u8, DecodeError> {
         let width = if ip.is_ipv4() { 32 } else { 128 };
         match u8::try_from(length) {
             Ok(length) if length <= width => Ok(length),

@@ -1,6 +1,5 @@
 //! Wire messages to model values. See the module above for what is strict and why.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use model::{

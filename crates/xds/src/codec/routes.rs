@@ -60,10 +60,7 @@ pub fn closed_routes(name: &str, interner: &mut Interner) -> Option<ServiceRoute
             field: interner.str("(refused by this proxy: closed until it can be read)"),
             origin: interner.str(""),
         },
-        filters: vec![Filter::Fail {
-            reason: Reason::Unsupported,
-            message: interner.str(message),
-        }],
+        filters: vec![Filter::Fail { reason: Reason::Unsupported, message: interner.str(message) }],
         backends: Vec::new(),
         timeouts: Timeouts::default(),
     };

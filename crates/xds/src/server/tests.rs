@@ -231,11 +231,7 @@ fn a_returning_waypoint_keeps_addresses_until_its_routes_have_changed() {
         initial_resource_versions: [(name.to_owned(), "v".to_owned())].into(),
         ..subscribe(kind)
     };
-    for (kind, name) in [
-        (Kind::Routes, "ns/s"),
-        (Kind::Subset, "ns/s/v1"),
-        (Kind::Address, "w"),
-    ] {
+    for (kind, name) in [(Kind::Routes, "ns/s"), (Kind::Subset, "ns/s/v1"), (Kind::Address, "w")] {
         c.request(holding(kind, name)).unwrap();
         if kind != Kind::Address {
             assert_eq!(sent(&mut c).0, Vec::<String>::new());

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use model::http::{
     Abort, Audience, Backend, Cors, Fault, FieldMatch, Filter, FixedResponse, HeaderEdits, Mirror,
-    OriginMatch, PathMatch, PathRewrite, PortProtocol, Protocol, Redirect, RedirectPort,
-    Rewrite, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Share, SourceMatch, Subset,
+    OriginMatch, PathMatch, PathRewrite, PortProtocol, Protocol, Redirect, RedirectPort, Rewrite,
+    RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Share, SourceMatch, Subset,
     SubsetKey, Target, TextMatch, Timeouts,
 };
 use model::{Identity, Provenance, Reason, Str, WorkloadUid};
@@ -140,7 +140,9 @@ impl Reader<'_> {
             Some(Path::Segments(s)) => {
                 // Any other would never fit, or fit where it should not.
                 if !s.starts_with('/') || s.ends_with('/') {
-                    return Err(self.error("segments", "must begin with a slash and not end in one"));
+                    return Err(
+                        self.error("segments", "must begin with a slash and not end in one")
+                    );
                 }
                 PathMatch::Segments(self.cx.str(s))
             }
@@ -190,8 +192,7 @@ impl Reader<'_> {
 
     fn rule(&mut self, m: &wire::RouteRule) -> Result<RouteRule> {
         let nowhere = wire::Provenance::default();
-        let wire::Provenance { object, field, origin } =
-            m.provenance.as_ref().unwrap_or(&nowhere);
+        let wire::Provenance { object, field, origin } = m.provenance.as_ref().unwrap_or(&nowhere);
         let timeouts = m.timeouts.unwrap_or_default();
         Ok(RouteRule {
             route: self.cx.str(&m.route),
@@ -321,10 +322,9 @@ impl Reader<'_> {
             Ok(match &m.origin {
                 Some(Origin::Any(())) => OriginMatch::Any,
                 Some(Origin::Exact(s)) => OriginMatch::Exact(r.cx.str(s)),
-                Some(Origin::Wildcard(m)) => OriginMatch::Wildcard {
-                    before: r.cx.str(&m.before),
-                    after: r.cx.str(&m.after),
-                },
+                Some(Origin::Wildcard(m)) => {
+                    OriginMatch::Wildcard { before: r.cx.str(&m.before), after: r.cx.str(&m.after) }
+                }
                 Some(Origin::Prefix(s)) => OriginMatch::Prefix(r.cx.str(s)),
                 Some(Origin::Regex(s)) => OriginMatch::Regex(r.pattern("regex", s)?),
                 None => return Err(r.unknown("")),
@@ -379,9 +379,8 @@ impl Reader<'_> {
         if !m.workloads.is_sorted_by(|a, b| a < b) {
             return Err(self.error("workloads", "are not in ascending order"));
         }
-        let workloads = self.each("workloads", MAX_SUBSET, &m.workloads, |r, uid| {
-            Ok(WorkloadUid(r.cx.str(uid)))
-        })?;
+        let workloads = self
+            .each("workloads", MAX_SUBSET, &m.workloads, |r, uid| Ok(WorkloadUid(r.cx.str(uid))))?;
         Ok(Subset { key, workloads: workloads.into_iter().collect() })
     }
 }

@@ -102,10 +102,8 @@ fn text(text: &TextMatch) -> wire::TextMatch {
 }
 
 fn fields(all: &[FieldMatch]) -> Vec<wire::FieldMatch> {
-    let field = |f: &FieldMatch| wire::FieldMatch {
-        name: f.name.to_string(),
-        value: Some(text(&f.value)),
-    };
+    let field =
+        |f: &FieldMatch| wire::FieldMatch { name: f.name.to_string(), value: Some(text(&f.value)) };
     all.iter().map(field).collect()
 }
 
@@ -171,10 +169,9 @@ fn filter(filter: &Filter) -> wire::Filter {
                 path: path.as_ref().map(rewrite),
             }),
             Filter::Redirect(one) => Wire::Redirect(redirect(one)),
-            Filter::Mirror(Mirror { target: to, share: of }) => Wire::Mirror(wire::Mirror {
-                target: Some(target(to)),
-                share: Some(share(*of)),
-            }),
+            Filter::Mirror(Mirror { target: to, share: of }) => {
+                Wire::Mirror(wire::Mirror { target: Some(target(to)), share: Some(share(*of)) })
+            }
             Filter::Cors(one) => Wire::Cors(cors(one)),
             Filter::Fault(one) => Wire::Fault(fault(one)),
             Filter::Respond(FixedResponse { status, body }) => Wire::Respond(wire::FixedResponse {

@@ -61,7 +61,8 @@ impl<'a> Reader<'a> {
 
     /// Lower case, as HTTP/2 has them and as they are looked up.
     pub(super) fn header_name(&self, field: &str, name: &str) -> Result<()> {
-        let token = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&b);
+        let token =
+            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&b);
         if !name.is_empty() && name.bytes().all(token) {
             return Ok(());
         }

@@ -90,7 +90,7 @@ fn sample() -> wire::Routes {
     }
 }
 
-fn decoded(routes: &wire::Routes) -> std::result::Result<ServiceRoutes, DecodeError> {
+fn decoded(routes: &wire::Routes) -> Result<ServiceRoutes, DecodeError> {
     decode_routes("ns/h", &routes.encode_to_vec(), &mut Interner::default())
 }
 
@@ -153,9 +153,8 @@ fn what_is_not_understood_is_refused_by_its_place() {
             "path.segments: must begin with a slash and not end in one",
         );
     }
-    let regex = |text: &str| wire::TextMatch {
-        text: Some(wire::text_match::Text::Regex(text.to_owned())),
-    };
+    let regex =
+        |text: &str| wire::TextMatch { text: Some(wire::text_match::Text::Regex(text.to_owned())) };
     one(&|m| m.method = Some(wire::TextMatch { text: None }), &format!("method: {KIND}"));
     one(&|m| m.authority = Some(regex("a)(b")), "authority.regex: unopened group");
     one(&|m| m.headers[0].value = None, "headers[0].value: is not set");
@@ -270,21 +269,14 @@ fn subsets_are_checked_too() {
         };
         change(&mut subset);
         let got = decode_subset(name, &subset.encode_to_vec(), &mut Interner::default());
-        let got = got.map_or_else(|e| e.to_string(), |s| format!("{} {}", s.key, s.workloads.len()));
+        let got =
+            got.map_or_else(|e| e.to_string(), |s| format!("{} {}", s.key, s.workloads.len()));
         assert_eq!(got, want);
     };
     check("ns/h/v1", &|_| {}, "ns/h/v1 2");
-    check(
-        "ns/h/v2",
-        &|_| {},
-        "ns/h/v2: name: says \"ns/h/v1\", the resource is named otherwise",
-    );
+    check("ns/h/v2", &|_| {}, "ns/h/v2: name: says \"ns/h/v1\", the resource is named otherwise");
     check("ns/h/", &|s| s.name = String::new(), "ns/h/: name: is empty, or has a slash");
-    check(
-        "ns/h/v1",
-        &|s| s.workloads.reverse(),
-        "ns/h/v1: workloads: are not in ascending order",
-    );
+    check("ns/h/v1", &|s| s.workloads.reverse(), "ns/h/v1: workloads: are not in ascending order");
 }
 
 #[test]

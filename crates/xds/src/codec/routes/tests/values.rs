@@ -63,10 +63,8 @@ fn source() -> impl Strategy<Value = SourceMatch> {
 
 fn one_match(rules: u32) -> impl Strategy<Value = RouteMatch> {
     let texts = (option::of(text()), option::of(text()), option::of(text()));
-    let query = vec(
-        (any_text(), text()).prop_map(|(name, value)| FieldMatch { name, value }),
-        0..3,
-    );
+    let query =
+        vec((any_text(), text()).prop_map(|(name, value)| FieldMatch { name, value }), 0..3);
     (0..rules, path(), texts, headers(), headers(), query, source()).prop_map(
         |(rule, path, (method, scheme, authority), headers, without_headers, query, source)| {
             RouteMatch {
@@ -110,8 +108,11 @@ fn rewrite() -> impl Strategy<Value = PathRewrite> {
 fn edits() -> impl Strategy<Value = HeaderEdits> {
     let value = "[\t -~é]{0,5}".prop_map(Str::from);
     let pairs = vec((word(), value), 0..3).boxed();
-    (vec(word(), 0..3), pairs.clone(), pairs)
-        .prop_map(|(remove, set, add)| HeaderEdits { remove, set, add })
+    (vec(word(), 0..3), pairs.clone(), pairs).prop_map(|(remove, set, add)| HeaderEdits {
+        remove,
+        set,
+        add,
+    })
 }
 
 fn redirect() -> impl Strategy<Value = Redirect> {
@@ -168,8 +169,7 @@ fn filter() -> impl Strategy<Value = Filter> {
         (option::of(any_text()), option::of(rewrite()))
             .prop_map(|(host, path)| Filter::Rewrite(Rewrite { host, path })),
         redirect().prop_map(Filter::Redirect),
-        (target(), share())
-            .prop_map(|(target, share)| Filter::Mirror(Mirror { target, share })),
+        (target(), share()).prop_map(|(target, share)| Filter::Mirror(Mirror { target, share })),
         cors().prop_map(Filter::Cors),
         fault().prop_map(Filter::Fault),
         (200..600_u16, any_text())
