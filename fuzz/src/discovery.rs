@@ -154,8 +154,7 @@ pub fn delta(data: &[u8]) {
 fn desired() -> Resources {
     let workload = Workload::named("c//Pod/ns/w", "ns", "w");
     let key = ServiceKey { namespace: "ns".into(), hostname: "s".into() };
-    let routes =
-        ServiceRoutes { service: key.clone(), ports: Arc::new([]), sets: Arc::new([]) };
+    let routes = ServiceRoutes { service: key.clone(), ports: Arc::new([]), sets: Arc::new([]) };
     let subset = Subset {
         key: SubsetKey { service: key.clone(), name: "v1".into() },
         workloads: [workload.uid.clone()].into(),

@@ -126,8 +126,7 @@ impl Builder {
             Some(last) => (last.resources.clone(), last.since),
             None => (Arc::new(resources), now),
         };
-        let counts =
-            [workloads.len(), services.len(), policies.len(), routes.len(), subsets.len()];
+        let counts = [workloads.len(), services.len(), policies.len(), routes.len(), subsets.len()];
         let compile_time = started.elapsed();
         (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
     }

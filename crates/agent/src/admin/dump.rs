@@ -49,8 +49,7 @@ pub struct Certificate {
     pub expiration_time: String,
 }
 
-const PARTS: [&str; 6] =
-    ["workloads", "services", "policies", "routes", "subsets", "certificates"];
+const PARTS: [&str; 6] = ["workloads", "services", "policies", "routes", "subsets", "certificates"];
 
 pub(super) fn config_dump(query: Option<&str>, state: &Arc<AdminState>) -> Answer {
     let only = parameter(query, "only");

@@ -233,8 +233,7 @@ async fn config_dump() {
 #[tokio::test]
 async fn config_dump_of_a_waypoint() {
     let service = ServiceKey { namespace: "shop".into(), hostname: "web".into() };
-    let target =
-        Target::Service { service: service.clone(), port: 80, subset: Some("v2".into()) };
+    let target = Target::Service { service: service.clone(), port: 80, subset: Some("v2".into()) };
     let edits = HeaderEdits { remove: vec!["x-a".into()], ..HeaderEdits::default() };
     let rule = RouteRule {
         route: "HTTPRoute/shop/web".into(),

@@ -238,8 +238,7 @@ async fn a_waypoint_has_its_routes_from_the_control_plane_and_from_disk() {
     assert_eq!(types, Kind::OF_WAYPOINT.map(Kind::type_url));
     let service = model::ServiceKey { namespace: "ns".into(), hostname: "web".into() };
     let key = SubsetKey { service: service.clone(), name: "v1".into() };
-    let routes =
-        ServiceRoutes { service: service.clone(), ports: [].into(), sets: [].into() };
+    let routes = ServiceRoutes { service: service.clone(), ports: [].into(), sets: [].into() };
     let subset = Subset { key: key.clone(), workloads: Default::default() };
     let push = ConfigVersion { epoch: 9, number: 1 };
     let desired = Arc::new(Resources::new(push, [], [], [], [&routes], [&subset]));
