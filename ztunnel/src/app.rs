@@ -23,6 +23,7 @@ use anyhow::{Context, bail, ensure};
 use model::{Reason, Refusal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
+use xds::Kind;
 
 use crate::config::{Config, Waits};
 use crate::pages::Pages;
@@ -207,6 +208,7 @@ fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPla
         xds: own.clone(),
         ca: own,
         login: Login::Certificate { bootstrap_token },
+        kinds: &Kind::OF_NODE,
         anchors: Anchors::RootFile,
         proxy: Proxy::of_node(&config.node),
         cluster: config.cluster.as_str().into(),
@@ -221,6 +223,7 @@ fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPla
         xds: seam.xds,
         ca: seam.ca,
         login: Login::Token(seam.token),
+        kinds: &Kind::OF_ISTIO,
         anchors: Anchors::CaAnswer,
         proxy: seam.proxy,
         certificate_lifetime: seam.certificate_lifetime,

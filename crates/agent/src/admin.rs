@@ -204,7 +204,7 @@ fn index(state: &AdminState) -> Answer {
     let pages = [
         (
             "GET  /config_dump",
-            "configuration, certificates and settings as JSON; ?namespace=NS, ?only=workloads|services|policies|certificates",
+            "configuration, certificates and settings as JSON; ?namespace=NS, ?only=workloads|services|policies|routes|subsets|certificates",
         ),
         ("GET  /connections", "live connections as JSON"),
         ("GET  /logging", "the log filter in force"),

@@ -459,10 +459,13 @@ fn the_wire_loses_nothing() {
                 .cloned()
                 .map(model::Change::SetPolicy)
                 .chain(compiled.services.iter().cloned().map(model::Change::SetService))
-                .chain(compiled.workloads.iter().cloned().map(model::Change::SetWorkload)),
+                .chain(compiled.workloads.iter().cloned().map(model::Change::SetWorkload))
+                .chain(compiled.routes.iter().cloned().map(model::Change::SetRoutes))
+                .chain(compiled.subsets.iter().cloned().map(model::Change::SetSubset)),
         );
         assert!(compiled.workloads.len() > 1, "{}", dir.display());
         assert_eq!(contents(&wire), contents(&direct), "{}", dir.display());
+        assert_eq!(http_contents(&wire), http_contents(&direct), "{}", dir.display());
     }
 }
 
@@ -476,6 +479,16 @@ fn contents(
     let mut policies: Vec<_> = s.policies().map(|p| (**p).clone()).collect();
     policies.sort_by(|a, b| a.key.cmp(&b.key));
     (workloads, services, policies)
+}
+
+fn http_contents(
+    s: &model::Snapshot,
+) -> (Vec<model::http::ServiceRoutes>, Vec<model::http::Subset>) {
+    let mut routes: Vec<_> = s.all_routes().map(|r| (**r).clone()).collect();
+    routes.sort_by(|a, b| a.service.cmp(&b.service));
+    let mut subsets: Vec<_> = s.subsets().map(|s| (**s).clone()).collect();
+    subsets.sort_by(|a, b| a.key.cmp(&b.key));
+    (routes, subsets)
 }
 
 /// What the other texts do not use: every matcher, every load balancing field.
