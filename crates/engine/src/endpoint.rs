@@ -12,11 +12,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use model::http::Subset;
 use model::{
     Endpoint, FamilyPolicy, Health, HealthPolicy, Locality, LocalityScope, MESH_PORTS, Reason,
     Refusal, RoutingMode, Service, ServicePort, Snapshot, TunnelProtocol, Workload,
 };
 
+use crate::dice::Dice;
 use crate::outbound::MAX_CANDIDATES;
 
 /// A call to one port of a service.
@@ -45,9 +47,19 @@ pub(crate) fn choose<'a>(
     snapshot: &'a Snapshot,
     rand: u64,
 ) -> Result<Vec<Pick<'a>>, Refusal> {
+    choose_in(call, None, snapshot, rand)
+}
+
+/// The same among the endpoints of a subset.
+pub(crate) fn choose_in<'a>(
+    call: &Call<'a>,
+    subset: Option<&Subset>,
+    snapshot: &'a Snapshot,
+    rand: u64,
+) -> Result<Vec<Pick<'a>>, Refusal> {
     let mut best = Best::default();
     let mut dice = Dice::new(rand);
-    scan(call, snapshot, |mut pick| {
+    scan(call, subset, snapshot, |mut pick| {
         let rate = f64::from(pick.workload.capacity.max(1));
         let unit = dice.unit();
         // -ln(x) is at least 1-x: most endpoints of a large service lose without the logarithm.
@@ -63,7 +75,7 @@ pub(crate) fn choose<'a>(
 /// Every endpoint that fits, nearest first, then by uid.
 pub(crate) fn all<'a>(call: &Call<'a>, snapshot: &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal> {
     let mut picks = Vec::new();
-    scan(call, snapshot, |pick| picks.push(pick))?;
+    scan(call, None, snapshot, |pick| picks.push(pick))?;
     picks.sort_by_key(|p| std::cmp::Reverse(p.rank));
     Ok(picks)
 }
@@ -71,15 +83,23 @@ pub(crate) fn all<'a>(call: &Call<'a>, snapshot: &'a Snapshot) -> Result<Vec<Pic
 /// Calls `found` for every endpoint that fits. An error when none does.
 fn scan<'a>(
     call: &Call<'a>,
+    subset: Option<&Subset>,
     snapshot: &'a Snapshot,
     mut found: impl FnMut(Pick<'a>),
 ) -> Result<(), Refusal> {
     let mut unfit = Unfit::default();
     let mut any = false;
-    for (_, endpoint) in
+    // Endpoints and members both come in the order of their uids: one walk over the two.
+    let mut members = subset.map(|subset| subset.workloads.iter().peekable());
+    for (uid, endpoint) in
         snapshot.endpoints(&call.service.key).into_iter().flat_map(|all| all.iter())
     {
-        match fit(call, endpoint) {
+        let member = members.as_mut().is_none_or(|members| {
+            while members.next_if(|member| *member < uid).is_some() {}
+            members.next_if_eq(&uid).is_some()
+        });
+        let fits = if member { fit(call, endpoint) } else { Err(Why::OtherSubset) };
+        match fits {
             Ok(pick) => {
                 any = true;
                 found(pick);
@@ -87,7 +107,7 @@ fn scan<'a>(
             Err(why) => *unfit.counter(why) += 1,
         }
     }
-    if any { Ok(()) } else { Err(unfit.refusal(call)) }
+    if any { Ok(()) } else { Err(unfit.refusal(call, subset)) }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +120,7 @@ enum Why {
     Hostname,
     TooFar,
     Unreadable,
+    OtherSubset,
 }
 
 fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
@@ -196,35 +217,10 @@ impl Pick<'_> {
     }
 }
 
-/// Numbers that follow from one random number alone (SplitMix64).
-struct Dice {
-    state: u64,
-}
-
-impl Dice {
-    fn new(rand: u64) -> Self {
-        // Callers may count up instead of drawing: neighbours must not share a sequence.
-        Self { state: mix(rand) }
-    }
-
-    /// Uniform in (0, 1].
-    fn unit(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        // The upper 32 bits: exact in a float, and fine enough for any number of endpoints.
-        (f64::from((mix(self.state) >> 32) as u32) + 1.0) / 4_294_967_296.0
-    }
-}
-
-const fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
 /// How many endpoints did not fit, and why.
 #[derive(Default)]
 struct Unfit {
-    counts: [usize; 8],
+    counts: [usize; 9],
 }
 
 impl Unfit {
@@ -232,8 +228,11 @@ impl Unfit {
         &mut self.counts[why as usize]
     }
 
-    fn refusal(&self, call: &Call<'_>) -> Refusal {
-        let service = &call.service.key;
+    fn refusal(&self, call: &Call<'_>, subset: Option<&Subset>) -> Refusal {
+        let service = match subset {
+            Some(subset) => format!("{} subset {}", call.service.key, subset.key.name),
+            None => call.service.key.to_string(),
+        };
         let total: usize = self.counts.iter().sum();
         if total == 0 {
             let message = format!("service {service} has no endpoints");
@@ -249,6 +248,7 @@ impl Unfit {
             (of(Why::Hostname), "known only by a DNS name, which this version does not resolve"),
             (of(Why::TooFar), "outside the scopes that the service demands"),
             (of(Why::Unreadable), "described in a way that this proxy cannot read"),
+            (of(Why::OtherSubset), "outside the subset"),
         ];
         let words: Vec<String> =
             parts.iter().filter(|(n, _)| *n > 0).map(|(n, why)| format!("{n} {why}")).collect();

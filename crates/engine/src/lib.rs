@@ -7,8 +7,10 @@
 //! that lacks information is `Pending` or a refusal, never a permission.
 
 mod authz;
+mod dice;
 mod dns;
 mod endpoint;
+pub mod http;
 mod live;
 mod outbound;
 mod pool;

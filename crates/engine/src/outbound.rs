@@ -167,7 +167,7 @@ fn to_workload(snapshot: &Snapshot, workload: &Arc<Workload>, target: SocketAddr
     }
 }
 
-fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
+pub(crate) fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
     let workload = pick.workload;
     let transport = match workload.protocol {
         TunnelProtocol::None => Transport::Plain,
