@@ -1,6 +1,6 @@
 //! What another proxy sends: the words of a CONNECT, its certificate, and a certificate request.
 
-use hbone::{Authority, ConnectHeaders, peer_identity};
+use hbone::{Authority, CLIENT_IDENTITY, ConnectHeaders, peer_identity};
 use http::{HeaderMap, HeaderValue};
 use istiod_lite::csr::{Csr, CsrError, MAX_CSR};
 use model::Identity;
@@ -8,7 +8,8 @@ use rustls_pki_types::CertificateDer;
 
 use crate::planted;
 
-/// A CONNECT: `:authority`, then `forwarded`, `baggage` and `traceparent`, a line each.
+/// A CONNECT: `:authority`, then `forwarded`, `baggage` and `traceparent`, a line each, then the clients for whom it is said to
+/// be.
 pub fn headers(data: &[u8]) {
     let mut lines = data.split(|b| *b == b'\n');
     let line = lines.next().unwrap_or_default();
@@ -22,13 +23,33 @@ pub fn headers(data: &[u8]) {
             map.insert(name, value);
         }
     }
+    for line in lines {
+        if let Ok(value) = HeaderValue::from_bytes(line) {
+            map.append(CLIENT_IDENTITY, value);
+        }
+    }
+    claim(&map);
     let headers = ConnectHeaders::from_headers(&map);
+    assert_eq!(headers.client, None, "a claim that nobody has judged");
     assert_eq!(headers.baggage.is_some(), map.contains_key("baggage"));
     assert_eq!(headers.traceparent.is_some(), map.contains_key("traceparent"));
     let Some(host) = headers.forwarded_host() else { return };
     assert!(!host.is_empty() && host == host.to_ascii_lowercase(), "{host:?}");
     assert!(!host.contains(';'), "{host:?} is more than one pair");
     planted::forwarded(&host);
+}
+
+fn claim(map: &HeaderMap) {
+    let all: Vec<_> = map.get_all(CLIENT_IDENTITY).iter().collect();
+    match ConnectHeaders::claim(map) {
+        Ok(None) => assert!(all.is_empty(), "a claim that cannot be read is not none"),
+        Ok(Some(client)) => {
+            assert_eq!(all, [client.to_string().as_str()], "one client, in its one spelling");
+        }
+        Err(words) => {
+            assert!(!all.is_empty() && words.len() < 1024, "a peer must not fill the log");
+        }
+    }
 }
 
 fn authority(text: &str) {

@@ -79,6 +79,8 @@ fn peer() {
     );
     seed("headers", "host", format!("web.shop.svc.cluster.local:80\n{rest}"));
     let name = "spiffe://cluster.local/ns/shop/sa/web";
+    seed("headers", "claim", format!("10.0.0.1:8080\n{rest}\n{name}"));
+    seed("headers", "claims", format!("10.0.0.1:8080\n{rest}\n{name}\n{name}"));
     seed("identity", "uri", name);
     for (kind, algorithm) in [("p256", &PKCS_ECDSA_P256_SHA256), ("ed25519", &PKCS_ED25519)] {
         let key = KeyPair::generate_for(algorithm).unwrap();

@@ -6,7 +6,9 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use compile::WaypointAccounts;
 use futures_util::FutureExt;
+use http::HeaderMap;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,14 +17,17 @@ use xds::Kind;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use xds::server::{Connection, Event, Resources};
 
-use crate::authorize::Refused;
+use crate::authorize::{Caller, Refused, may_read};
 use crate::control::{Control, Peer, Stream};
+use crate::login::login;
+use crate::pod_tokens::TokenId;
 
 /// A proxy that comes back states the version of every resource it holds: 100,000 names of 200 bytes.
 pub(crate) const MAX_REQUEST: usize = 32 << 20;
 /// Responses ready to be written. Each may have megabytes, and the connection holds them back itself.
 const MAX_QUEUED: usize = 1;
-/// One proxy per node, one that takes over from it, and connections whose end we have not noticed yet.
+/// One proxy per node (or per waypoint's pod), one that takes over from it, and connections whose end we have not noticed
+/// yet.
 const MAX_STREAMS_PER_NODE: usize = 4;
 /// A proxy that is sent something and says nothing for this long keeps our buffers filled for nothing.
 /// Taking 100,000 workloads in takes it about a second.
@@ -37,50 +42,77 @@ type Responses = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
 pub(crate) fn open(
     control: &Arc<Control>,
     peer: &Peer,
+    headers: &HeaderMap,
     requests: Streaming<DeltaDiscoveryRequest>,
 ) -> Result<Responses, Status> {
     let now = SystemTime::now();
     let refuse = |refused: &Refused| {
         control.metrics.refused(refused.code());
         tracing::warn!(peer = %peer.address, reason = refused.code(), "no configuration: {refused}");
-        if refused.is_unauthenticated() {
-            Status::unauthenticated(refused.to_string())
-        } else {
-            Status::permission_denied(refused.to_string())
-        }
+        refused_status(refused)
     };
-    let caller = peer.caller(&control.mesh.trust_domain, now).map_err(|e| refuse(&e))?;
-    let node = caller.node().clone();
-    let stream = control.open_stream(&node, peer.address, now, MAX_STREAMS_PER_NODE);
+    let login = login(control, peer, headers, now).map_err(|e| refuse(&e))?;
+    let caller = &login.caller;
+    if let Caller::Pod(_) = caller {
+        let world = control.latest.borrow().world.clone();
+        let world = world.ok_or_else(|| Status::unavailable("the folders are being read"))?;
+        may_read(caller, &world.waypoints).map_err(|e| refuse(&e))?;
+    } else {
+        may_read(caller, &WaypointAccounts::new()).map_err(|e| refuse(&e))?;
+    }
+    let stream = control.open_stream(caller, peer.address, now, MAX_STREAMS_PER_NODE);
     let stream = stream.ok_or_else(|| {
         control.metrics.refused("too_many_streams");
-        let text = format!("{node} has {MAX_STREAMS_PER_NODE} streams open already");
+        let text = format!("{} has {MAX_STREAMS_PER_NODE} streams open already", name_of(caller));
         tracing::warn!(peer = %peer.address, "no configuration: {text}");
         Status::resource_exhausted(text)
     })?;
-    let not_after = peer.certificate.iter().flatten().map(|c| c.not_after).min().unwrap_or(now);
-    let expires = Instant::now() + not_after.duration_since(now).unwrap_or_default();
+    peer.admitted.send_replace(true);
+    let not_after = peer.certificate.iter().flatten().map(|c| c.not_after).min();
+    let expires = not_after.map(|end| Instant::now() + end.duration_since(now).unwrap_or_default());
     let (responses, outbox) = mpsc::channel(MAX_QUEUED);
     let driver = Driver {
         control: control.clone(),
         stream,
-        node,
+        node: caller.node().clone(),
+        token: login.pod_token(),
+        caller: login.caller,
         responses,
         expires,
         heard: Instant::now(),
     };
-    tracing::info!(node = %driver.node, peer = %peer.address, "proxy connected");
+    let who = name_of(&driver.caller);
+    tracing::info!(node = %driver.node, who, peer = %peer.address, "proxy connected");
     tokio::spawn(driver.run(requests));
     Ok(ReceiverStream::new(outbox))
+}
+
+fn refused_status(refused: &Refused) -> Status {
+    if refused.is_unauthenticated() {
+        Status::unauthenticated(refused.to_string())
+    } else {
+        Status::permission_denied(refused.to_string())
+    }
+}
+
+/// For people.
+fn name_of(caller: &Caller) -> String {
+    match caller.pod() {
+        Some(pod) => pod.to_string(),
+        None => caller.node().to_string(),
+    }
 }
 
 struct Driver {
     control: Arc<Control>,
     stream: Stream,
     node: model::Str,
+    caller: Caller,
+    /// A pod's: the stream ends with it.
+    token: Option<TokenId>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
     /// When the certificate that opened the stream ends.
-    expires: Instant,
+    expires: Option<Instant>,
     /// The last time the proxy said something, or was sent something after a rest.
     heard: Instant,
 }
@@ -112,6 +144,9 @@ impl Driver {
         loop {
             let newest = latest.borrow_and_update().world.as_ref().map(|w| w.resources.clone());
             // Diagnostics may change alone; then there is nothing to push.
+            if let Err(refused) = self.may_still_read() {
+                return End::new("not_allowed", refused_status(&refused));
+            }
             if let Some(newest) =
                 newest.filter(|n| !current.as_ref().is_some_and(|c| Arc::ptr_eq(c, n)))
             {
@@ -141,9 +176,12 @@ impl Driver {
                 changed = latest.changed() => if changed.is_err() {
                     return End::new("stopping", Status::unavailable("the control plane stops"));
                 },
-                () = sleep_until(self.expires) => {
-                    let text = Refused::CertificateExpired.to_string();
-                    return End::new("certificate_expired", Status::unauthenticated(text));
+                () = until(self.expires) => {
+                    let refused = Refused::CertificateExpired;
+                    return End::new("certificate_expired", refused_status(&refused));
+                }
+                () = self.control.token_ended(self.token) => {
+                    return End::new("token_ended", refused_status(&Refused::UnknownToken));
                 }
                 () = sleep_until(self.heard + ANSWER), if waiting => {
                     let text = format!("no answer to the last response for {ANSWER:?}");
@@ -153,6 +191,15 @@ impl Driver {
                     return End::new("stopping", Status::unavailable("the control plane stops"));
                 }
             }
+        }
+    }
+
+    /// A waypoint may read for as long as there is a Gateway that it runs for.
+    fn may_still_read(&self) -> Result<(), Refused> {
+        let latest = self.control.latest.borrow();
+        match (&self.caller, &latest.world) {
+            (Caller::Pod(_), Some(world)) => may_read(&self.caller, &world.waypoints),
+            _ => Ok(()),
         }
     }
 
@@ -214,6 +261,13 @@ impl Driver {
             }
         }
         Ok(())
+    }
+}
+
+async fn until(end: Option<Instant>) {
+    match end {
+        Some(end) => sleep_until(end).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::ca::{CaError, LocalCa, ROOT_CERT};
 use crate::config::Config;
-use crate::control::{Control, Proxy};
+use crate::control::{Control, Proxy, Registered};
 use crate::files::{self, FileError};
 use crate::kept::Kept;
 use crate::report::Reporter;
@@ -145,8 +145,11 @@ impl Running {
     }
 
     /// Takes a line of the token registry, for programs that run the control plane inside themselves.
-    pub fn register_token(&self, line: &str) -> Result<Str, crate::tokens::TokenError> {
-        self.control.tokens().register(line)
+    pub fn register_token(
+        &self,
+        line: &str,
+    ) -> Result<Registered, crate::tokens::TokenError> {
+        self.control.register(line)
     }
 
     /// The metrics page.

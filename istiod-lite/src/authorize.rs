@@ -1,12 +1,15 @@
 //! Who may have which certificate, and who may read the configuration. Pure decisions.
 //!
-//! A caller is a node proxy or nobody. It proves that with a one-time token (once) or with the client
-//! certificate it got for it, whose DNS name states the node. It may then ask for itself, and for service
-//! accounts that have a pod on that node.
+//! A caller is a node proxy, a pod, or nobody. A node proxy proves itself with a one-time token (once) or with
+//! the client certificate it got for it, whose DNS name states the node. It may then ask for itself, and for
+//! service accounts that have a pod on that node. A pod proves itself with its token in every call. It may ask
+//! for its own identity and nothing else; the pod of a waypoint may read the configuration too.
 //!
 //! Invariant: every path that is not named here is a refusal.
 
-use compile::PodsOnNodes;
+use std::fmt;
+
+use compile::{PodsOnNodes, WaypointAccounts};
 use model::{Identity, Str};
 
 /// Namespace and service account of the node proxies.
@@ -25,12 +28,37 @@ pub enum Caller {
     Token { node: Str },
     /// The certificate of the node's proxy.
     Certificate { node: Str },
+    /// The token of a pod that lives.
+    Pod(Pod),
+}
+
+/// A pod, as its token states it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    pub namespace: Str,
+    pub name: Str,
+    pub service_account: Str,
+    pub node: Str,
+}
+
+impl fmt::Display for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pod {}/{}", self.namespace, self.name)
+    }
 }
 
 impl Caller {
     pub fn node(&self) -> &Str {
         match self {
             Self::Token { node } | Self::Certificate { node } => node,
+            Self::Pod(pod) => &pod.node,
+        }
+    }
+
+    pub fn pod(&self) -> Option<&Pod> {
+        match self {
+            Self::Pod(pod) => Some(pod),
+            Self::Token { .. } | Self::Certificate { .. } => None,
         }
     }
 }
@@ -39,13 +67,13 @@ impl Caller {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     #[error(
-        "no client certificate and no token: a node proxy calls with the token of its node once, and then \
-         with the certificate it got"
+        "no client certificate and no pod's token: a node proxy calls with the token of its node once, and then \
+         with the certificate it got; a pod calls with its token"
     )]
     NoCredentials,
     #[error(
-        "this node token is not known: it was used already, replaced by a newer one, or never issued; the \
-         launcher of the proxy issues a new one"
+        "this token is not known: a node's that was used already or replaced by a newer one, a pod's that is \
+         gone, or one that was never issued; who starts the proxy or the pod issues a new one"
     )]
     UnknownToken,
     #[error("the authorization header is not of the form `Bearer TOKEN`")]
@@ -69,6 +97,14 @@ pub enum Refused {
          own pods"
     )]
     NoPodOnNode { node: Str, requested: Identity },
+    #[error("{pod} runs as {own}: its token is good for that identity only, not for {requested}")]
+    PodForOther { pod: Pod, own: Identity, requested: Identity },
+    #[error(
+        "{pod} runs as service account {}, and no waypoint does: only node proxies and waypoints read the \
+         configuration",
+        pod.service_account
+    )]
+    NotAWaypoint { pod: Pod },
 }
 
 impl Refused {
@@ -85,6 +121,8 @@ impl Refused {
             Self::MalformedIdentity(_) => "malformed_identity",
             Self::TokenForOther { .. } => "token_for_other",
             Self::NoPodOnNode { .. } => "no_pod_on_node",
+            Self::PodForOther { .. } => "pod_for_other",
+            Self::NotAWaypoint { .. } => "not_a_waypoint",
         }
     }
 
@@ -171,6 +209,20 @@ impl Subject {
     }
 }
 
+/// Decides whether a caller may read the configuration. `waypoints`: as whom waypoints run.
+pub fn may_read(caller: &Caller, waypoints: &WaypointAccounts) -> Result<(), Refused> {
+    match caller {
+        Caller::Certificate { .. } => Ok(()),
+        // Good for one certificate, with which the proxy then comes.
+        Caller::Token { .. } => Err(Refused::NoCredentials),
+        Caller::Pod(pod) => {
+            let account = (pod.namespace.clone(), pod.service_account.clone());
+            let refused = || Refused::NotAWaypoint { pod: pod.clone() };
+            waypoints.contains(&account).then_some(()).ok_or_else(refused)
+        }
+    }
+}
+
 /// Decides a certificate request. `requested` is what the caller wants to impersonate; `None` asks for
 /// the caller's own certificate.
 pub fn may_sign(
@@ -180,6 +232,10 @@ pub fn may_sign(
     pods: &PodsOnNodes,
 ) -> Result<Subject, Refused> {
     let itself = proxy_identity(trust_domain);
+    let node = match caller {
+        Caller::Pod(pod) => return own_of_pod(pod, requested, &itself),
+        Caller::Token { node } | Caller::Certificate { node } => node,
+    };
     let requested = requested.unwrap_or(&itself);
     if requested.trust_domain != *trust_domain {
         return Err(Refused::MalformedIdentity(format!(
@@ -187,16 +243,37 @@ pub fn may_sign(
         )));
     }
     if *requested == itself {
-        return Ok(Subject::Proxy { node: caller.node().clone(), identity: itself });
+        return Ok(Subject::Proxy { node: node.clone(), identity: itself });
     }
-    match caller {
-        Caller::Token { .. } => Err(Refused::TokenForOther { requested: requested.clone() }),
-        Caller::Certificate { node } if has_pod(pods, node, requested) => {
-            Ok(Subject::Workload { identity: requested.clone() })
+    if matches!(caller, Caller::Token { .. }) {
+        return Err(Refused::TokenForOther { requested: requested.clone() });
+    }
+    if !has_pod(pods, node, requested) {
+        return Err(Refused::NoPodOnNode { node: node.clone(), requested: requested.clone() });
+    }
+    Ok(Subject::Workload { identity: requested.clone() })
+}
+
+/// A pod's token is good for the pod's own identity.
+fn own_of_pod(
+    pod: &Pod,
+    requested: Option<&Identity>,
+    proxy: &Identity,
+) -> Result<Subject, Refused> {
+    let own = Identity::new(
+        proxy.trust_domain.clone(),
+        pod.namespace.clone(),
+        pod.service_account.clone(),
+    );
+    // The node proxies' identity says who stands behind every pod of a node: it comes with a node's name or not at all.
+    if own == *proxy {
+        return Err(Refused::NotANodeProxy { caller: own });
+    }
+    match requested {
+        Some(requested) if *requested != own => {
+            Err(Refused::PodForOther { pod: pod.clone(), own, requested: requested.clone() })
         }
-        Caller::Certificate { node } => {
-            Err(Refused::NoPodOnNode { node: node.clone(), requested: requested.clone() })
-        }
+        _ => Ok(Subject::Workload { identity: own }),
     }
 }
 
@@ -259,6 +336,61 @@ mod tests {
         check(&one, Some("spiffe://cluster.local/ns/shop/sa/default"), Err("no_pod_on_node"));
         check(&one, Some("spiffe://other/ns/shop/sa/web"), Err("malformed_identity"));
         check(&one, Some("spiffe://other/ns/istio-system/sa/ztunnel"), Err("malformed_identity"));
+    }
+
+    fn pod_caller(namespace: &str, account: &str) -> Caller {
+        Caller::Pod(Pod {
+            namespace: namespace.into(),
+            name: "p-1".into(),
+            service_account: account.into(),
+            node: "node-1".into(),
+        })
+    }
+
+    #[test]
+    fn pods_get_their_own_identity_only() {
+        let check = |caller: Caller, requested: Option<&str>, want: Result<&str, &str>| {
+            let requested: Option<Identity> = requested.map(|uri| uri.parse().unwrap());
+            // Others run on the node as well.
+            let pods = pods(&[("node-1", "shop", "web"), ("node-1", "shop", "waypoint")]);
+            let got = may_sign(&caller, requested.as_ref(), &TD.into(), &pods);
+            let got = got.as_ref().map(|s| (s.kind(), s.identity().to_string()));
+            let want = want.map(|uri| ("workload", uri.to_owned()));
+            assert_eq!(got.map_err(Refused::code), want, "{caller:?} {requested:?}");
+        };
+        let waypoint = "spiffe://cluster.local/ns/shop/sa/waypoint";
+        let pod = || pod_caller("shop", "waypoint");
+        check(pod(), None, Ok(waypoint));
+        check(pod(), Some(waypoint), Ok(waypoint));
+        for other in [
+            "spiffe://cluster.local/ns/shop/sa/web",
+            "spiffe://cluster.local/ns/bank/sa/waypoint",
+            "spiffe://other/ns/shop/sa/waypoint",
+            "spiffe://cluster.local/ns/istio-system/sa/ztunnel",
+        ] {
+            check(pod(), Some(other), Err("pod_for_other"));
+        }
+        // The proxies' own name is not for pods, though a pod may run under that account.
+        let forged = || pod_caller("istio-system", "ztunnel");
+        check(forged(), None, Err("not_a_node_proxy"));
+        check(
+            forged(),
+            Some("spiffe://cluster.local/ns/istio-system/sa/ztunnel"),
+            Err("not_a_node_proxy"),
+        );
+    }
+
+    #[test]
+    fn readers_of_the_configuration() {
+        let check = |caller: Caller, want: Result<(), &str>| {
+            let waypoints = [("shop".into(), "waypoint".into())].into();
+            assert_eq!(may_read(&caller, &waypoints).map_err(|e| e.code()), want, "{caller:?}");
+        };
+        check(Caller::Certificate { node: "node-1".into() }, Ok(()));
+        check(Caller::Token { node: "node-1".into() }, Err("no_credentials"));
+        check(pod_caller("shop", "waypoint"), Ok(()));
+        check(pod_caller("shop", "web"), Err("not_a_waypoint"));
+        check(pod_caller("bank", "waypoint"), Err("not_a_waypoint"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::authorize::{Caller, Refused, Subject, may_sign, node_dns_name};
 use crate::ca::pem;
 use crate::control::{Control, Peer};
 use crate::csr::{Csr, CsrError};
+use crate::login::{Login, login};
 use crate::signer::{Issued, LeafRequest, SignError};
 
 /// A pod and its proxy can be quicker than the file that tells us about the pod: a request that would be
@@ -76,16 +77,7 @@ async fn decide_and_sign(
     request: &IstioCertificateRequest,
 ) -> Result<IstioCertificateResponse, NoCertificate> {
     let now = SystemTime::now();
-    let token = bearer(headers)?;
-    let caller = match (&peer.certificate, token) {
-        // Who has a certificate is who it says, whatever else is claimed.
-        (Some(_), _) => peer.caller(&control.mesh.trust_domain, now)?,
-        (None, Some(token)) => {
-            let node = control.tokens().node_of(token).ok_or(Refused::UnknownToken)?;
-            Caller::Token { node }
-        }
-        (None, None) => return Err(Refused::NoCredentials.into()),
-    };
+    let Login { caller, token } = login(control, peer, headers, now)?;
     let requested = impersonated(request)?;
     let subject = allowed(control, &caller, requested.as_ref()).await?;
     let csr = Csr::parse(&request.csr)?;
@@ -98,7 +90,7 @@ async fn decide_and_sign(
     }
     control.metrics.issued(subject.kind());
     tracing::info!(
-        node = %caller.node(), peer = %peer.address, identity = %subject.identity(),
+        node = %caller.node(), pod = caller.pod().map(tracing::field::display), peer = %peer.address, identity = %subject.identity(),
         serial = issued.serial, "certificate issued"
     );
     let chain = issued.chain.iter().chain(&issued.roots);
@@ -151,12 +143,6 @@ async fn sign(
     control.signer.sign(leaf, now).await
 }
 
-fn bearer(headers: &HeaderMap) -> Result<Option<&str>, Refused> {
-    let Some(value) = headers.get(http::header::AUTHORIZATION) else { return Ok(None) };
-    let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
-    token.map(|token| Some(token.trim())).ok_or(Refused::MalformedToken)
-}
-
 fn impersonated(request: &IstioCertificateRequest) -> Result<Option<Identity>, Refused> {
     use prost_types::value::Kind;
     let field = request.metadata.as_ref().and_then(|m| m.fields.get(IMPERSONATED_IDENTITY));
@@ -177,23 +163,6 @@ fn impersonated(request: &IstioCertificateRequest) -> Result<Option<Identity>, R
 mod tests {
     use super::*;
     use prost_types::{Struct, Value, value::Kind};
-
-    #[test]
-    fn authorization_headers() {
-        let check = |value: Option<&str>, want: Result<Option<&str>, &str>| {
-            let mut headers = HeaderMap::new();
-            if let Some(value) = value {
-                headers.insert(http::header::AUTHORIZATION, value.parse().unwrap());
-            }
-            assert_eq!(bearer(&headers).map_err(|e| e.code()), want, "{value:?}");
-        };
-        check(None, Ok(None));
-        check(Some("Bearer abc"), Ok(Some("abc")));
-        check(Some("Bearer abc "), Ok(Some("abc")));
-        check(Some("bearer abc"), Err("malformed_token"));
-        check(Some("Basic abc"), Err("malformed_token"));
-        check(Some(""), Err("malformed_token"));
-    }
 
     #[test]
     fn impersonated_identities() {

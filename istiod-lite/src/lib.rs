@@ -5,14 +5,14 @@
 //!   └─> world (compile, encode)      the same thread: one state of the mesh
 //!         ├─> report                 log, diagnostics.json
 //!         └─> ads ─┐
-//! certificates ────┼─ serve (tls)    port 15012: who may have what is decided in authorize
+//! certificates ────┼─ serve (tls)    port 15012: who calls (login), who may have what (authorize)
 //!   └─> signer, ca ┘
 //! status                             port 15014: readiness, metrics, debug
 //! ```
 //!
 //! [`start`] runs all of it inside the calling process; the binary is a thin wrapper.
 //!
-//! Invariants: nothing is served to who did not prove to be a node proxy of this mesh; a change is pushed
+//! Invariants: nothing is served to who did not prove to be a node proxy, or a pod, of this mesh; a change is pushed
 //! whole or not at all; trouble with one file, proxy or disk stays with it and is said in the log, in a
 //! metric and on a page.
 
@@ -27,7 +27,9 @@ pub mod csr;
 mod debounce;
 mod files;
 mod kept;
+mod login;
 mod metrics;
+pub mod pod_tokens;
 mod registry;
 mod report;
 pub mod scan;
@@ -41,6 +43,6 @@ pub mod watch;
 mod world;
 
 pub use app::{Inputs, Running, StartError, start};
-pub use control::Proxy;
+pub use control::{Proxy, Registered};
 pub use registry::inherit;
 pub use tls::SERVER_NAME;

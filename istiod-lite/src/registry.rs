@@ -1,7 +1,7 @@
-//! The launcher's line to us: which one-time tokens it handed to which nodes.
+//! The launcher's line to us: which one-time tokens it handed to which nodes, and which tokens to which pods.
 //!
-//! Each line is answered (`{"node": ..., "ok": true}` or `{"error": ...}`), so that a launcher can wait
-//! until a token counts before it starts the proxy that has it. It need not read the answers.
+//! Each line is answered (`{"node": ..., "ok": true}`, `{"pod": ..., "ok": true}` or `{"error": ...}`), so that a
+//! launcher can wait until a token counts before it starts the proxy that has it. It need not read the answers.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdStream;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 
-use crate::control::Control;
+use crate::control::{Control, Registered};
 use crate::tokens::MAX_LINE;
 
 /// Takes the inherited descriptor over. To be called once, before anything else opens descriptors.
@@ -60,10 +60,19 @@ pub(crate) async fn serve(stream: UnixStream, control: Arc<Control>) {
         if text.is_empty() {
             continue;
         }
-        let answer = match control.tokens().register(text) {
-            Ok(node) => {
+        let answer = match control.register(text) {
+            Ok(Registered::Node(node)) => {
                 tracing::info!(%node, "node token registered");
                 serde_json::json!({ "node": node, "ok": true })
+            }
+            Ok(Registered::Pod(pod)) => {
+                tracing::info!(%pod, node = %pod.node, "pod token registered");
+                serde_json::json!({ "pod": pod.to_string(), "ok": true })
+            }
+            Ok(Registered::Ended(pod)) => {
+                let pod = pod.map(|pod| pod.to_string());
+                tracing::info!(pod, "pod token ended");
+                serde_json::json!({ "pod": pod, "ok": true })
             }
             Err(error) => {
                 tracing::error!("token registry: {error}");

@@ -14,7 +14,7 @@ use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -32,8 +32,8 @@ use crate::{ads, certificates};
 
 /// Proxies: two connections for each of a few hundred nodes.
 const MAX_CONNECTIONS: usize = 1024;
-/// Callers without a certificate: each proxy is one once. Kept apart, so that strangers who hold
-/// connections open do not keep proxies out.
+/// Callers without a certificate: each proxy is one once, and a waypoint until it reads the configuration. Kept apart, so
+/// that strangers who hold connections open do not keep proxies out.
 const MAX_STRANGERS: usize = 128;
 /// Connections in their handshake. Beyond it they wait in the kernel.
 const MAX_HANDSHAKES: usize = 128;
@@ -42,7 +42,7 @@ const MAX_HANDSHAKES: usize = 128;
 const MAX_PER_ADDRESS: usize = 48;
 /// A handshake is two round trips and a millisecond of arithmetic.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// What a stranger's connection is good for is one certificate call.
+/// What a stranger's connection is good for is one certificate call, or the start of a waypoint's stream.
 const STRANGER: Duration = Duration::from_secs(30);
 /// A proxy warms up some dozens of certificates at once, over one connection.
 const MAX_STREAMS: u32 = 256;
@@ -135,7 +135,7 @@ pub(crate) async fn accept(
                     let shaken = handshake(acceptor, tcp, address, &control).await;
                     drop(permit);
                     if let Some((stream, peer)) = shaken {
-                        // Who has shown a certificate of ours no longer counts for its address.
+                        // Who has shown a certificate of ours no longer counts for its address; who has a token does.
                         let _place = peer.certificate.is_none().then_some(place);
                         serve(stream, peer, control, &limits).await;
                     }
@@ -167,7 +167,7 @@ async fn handshake(
             let certificates = stream.get_ref().1.peer_certificates();
             let leaf = certificates.and_then(|chain| chain.first());
             let certificate = leaf.map(PeerCertificate::parse);
-            Some((stream, Peer { address, certificate }))
+            Some((stream, Peer::new(address, certificate)))
         }
         Ok(Err(error)) => {
             let (reason, text) = explain(&error);
@@ -210,11 +210,12 @@ fn explain(error: &io::Error) -> (&'static str, String) {
 async fn serve(stream: TlsStream<TcpStream>, peer: Peer, control: Arc<Control>, limits: &Limits) {
     let is_stranger = peer.certificate.is_none();
     let pool = if is_stranger { &limits.strangers } else { &limits.connections };
-    let Ok(_permit) = pool.clone().try_acquire_owned() else {
+    let Ok(permit) = pool.clone().try_acquire_owned() else {
         control.metrics.connection_failed("too_many");
         tracing::warn!(peer = %peer.address, "connection refused: there are too many");
         return;
     };
+    let admitted = peer.admitted.subscribe();
     let address = peer.address;
     let mut stopping = control.stopping.clone();
     let peer = Arc::new(peer);
@@ -229,9 +230,7 @@ async fn serve(stream: TlsStream<TcpStream>, peer: Peer, control: Arc<Control>, 
         .initial_connection_window_size(WINDOW)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let lifetime = async {
-        if is_stranger { tokio::time::sleep(STRANGER).await } else { std::future::pending().await }
-    };
+    let lifetime = lifetime(is_stranger, admitted, permit, limits);
     let ended = tokio::select! {
         ended = &mut connection => Some(ended),
         () = lifetime => None,
@@ -251,6 +250,28 @@ async fn serve(stream: TlsStream<TcpStream>, peer: Peer, control: Arc<Control>, 
     if let Err(error) = ended {
         tracing::debug!(peer = %address, "connection ended: {error}");
     }
+}
+
+/// Returns when the connection has lived long enough: for ever, unless it is a stranger's that nothing admits.
+async fn lifetime(
+    is_stranger: bool,
+    mut admitted: watch::Receiver<bool>,
+    permit: OwnedSemaphorePermit,
+    limits: &Limits,
+) {
+    let mut held = permit;
+    if is_stranger {
+        let wait = timeout(STRANGER, admitted.wait_for(|admitted| *admitted));
+        let is_admitted = matches!(wait.await, Ok(Ok(_)));
+        if !is_admitted {
+            return;
+        }
+        // From here on it is counted among the proxies. Where they are too many it has to go.
+        let Ok(among_proxies) = limits.connections.clone().try_acquire_owned() else { return };
+        held = among_proxies;
+    }
+    std::future::pending::<()>().await;
+    drop(held);
 }
 
 async fn answer(
@@ -290,7 +311,9 @@ impl StreamingService<DeltaDiscoveryRequest> for Discovery {
     type Future = std::future::Ready<Result<Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Self::Future {
-        let opened = ads::open(&self.control, &self.peer, request.into_inner());
+        let (metadata, _, requests) = request.into_parts();
+        let headers = metadata.into_headers();
+        let opened = ads::open(&self.control, &self.peer, &headers, requests);
         std::future::ready(opened.map(Response::new))
     }
 }

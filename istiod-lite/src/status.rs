@@ -76,11 +76,12 @@ fn answer<B>(control: &Control, request: &Request<B>) -> Response<Full<Bytes>> {
             page(StatusCode::OK, OPEN_METRICS, control.metrics.text())
         }
         "/debug/config" => page(StatusCode::OK, JSON, config(control)),
+        "/debug/waypoints" => page(StatusCode::OK, JSON, waypoints(control)),
         "/debug/diagnostics" => {
             page(StatusCode::OK, JSON, Page::new(&control.latest.borrow()).to_json())
         }
         _ => {
-            let text = "/readyz\n/metrics\n/debug/config\n/debug/diagnostics\n";
+            let text = "/readyz\n/metrics\n/debug/config\n/debug/waypoints\n/debug/diagnostics\n";
             page(StatusCode::NOT_FOUND, TEXT, text.into())
         }
     }
@@ -123,9 +124,17 @@ fn config(control: &Control) -> String {
         "config": world,
         "waiting_for": latest.missing,
         "tokens_pending": control.tokens().pending(),
+        "pod_tokens": control.pod_tokens().len(),
         "proxies": control.list_proxies(),
     });
     serde_json::to_string_pretty(&value).unwrap_or_default() + "\n"
+}
+
+/// How the waypoints are: an empty list until the folders have been read.
+fn waypoints(control: &Control) -> String {
+    let latest = control.latest.borrow();
+    let gateways = latest.world.as_ref().map_or(&[][..], |world| world.gateways.as_slice());
+    serde_json::to_string_pretty(gateways).unwrap_or_default() + "\n"
 }
 
 fn page(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {

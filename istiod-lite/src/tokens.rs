@@ -10,11 +10,11 @@ use serde::Deserialize;
 
 use crate::authorize::is_node_name;
 
-const HASH: usize = 32;
+pub(crate) const HASH: usize = 32;
 /// More nodes than one launcher has. Beyond it, something is wrong with the launcher.
 const MAX_TOKENS: usize = 1024;
-/// A line is about 120 bytes; a node name has at most 253.
-pub const MAX_LINE: usize = 1024;
+/// A line names a hash and at most four names, of which each has at most 253 bytes.
+pub const MAX_LINE: usize = 2048;
 
 /// Tokens that have been issued and not redeemed.
 #[derive(Debug, Default)]
@@ -35,8 +35,10 @@ pub enum TokenError {
     Malformed(String),
     #[error("{0:?} cannot be the name of a node: lower case letters, digits, '-' and '.'")]
     NodeName(String),
-    #[error("{MAX_TOKENS} tokens are waiting to be used; no more are taken")]
-    TooMany,
+    #[error("{0:?} cannot be the name of a namespace, a pod or a service account")]
+    Name(String),
+    #[error("{0} tokens are there already; no more are taken")]
+    TooMany(usize),
 }
 
 #[derive(Deserialize)]
@@ -55,12 +57,11 @@ impl Tokens {
         if !is_node_name(&line.node) {
             return Err(TokenError::NodeName(line.node.chars().take(64).collect()));
         }
-        let hash = parse_hash(&line.token_sha256)
-            .ok_or_else(|| TokenError::Malformed("token_sha256 is not 64 hex digits".into()))?;
+        let hash = parse_hash(&line.token_sha256)?;
         let node: Str = line.node.into();
         self.pending.retain(|p| p.node != node);
         if self.pending.len() >= MAX_TOKENS {
-            return Err(TokenError::TooMany);
+            return Err(TokenError::TooMany(MAX_TOKENS));
         }
         self.pending.push(Pending { node: node.clone(), hash });
         Ok(node)
@@ -83,10 +84,10 @@ impl Tokens {
 
     /// Looks at every token and compares in constant time, so that the time tells nothing.
     fn find(&self, token: &str) -> Option<usize> {
-        let hash = digest(&SHA256, token.as_bytes());
+        let hash = hash_of(token);
         let mut found = None;
         for (i, pending) in self.pending.iter().enumerate() {
-            if verify_slices_are_equal(&pending.hash, hash.as_ref()).is_ok() {
+            if verify_slices_are_equal(&pending.hash, &hash).is_ok() {
                 found = Some(i);
             }
         }
@@ -94,23 +95,36 @@ impl Tokens {
     }
 }
 
-fn parse_hash(text: &str) -> Option<[u8; HASH]> {
+/// What we know of a token.
+pub(crate) fn hash_of(token: &str) -> [u8; HASH] {
+    let mut hash = [0; HASH];
+    hash.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+    hash
+}
+
+/// The hash of a token, as the registry writes it.
+pub(crate) fn parse_hash(text: &str) -> Result<[u8; HASH], TokenError> {
+    let wrong = || TokenError::Malformed("token_sha256 is not 64 hex digits".into());
     if text.len() != 2 * HASH || !text.is_ascii() {
-        return None;
+        return Err(wrong());
     }
     let mut hash = [0; HASH];
     for (byte, digits) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
         let digit = |d: u8| char::from(d).to_digit(16).and_then(|d| u8::try_from(d).ok());
-        *byte = digit(digits[0])? << 4 | digit(digits[1])?;
+        let (high, low) = digit(digits[0]).zip(digit(digits[1])).ok_or_else(wrong)?;
+        *byte = high << 4 | low;
     }
-    Some(hash)
+    Ok(hash)
+}
+
+/// The hash as the registry writes it.
+pub(crate) fn hex(token: &str) -> String {
+    hash_of(token).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The registry line for a token: what a launcher writes.
 pub fn registry_line(node: &str, token: &str) -> String {
-    let hash = digest(&SHA256, token.as_bytes());
-    let hex: String = hash.as_ref().iter().map(|b| format!("{b:02x}")).collect();
-    serde_json::json!({ "node": node, "token_sha256": hex }).to_string()
+    serde_json::json!({ "node": node, "token_sha256": hex(token) }).to_string()
 }
 
 #[cfg(test)]
@@ -171,7 +185,7 @@ mod tests {
         for i in 0..MAX_TOKENS {
             tokens.register(&registry_line(&format!("n{i}"), "x")).unwrap();
         }
-        assert_eq!(tokens.register(&registry_line("one-more", "x")), Err(TokenError::TooMany));
+        assert_eq!(tokens.register(&registry_line("one-more", "x")), Err(TokenError::TooMany(MAX_TOKENS)));
         // A node that is known may still have its token replaced.
         tokens.register(&registry_line("n0", "y")).unwrap();
         assert_eq!(tokens.redeem("y").as_deref(), Some("n0"));

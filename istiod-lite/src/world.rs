@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use compile::{Compiled, Diagnostic, Folder, MeshConfig, PodsOnNodes, sort_diagnostics};
+use compile::{
+    Compiled, Diagnostic, Folder, GatewayStatus, MeshConfig, PodsOnNodes, Programmed,
+    WaypointAccounts, sort_diagnostics,
+};
 use model::ConfigVersion;
 use xds::server::Resources;
 
@@ -22,6 +25,10 @@ pub(crate) struct World {
     pub resources: Arc<Resources>,
     /// Who may have a certificate on which node.
     pub pods: PodsOnNodes,
+    /// As whom waypoints run.
+    pub waypoints: WaypointAccounts,
+    /// How they are.
+    pub gateways: Vec<GatewayStatus>,
     /// Workloads, services, policies.
     pub counts: [usize; 3],
     pub compile_time: Duration,
@@ -54,14 +61,26 @@ pub(crate) struct Builder {
     epoch: u64,
     folder: Folder,
     kept: Kept,
-    /// What the files mean, and what is wrong with their content.
-    last: Option<(Arc<World>, Vec<Diagnostic>)>,
+    /// Waypoints that were ready once, by all that is known of every folder.
+    programmed: Programmed,
+    last: Option<Built>,
+}
+
+/// What the files mean.
+#[derive(Debug)]
+struct Built {
+    world: Arc<World>,
+    /// What is wrong with the content of the files.
+    diagnostics: Vec<Diagnostic>,
+    /// Waypoints that were ready once, by what these files say.
+    programmed: Programmed,
 }
 
 impl Builder {
     /// `epoch` tells this run of the control plane from every other.
     pub(crate) fn new(mesh: MeshConfig, epoch: u64, kept: Kept) -> Self {
-        Self { mesh, epoch, folder: Folder::new(), kept, last: None }
+        let programmed = kept.programmed();
+        Self { mesh, epoch, folder: Folder::new(), kept, programmed, last: None }
     }
 
     /// Takes a change in and says what holds at `now`.
@@ -76,16 +95,22 @@ impl Builder {
                 }
             }
         }
-        let (world, of_content) = match self.last.take() {
+        let built = match self.last.take() {
             Some(last) if !changed => last,
-            last => self.build(last.map(|(world, _)| world), now),
+            last => self.build(last.map(|last| last.world), now),
         };
+        // A Gateway that has not been read yet is not one that is gone.
+        if update.complete && built.programmed != self.programmed {
+            self.kept.keep_programmed(&self.programmed, &built.programmed);
+            self.programmed.clone_from(&built.programmed);
+        }
         let mut diagnostics = update.diagnostics;
-        diagnostics.extend(of_content.iter().cloned());
+        diagnostics.extend(built.diagnostics.iter().cloned());
         sort_diagnostics(&mut diagnostics);
-        self.last = Some((world.clone(), of_content));
+        let world = update.complete.then(|| built.world.clone());
+        self.last = Some(built);
         Latest {
-            world: update.complete.then_some(world),
+            world,
             diagnostics: diagnostics.into(),
             missing: update.missing,
         }
@@ -105,10 +130,13 @@ impl Builder {
 
     /// Compiles and encodes everything: 100,000 pods take about a second, on a thread that has nothing
     /// else to do. Parsing, the larger part of the work, was done for the changed files only.
-    fn build(&self, last: Option<Arc<World>>, now: Instant) -> (Arc<World>, Vec<Diagnostic>) {
+    fn build(&self, last: Option<Arc<World>>, now: Instant) -> Built {
         let started = Instant::now();
-        let Compiled { workloads, services, policies, diagnostics, pods } =
-            compile::compile(&self.folder.objects(), &self.mesh);
+        let mut objects = self.folder.objects();
+        objects.programmed.clone_from(&self.programmed);
+        let compiled = compile::compile(&objects, &self.mesh);
+        let Compiled { workloads, services, policies, diagnostics, pods, .. } = compiled;
+        let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
         let number = last.as_ref().map_or(0, |last| last.push().number);
@@ -126,7 +154,9 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        (Arc::new(World { resources, pods, counts, compile_time, since }), of_content)
+        let world =
+            World { resources, pods, waypoints, gateways, counts, compile_time, since };
+        Built { world: Arc::new(world), diagnostics: of_content, programmed: compiled.programmed }
     }
 }
 
@@ -192,6 +222,79 @@ spec: {}
         play.set("p.yaml", POLICY);
         assert_eq!(policies(&play.update(vec![News::Removed { key: (0, "p.yaml".into()) }])), 0);
         assert_eq!(policies(&Play::started(state.path()).set("p.yaml", "kind: [")), 0);
+    }
+
+    /// A waypoint with one proxy, and a Service that names it.
+    fn waypoint(ready: &str) -> String {
+        format!(
+            "
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: w, namespace: shop}}
+spec: {{gatewayClassName: istio-waypoint, listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: w, namespace: shop}}
+spec: {{clusterIP: 10.96.0.21, selector: {{of: w}}, ports: [{{port: 15008}}]}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: w-1, namespace: shop, labels: {{of: w, networking.istio.io/tunnel: http}}}}
+spec: {{nodeName: node-1, containers: [{{name: c}}]}}
+status: {{phase: Running, podIP: 10.0.7.1, conditions: [{{type: Ready, status: '{ready}'}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: web, namespace: shop, labels: {{istio.io/use-waypoint: w}}}}
+spec: {{clusterIP: 10.96.0.20, ports: [{{port: 80}}]}}
+"
+        )
+    }
+
+    #[test]
+    fn that_a_waypoint_was_ready_outlives_the_control_plane() {
+        let state = tempfile::tempdir().unwrap();
+        let bound = |play: &Play| !play.builder.programmed.is_empty();
+        let mut play = Play::started(state.path());
+        play.set("w.yaml", &waypoint("False"));
+        assert!(!bound(&play));
+        play.set("w.yaml", &waypoint("True"));
+        assert!(bound(&play));
+        play.set("w.yaml", &waypoint("False"));
+        assert!(bound(&play), "no longer ready");
+        let mut play = Play::started(state.path());
+        // A folder is missing: what has not been read yet is not gone.
+        play.complete = false;
+        play.set("other.yaml", SERVICE);
+        play.complete = true;
+        play.set("w.yaml", &waypoint("False"));
+        assert!(bound(&play), "over a restart");
+        // Broken while we were away: the Gateway and the label are in force, and so is the binding.
+        let mut play = Play::started(state.path());
+        let latest = play.set("w.yaml", "kind: [");
+        assert!(bound(&play));
+        assert_eq!(latest.world.expect("complete").resources.iter(Kind::Address).count(), 3);
+        // The Gateway is removed: forgotten, also by the next start.
+        play.update(vec![News::Removed { key: (0, "w.yaml".into()) }]);
+        assert!(!bound(&play));
+        let mut play = Play::started(state.path());
+        play.set("w.yaml", &waypoint("False"));
+        assert!(!bound(&play));
+    }
+
+    /// An empty folder is the last to be read.
+    #[test]
+    fn a_waypoint_seen_before_every_folder_was_read_is_not_forgotten() {
+        let state = tempfile::tempdir().unwrap();
+        let mut play = Play::started(state.path());
+        play.complete = false;
+        play.set("w.yaml", &waypoint("True"));
+        play.complete = true;
+        play.update(vec![]);
+        let mut play = Play::started(state.path());
+        play.set("w.yaml", &waypoint("False"));
+        assert!(!play.builder.programmed.is_empty());
     }
 
     #[test]

@@ -295,6 +295,7 @@ fn connections(workers: &[Arc<Worker>]) -> serde_json::Value {
             "source": live.source.to_string(),
             "destination": live.destination.to_string(),
             "peer": live.peer.as_ref().map(ToString::to_string),
+            "client": live.client.as_ref().map(ToString::to_string),
             "protocol": if live.hbone { "HBONE" } else { "TCP" },
             "seconds": live.started.elapsed().as_secs(),
             "bytesUp": up,

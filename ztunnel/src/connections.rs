@@ -25,6 +25,8 @@ pub struct Live {
     /// Where it wanted to go.
     pub destination: SocketAddr,
     pub peer: Option<Arc<Identity>>,
+    /// The client for whom the peer called, by what held when the connection was let in.
+    pub client: Option<Arc<Identity>>,
     pub hbone: bool,
     pub started: Instant,
     /// The publication of the configuration that let it in.
@@ -67,6 +69,7 @@ impl Entry {
             destination: live.destination,
             source_ip: live.source.ip(),
             peer: live.peer.as_deref(),
+            client: live.client.as_deref(),
         };
         let refusal = engine::ended_by(snapshot, &facts, live.is_joined())?;
         // The connection may have ended by itself meanwhile.
@@ -205,6 +208,7 @@ mod tests {
                 source,
                 destination: ([10, 0, 0, 1], 80).into(),
                 peer: Some(peer),
+                client: None,
                 hbone: true,
                 started: record.started,
                 judged,

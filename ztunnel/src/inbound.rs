@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use agent::access_log::Direction;
 use agent::trace::SpanContext;
-use engine::{Allowed, InboundFacts, Verdict, authorize};
+use engine::{Allowed, Claim, InboundFacts, Verdict, authorize, claim_is_early, delegated};
 use futures_util::FutureExt as _;
 use hbone::{Authority, ConnectHeaders, Incoming, ServerTunnel};
 use http::StatusCode;
@@ -40,7 +40,7 @@ async fn plaintext(
 ) -> Result<(Live, Ends), Refusal> {
     let Accepted { tcp, peer, destination, .. } = accepted;
     let tcp = ResetOnDrop(Some(tcp));
-    let call = Call { source: peer, destination, peer: None, host: None };
+    let call = Call { source: peer, destination, peer: None, claim: Ok(None), host: None };
     let workload = admit(worker, pod, &call, record).await?;
     let app = connect_to_app(worker, pod, &workload, &call).await?;
     Ok((call.live(pod, record), Ends::Sockets(tcp.take(), app)))
@@ -166,7 +166,8 @@ async fn stream(
     record.destination = destination;
     record.target = destination;
     let host = incoming.headers.forwarded_host();
-    let call = Call { source, destination, peer: Some(peer), host };
+    let claim = incoming.claim.clone();
+    let call = Call { source, destination, peer: Some(peer), claim, host };
     let admitted = async {
         let workload = admit(worker, pod, &call, record).await?;
         let app = connect_to_app(worker, pod, &workload, &call).await?;
@@ -208,7 +209,7 @@ pub(crate) async fn admit_joined(
     host: Option<String>,
 ) -> Result<(Live, TcpStream), Refusal> {
     let (source, destination) = (record.source_address, record.destination);
-    let call = Call { source, destination, peer: record.peer.clone(), host };
+    let call = Call { source, destination, peer: record.peer.clone(), claim: Ok(None), host };
     let workload = admit(worker, pod, &call, record).await?;
     let app = connect_to_app(worker, pod, &workload, &call).await?;
     let live = Live { hbone: false, ..call.live(pod, record) };
@@ -220,6 +221,8 @@ struct Call {
     source: SocketAddr,
     destination: SocketAddr,
     peer: Option<Arc<Identity>>,
+    /// For whom the peer says to speak.
+    claim: Claim,
     /// What the client's proxy says was called. For telemetry only.
     host: Option<String>,
 }
@@ -232,6 +235,7 @@ impl Call {
             source: self.source,
             destination: self.destination,
             peer: self.peer.clone(),
+            client: record.client.clone(),
             hbone: self.peer.is_some(),
             started: record.started,
             judged: record.judged,
@@ -240,7 +244,7 @@ impl Call {
     }
 }
 
-/// Asks the engine; waits for a policy in flight, but not longer than a second.
+/// Asks the engine; waits for a policy in flight, or for what makes a waypoint's word count, but not longer than a second.
 async fn admit(
     worker: &Worker,
     pod: &Arc<Pod>,
@@ -267,11 +271,13 @@ async fn admit(
                 record.source = by_address.cloned();
             }
             record.service = called_service(&snapshot, &workload, call);
+            record.client = delegated(&snapshot, &workload, call.peer.as_deref(), &call.claim)?;
             let facts = InboundFacts {
                 workload: &workload,
                 destination: call.destination,
                 source_ip: call.source.ip(),
                 peer: call.peer.as_deref(),
+                client: record.client.as_deref(),
             };
             let verdict = authorize(&snapshot, &facts);
             record.destination_workload = Some(workload.clone());
@@ -281,6 +287,12 @@ async fn admit(
                         record.allowed_by = Some((policy, provenance));
                     }
                     return Ok(workload);
+                }
+                Verdict::Deny(refusal)
+                    if refusal.reason == Reason::PolicyNoAllow
+                        && claim_is_early(&snapshot, &facts, &call.claim) =>
+                {
+                    Verdict::Pending(refusal)
                 }
                 other => other,
             }

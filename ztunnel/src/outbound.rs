@@ -113,6 +113,7 @@ pub(crate) fn live(pod: &Arc<Pod>, ends: &Ends, record: &Record) -> Live {
         source: record.source_address,
         destination: record.destination,
         peer: None,
+        client: None,
         hbone: matches!(ends, Ends::Tunnel(..)),
         started: record.started,
         judged: record.judged,
@@ -146,9 +147,11 @@ async fn first_that_connects(
     let (mut last, count) = (None, candidates.len());
     for (number, candidate) in (1..).zip(candidates) {
         // The first one is tried at once. For another the plan may be seconds old.
-        if number > 1 && !candidate.is_current(&client.worker.shared.store.load()) {
+        let service = record.service.as_deref();
+        if number > 1 && !candidate.is_current_for(&client.worker.shared.store.load(), service) {
             continue;
         }
+        record.waypoint = candidate.is_waypoint();
         record.destination_workload = Some(candidate.workload.clone());
         record.target = candidate.target;
         let attempt = try_one(client, &candidate, record);
@@ -236,6 +239,7 @@ fn connect_headers(
         baggage: ConnectHeaders::baggage_of(source),
         forwarded: format!("for={};host={host}", peer.ip()).parse().ok(),
         traceparent: record.trace.as_ref().and_then(|t| t.context.to_string().parse().ok()),
+        client: None,
     }
 }
 

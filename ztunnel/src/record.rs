@@ -34,6 +34,10 @@ pub struct Record {
     pub destination_workload: Option<Arc<Workload>>,
     /// The identity at the other end: proved by its certificate under mutual TLS, or that of a pod of this proxy.
     pub peer: Option<Arc<Identity>>,
+    /// The client for whom the peer, a waypoint of the pod, calls.
+    pub client: Option<Arc<Identity>>,
+    /// The endpoint that was chosen is a waypoint.
+    pub waypoint: bool,
     /// The peer is a pod of this proxy, reached without a tunnel.
     pub same_node: bool,
     /// The ALLOW policy that matched, and its rule.
@@ -97,6 +101,8 @@ impl Record {
             service: None,
             destination_workload: None,
             peer: None,
+            client: None,
+            waypoint: false,
             same_node: false,
             allowed_by: None,
             version: ConfigVersion::default(),
@@ -248,6 +254,7 @@ impl Recorder {
             },
             source: record.source.as_ref(),
             source_identity: if outbound { None } else { peer },
+            client: record.client.as_deref(),
             destination: record.destination_workload.as_ref(),
             destination_identity: if outbound { peer } else { None },
             service: record.service.as_ref(),
@@ -283,6 +290,8 @@ impl Recorder {
             },
             hbone_address: record.hbone_address.map(|_| record.target),
             same_node: record.same_node,
+            client: record.client.as_deref(),
+            waypoint: record.waypoint,
             service: record.service.as_ref().map(|s| &s.key),
             from_client,
             from_server,

@@ -63,7 +63,8 @@ impl SameNode {
     /// The pod behind a candidate, if the client may be joined with it.
     fn find(&self, client: &Pod, candidate: &Candidate) -> Option<Arc<Pod>> {
         let Transport::Hbone { expected, .. } = &candidate.transport else { return None };
-        if self.namespaces.is_empty() || !self.allows(&client.namespace) {
+        // A waypoint goes on to somebody else: what it is asked for is not its own.
+        if self.namespaces.is_empty() || !self.allows(&client.namespace) || candidate.is_waypoint() {
             return None;
         }
         let workload = &candidate.workload;
@@ -101,6 +102,7 @@ pub(crate) async fn join(
             destination: candidate.target,
             source_ip: source.ip(),
             peer: Some(&client.identity),
+            client: None,
         };
         demands_mutual_tls(&snapshot, &facts)
     };

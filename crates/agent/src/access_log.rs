@@ -83,6 +83,10 @@ pub struct ConnectionRecord<'a> {
     pub hbone_address: Option<SocketAddr>,
     /// Both ends are pods of this proxy and their sockets were joined: no tunnel, nothing encrypted.
     pub same_node: bool,
+    /// The client for whom the source, a waypoint, calls.
+    pub client: Option<&'a Identity>,
+    /// The destination is a waypoint, which goes on to what was called.
+    pub waypoint: bool,
     /// The service that was called, if it was called by its virtual address.
     pub service: Option<&'a ServiceKey>,
     /// Bytes of the client's application, and of the server's.

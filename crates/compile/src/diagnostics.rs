@@ -90,6 +90,14 @@ codes! {
     Unschedulable = "unschedulable",
     /// No free address.
     AddressesExhausted = "addresses_exhausted",
+    /// A label names a Gateway that is no waypoint.
+    NotAWaypoint = "not_a_waypoint",
+    /// A waypoint does not take what is of this namespace.
+    AttachmentDenied = "attachment_denied",
+    /// A waypoint does not take traffic of this kind.
+    UnsupportedTrafficType = "unsupported_traffic_type",
+    /// A waypoint of which no proxy has been ready yet.
+    WaypointNotReady = "waypoint_not_ready",
     /// More than this version takes.
     LimitExceeded = "limit_exceeded",
 }

@@ -25,16 +25,32 @@ pub(crate) enum Kind {
     Service,
     AuthorizationPolicy,
     PeerAuthentication,
+    HttpRoute,
+    GrpcRoute,
+    Gateway,
+    GatewayClass,
+    ReferenceGrant,
 }
 
 impl Kind {
     pub(crate) fn has_namespace(self) -> bool {
-        !matches!(self, Self::Namespace | Self::Node | Self::List)
+        !matches!(self, Self::Namespace | Self::Node | Self::List | Self::GatewayClass)
     }
 
-    /// A policy protects only when every word of it is understood.
+    /// A policy protects, and a match narrows, only when every word of it is understood.
     pub(crate) fn is_strict(self) -> bool {
-        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication)
+        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication) || self.is_gateway_api()
+    }
+
+    pub(crate) fn is_gateway_api(self) -> bool {
+        matches!(
+            self,
+            Self::HttpRoute
+                | Self::GrpcRoute
+                | Self::Gateway
+                | Self::GatewayClass
+                | Self::ReferenceGrant
+        )
     }
 }
 
@@ -58,6 +74,15 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
         ("security.istio.io", "v1" | "v1beta1", "PeerAuthentication") => {
             Handled(Kind::PeerAuthentication)
         }
+        ("gateway.networking.k8s.io", "v1" | "v1beta1", "HTTPRoute") => Handled(Kind::HttpRoute),
+        ("gateway.networking.k8s.io", "v1", "GRPCRoute") => Handled(Kind::GrpcRoute),
+        ("gateway.networking.k8s.io", "v1" | "v1beta1", "Gateway") => Handled(Kind::Gateway),
+        ("gateway.networking.k8s.io", "v1" | "v1beta1", "GatewayClass") => {
+            Handled(Kind::GatewayClass)
+        }
+        ("gateway.networking.k8s.io", "v1" | "v1beta1", "ReferenceGrant") => {
+            Handled(Kind::ReferenceGrant)
+        }
         ("", "v1", "ReplicationController")
         | ("apps", "v1", "StatefulSet" | "DaemonSet" | "ReplicaSet")
         | ("batch", "v1", "Job" | "CronJob") => Missed(NO_PODS),
@@ -79,11 +104,20 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
         }
         ("networking.k8s.io", _, "Ingress") => Missed("nothing serves it"),
         ("security.istio.io", "v1" | "v1beta1", "RequestAuthentication")
-        | ("networking.istio.io" | "telemetry.istio.io" | "extensions.istio.io", _, _)
-        | ("gateway.networking.k8s.io", _, _) => Missed(NO_WAYPOINT),
-        ("" | "apps" | "batch" | "security.istio.io" | "discovery.k8s.io" | "extensions", ..) => {
-            Slip
+        | ("networking.istio.io" | "telemetry.istio.io" | "extensions.istio.io", _, _) => {
+            Missed(NO_WAYPOINT)
         }
+        (
+            "gateway.networking.k8s.io",
+            _,
+            "TCPRoute" | "TLSRoute" | "UDPRoute" | "ListenerSet" | "BackendTLSPolicy",
+        )
+        | ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
+        (
+            "" | "apps" | "batch" | "security.istio.io" | "discovery.k8s.io" | "extensions"
+            | "gateway.networking.k8s.io",
+            ..,
+        ) => Slip,
         (
             "networking.k8s.io"
             | "policy"
@@ -113,6 +147,9 @@ pub(crate) fn served_version(kind: &str) -> Option<&'static str> {
         "List" | "Namespace" | "Node" | "ServiceAccount" | "Pod" | "Service" => "v1",
         "Deployment" => "apps/v1",
         "AuthorizationPolicy" | "PeerAuthentication" => "security.istio.io/v1",
+        "HTTPRoute" | "GRPCRoute" | "Gateway" | "GatewayClass" | "ReferenceGrant" => {
+            "gateway.networking.k8s.io/v1"
+        }
         _ => return None,
     })
 }

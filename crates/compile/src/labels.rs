@@ -10,68 +10,113 @@ use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::{DATAPLANE_MODE, Enrolment, enrolment};
 use crate::object::{Meta, Objects, Sourced, Table};
-
-const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
+use crate::waypoints::{
+    TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR,
+};
 
 /// `own_pods`: those that no Deployment of the user made.
-pub(crate) fn check(objects: &Objects, own_pods: &Table<Pod>, cx: &mut Context<'_>) {
+pub(crate) fn check(
+    objects: &Objects,
+    own_pods: &Table<Pod>,
+    bindings: &Bindings<'_>,
+    cx: &mut Context<'_>,
+) {
     for (key, sourced) in &objects.namespaces {
-        let labels = sourced.value.metadata.labels.as_ref();
-        modes(key, sourced, labels, "metadata.labels", cx);
+        let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
+        modes(&on, cx);
+        waypoint(&on, &key.1, Traffic::Any, bindings, cx);
     }
     for (key, sourced) in &objects.services {
-        let labels = sourced.value.metadata.labels.as_ref();
-        waypoint(key, sourced, labels, "metadata.labels", cx);
+        let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
+        waypoint(&on, &key.0, Traffic::Service, bindings, cx);
     }
     for (key, sourced) in own_pods {
-        let labels = sourced.value.metadata.labels.as_ref();
-        modes(key, sourced, labels, "metadata.labels", cx);
+        let on = Labelled { key, sourced, labels: sourced.value.labels(), at: "metadata.labels" };
+        modes(&on, cx);
+        waypoint(&on, &key.0, Traffic::Workload, bindings, cx);
         pod(key, sourced, &sourced.value, "", objects, cx);
     }
     for (key, sourced) in &objects.deployments {
         let Some(spec) = &sourced.value.spec else { continue };
         let mut metadata = spec.template.metadata.clone().unwrap_or_default();
-        modes(key, sourced, metadata.labels.as_ref(), "spec.template.metadata.labels", cx);
+        let labels = metadata.labels.as_ref();
+        let on = Labelled { key, sourced, labels, at: "spec.template.metadata.labels" };
+        modes(&on, cx);
+        waypoint(&on, &key.0, Traffic::Workload, bindings, cx);
         metadata.namespace = Some(key.0.to_string());
         let template = Pod { metadata, spec: spec.template.spec.clone(), status: None };
         pod(key, sourced, &template, "spec.template.", objects, cx);
     }
 }
 
-type Labels<'a> = Option<&'a std::collections::BTreeMap<String, String>>;
+/// An object's labels, and where they are.
+struct Labelled<'a, T> {
+    key: &'a (Str, Str),
+    sourced: &'a Sourced<T>,
+    labels: Labels<'a>,
+    at: &'static str,
+}
 
-fn modes<T: Meta>(
-    key: &(Str, Str),
-    sourced: &Sourced<T>,
-    labels: Labels<'_>,
-    at: &str,
-    cx: &mut Context<'_>,
-) {
-    let mode = labels.and_then(|l| l.get(DATAPLANE_MODE)).map(String::as_str);
+fn modes<T: Meta>(on: &Labelled<'_, T>, cx: &mut Context<'_>) {
+    let mode = on.labels.and_then(|l| l.get(DATAPLANE_MODE)).map(String::as_str);
     if let Some(other) = mode.filter(|m| !matches!(*m, "ambient" | "none")) {
         let message = format!("{other:?} is not a mode: what this labels is outside the mesh");
         let d = Diagnostic::warning(Code::InvalidField, message)
-            .field(format!("{at}.{DATAPLANE_MODE}"))
+            .field(format!("{}.{DATAPLANE_MODE}", on.at))
             .help("write ambient, or none to opt out");
-        cx.report(key, sourced, d);
+        cx.report(on.key, on.sourced, d);
     }
-    waypoint(key, sourced, labels, at, cx);
 }
 
+/// `namespace`: what the labels are of, or where.
 fn waypoint<T: Meta>(
-    key: &(Str, Str),
-    sourced: &Sourced<T>,
-    labels: Labels<'_>,
-    at: &str,
+    on: &Labelled<'_, T>,
+    namespace: &str,
+    traffic: Traffic,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
-    let waypoint = labels.and_then(|l| l.get(USE_WAYPOINT)).map(String::as_str);
-    if let Some(name) = waypoint.filter(|name| !matches!(*name, "" | "none")) {
-        let message =
-            format!("traffic does not go through {name:?}: this version has no waypoints");
-        let d = Diagnostic::warning(Code::Unsupported, message);
-        cx.report(key, sourced, d.field(format!("{at}.{USE_WAYPOINT}")));
-    }
+    let Wish::Waypoint(gateway_namespace, gateway) = Wish::of(on.labels, namespace) else {
+        if on.labels.is_some_and(|l| l.contains_key(USE_WAYPOINT_NAMESPACE)) {
+            let message = format!("says where a waypoint is, but {USE_WAYPOINT} names none");
+            let d = Diagnostic::warning(Code::NoEffect, message);
+            cx.report(on.key, on.sourced, d.field(format!("{}.{USE_WAYPOINT_NAMESPACE}", on.at)));
+        }
+        return;
+    };
+    let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else { return };
+    let name = format!("Gateway/{gateway_namespace}/{gateway}");
+    let direct = "what is labelled is reached directly";
+    let d = match why {
+        Why::Missing => {
+            let message = format!("there is no {name}: {direct}");
+            Diagnostic::error(Code::DanglingReference, message)
+                .help(format!("meshctl waypoint apply -n {gateway_namespace} --name {gateway}"))
+        }
+        Why::OtherClass(class) => {
+            let message = format!("{name} is of class {class:?} and no waypoint: {direct}");
+            let d = Diagnostic::error(Code::NotAWaypoint, message);
+            d.help(format!("waypoints are of class {WAYPOINT_CLASS}"))
+        }
+        Why::NotAllowed => {
+            let message = format!("{name} takes nothing of namespace {namespace}: {direct}");
+            Diagnostic::error(Code::AttachmentDenied, message)
+                .help("let its HBONE listener say so in allowedRoutes.namespaces")
+        }
+        Why::Traffic(takes) => {
+            let takes = match takes {
+                TrafficFor::Service => "calls to Services",
+                TrafficFor::Workload => "calls to pods by their own address",
+                TrafficFor::All => "all calls",
+                TrafficFor::None => "no calls",
+            };
+            let message = format!("{name} is for {takes}: {direct}");
+            Diagnostic::error(Code::UnsupportedTrafficType, message)
+                .help(format!("change its label {WAYPOINT_FOR}"))
+        }
+    };
+    cx.report(on.key, on.sourced, d.field(format!("{}.{USE_WAYPOINT}", on.at)));
 }
 
 /// `at`: the path before `spec` and `metadata`.
@@ -147,7 +192,7 @@ mod tests {
         );
         check(
             &namespace("istio.io/use-waypoint: w"),
-            "warning unsupported Namespace/shop metadata.labels.istio.io/use-waypoint",
+            "error dangling_reference Namespace/shop metadata.labels.istio.io/use-waypoint",
         );
         assert!(findings(&namespace("istio.io/use-waypoint: none")).is_empty());
         check(

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{PolicyKey, Str};
+use waypoints::binding::Bindings;
 
 mod addresses;
 mod authorization;
@@ -18,6 +19,7 @@ mod context;
 mod diagnostics;
 mod enrolment;
 mod folder;
+pub mod gateway_api;
 pub mod istio;
 mod kinds;
 mod labels;
@@ -30,6 +32,7 @@ mod references;
 mod selection;
 mod services;
 mod validate;
+pub mod waypoints;
 mod yaml;
 
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
@@ -38,6 +41,7 @@ pub use folder::Folder;
 pub use object::{Body, ORIGIN_ANNOTATION, Object, Objects, Origin, Sourced, Table, object_id};
 pub use parse::{ParsedFile, parse_file};
 pub use pods::PodsOnNodes;
+pub use waypoints::{GatewayStatus, Programmed, WaypointAccounts};
 
 /// What holds for the whole mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,12 +79,20 @@ pub struct Compiled {
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
     pub pods: PodsOnNodes,
+    /// How the Gateways are that are waypoints, by namespace and name.
+    pub gateways: Vec<GatewayStatus>,
+    /// As whom waypoints run: they may read the configuration.
+    pub waypoint_accounts: WaypointAccounts,
+    /// Waypoints to which what names them is bound: [`Objects::programmed`] for the next time.
+    pub programmed: Programmed,
 }
 
 /// Compiles everything that is in force.
 pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     let mut cx = context::Context::new(config);
-    let services = services::compile(objects, &mut cx);
+    let waypoints = waypoints::understand(objects);
+    waypoints::check(objects, &waypoints, &mut cx);
+    let mut services = services::compile(objects, &mut cx);
     let authorization = authorization::compile(objects, &mut cx);
     let peers = peer_authentication::compile(objects, &mut cx);
     let selectors = Selectors::of(&authorization);
@@ -92,16 +104,31 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     };
     let mut workloads = pods::compile(objects, &services, &policies_of, &mut cx);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    references::check(objects, &services, &authorization, &mut cx);
+    let bindings = Bindings::new(objects, &waypoints, &workloads, &mut cx);
+    bindings.bind(&mut services, &mut workloads);
+    references::check(objects, &services, &authorization, &bindings, &mut cx);
     let pods = pods::on_nodes(objects, &mut cx);
     let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();
     services.sort_by(|a, b| a.key.cmp(&b.key));
     let mut policies: Vec<_> = authorization.into_iter().map(|c| c.policy).collect();
     policies.extend(peers.policies);
     policies.sort_by(|a, b| a.key.cmp(&b.key));
+    let domain = &config.cluster_domain;
+    let gateways = waypoints::statuses(objects, &waypoints, &services, &workloads, domain);
+    let waypoint_accounts = waypoints::accounts(&waypoints);
     let mut diagnostics = cx.diagnostics;
     diagnostics::sort(&mut diagnostics);
-    Compiled { workloads, services, policies, diagnostics, pods }
+    let programmed = bindings.programmed;
+    Compiled {
+        workloads,
+        services,
+        policies,
+        diagnostics,
+        pods,
+        gateways,
+        waypoint_accounts,
+        programmed,
+    }
 }
 
 /// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.

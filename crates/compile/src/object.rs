@@ -12,7 +12,9 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use model::{Provenance, Str};
 
+use crate::gateway_api::{Gateway, GatewayClass, GrpcRoute, HttpRoute, ReferenceGrant};
 use crate::istio::{AuthorizationPolicy, PeerAuthentication};
+use crate::waypoints::Programmed;
 use crate::yaml::{Node as YamlNode, Value};
 
 /// Annotation on generated objects: the place in the user's files that they come from, `file:line`.
@@ -135,6 +137,11 @@ pub enum Body {
     Service(Arc<Service>),
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     PeerAuthentication(Arc<PeerAuthentication>),
+    HttpRoute(Arc<HttpRoute>),
+    GrpcRoute(Arc<GrpcRoute>),
+    Gateway(Arc<Gateway>),
+    GatewayClass(Arc<GatewayClass>),
+    ReferenceGrant(Arc<ReferenceGrant>),
 }
 
 impl Body {
@@ -148,6 +155,11 @@ impl Body {
             Self::Service(_) => "Service",
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
             Self::PeerAuthentication(_) => "PeerAuthentication",
+            Self::HttpRoute(_) => "HTTPRoute",
+            Self::GrpcRoute(_) => "GRPCRoute",
+            Self::Gateway(_) => "Gateway",
+            Self::GatewayClass(_) => "GatewayClass",
+            Self::ReferenceGrant(_) => "ReferenceGrant",
         }
     }
 }
@@ -212,6 +224,13 @@ pub struct Objects {
     pub services: Table<Service>,
     pub authorization_policies: Table<AuthorizationPolicy>,
     pub peer_authentications: Table<PeerAuthentication>,
+    pub http_routes: Table<HttpRoute>,
+    pub grpc_routes: Table<GrpcRoute>,
+    pub gateways: Table<Gateway>,
+    pub gateway_classes: Table<GatewayClass>,
+    pub reference_grants: Table<ReferenceGrant>,
+    /// Waypoints that are known to have been ready, which stands in no file; those without a Gateway do not count.
+    pub programmed: Programmed,
 }
 
 impl Objects {
@@ -228,6 +247,11 @@ impl Objects {
             Body::Service(v) => put(&mut self.services, key, v, origin),
             Body::AuthorizationPolicy(v) => put(&mut self.authorization_policies, key, v, origin),
             Body::PeerAuthentication(v) => put(&mut self.peer_authentications, key, v, origin),
+            Body::HttpRoute(v) => put(&mut self.http_routes, key, v, origin),
+            Body::GrpcRoute(v) => put(&mut self.grpc_routes, key, v, origin),
+            Body::Gateway(v) => put(&mut self.gateways, key, v, origin),
+            Body::GatewayClass(v) => put(&mut self.gateway_classes, key, v, origin),
+            Body::ReferenceGrant(v) => put(&mut self.reference_grants, key, v, origin),
         }
     }
 
@@ -257,28 +281,37 @@ pub(crate) trait Meta {
         self.meta().annotations.as_ref()?.get(name).map(String::as_str)
     }
 
+    fn labels(&self) -> Option<&BTreeMap<String, String>> {
+        self.meta().labels.as_ref()
+    }
+
     fn label(&self, name: &str) -> Option<&str> {
-        self.meta().labels.as_ref()?.get(name).map(String::as_str)
+        self.labels()?.get(name).map(String::as_str)
     }
 }
 
 macro_rules! meta {
-    ($($kind:ident),*) => {
+    ($($kind:ident = $name:literal),* $(,)?) => {
         $(impl Meta for $kind {
-            const KIND: &'static str = stringify!($kind);
+            const KIND: &'static str = $name;
             fn meta(&self) -> &ObjectMeta { &self.metadata }
         })*
     };
 }
 meta!(
-    Namespace,
-    Node,
-    ServiceAccount,
-    Pod,
-    Deployment,
-    Service,
-    AuthorizationPolicy,
-    PeerAuthentication
+    Namespace = "Namespace",
+    Node = "Node",
+    ServiceAccount = "ServiceAccount",
+    Pod = "Pod",
+    Deployment = "Deployment",
+    Service = "Service",
+    AuthorizationPolicy = "AuthorizationPolicy",
+    PeerAuthentication = "PeerAuthentication",
+    HttpRoute = "HTTPRoute",
+    GrpcRoute = "GRPCRoute",
+    Gateway = "Gateway",
+    GatewayClass = "GatewayClass",
+    ReferenceGrant = "ReferenceGrant",
 );
 
 /// Which of several objects came first: by creation time where a cluster states it, else by place.

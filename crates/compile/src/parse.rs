@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 use crate::diagnostics::{Code, Diagnostic};
+use crate::gateway_api;
 use crate::istio::FIELD_NAMES;
 use crate::kinds::{self, Handling, Kind};
 use crate::object::{Body, Meta, ORIGIN_ANNOTATION, Object, Origin, object_id};
@@ -134,6 +135,11 @@ impl Reader<'_> {
             Kind::Service => Body::Service(self.decode(kind, &namespace)?),
             Kind::AuthorizationPolicy => Body::AuthorizationPolicy(self.decode(kind, &namespace)?),
             Kind::PeerAuthentication => Body::PeerAuthentication(self.decode(kind, &namespace)?),
+            Kind::HttpRoute => Body::HttpRoute(self.decode(kind, &namespace)?),
+            Kind::GrpcRoute => Body::GrpcRoute(self.decode(kind, &namespace)?),
+            Kind::Gateway => Body::Gateway(self.decode(kind, &namespace)?),
+            Kind::GatewayClass => Body::GatewayClass(self.decode(kind, &namespace)?),
+            Kind::ReferenceGrant => Body::ReferenceGrant(self.decode(kind, &namespace)?),
         };
         let mut problems = Vec::new();
         validate::body(&body, &mut |field, message| problems.push((field, message)));
@@ -227,11 +233,13 @@ impl Reader<'_> {
         for field in unknown {
             let name = field.rsplit('.').next().unwrap_or(field);
             if kind.is_strict() {
-                if matches!(field.as_str(), "apiVersion" | "kind" | "status") {
+                let top = field.split('.').next().unwrap_or(field);
+                if matches!(field.as_str(), "apiVersion" | "kind") || top == "status" {
                     continue;
                 }
                 good = false;
-                let help = nearest(name).map(|near| format!("did you mean {near:?}?"));
+                let known = if kind.is_gateway_api() { gateway_api::FIELD_NAMES } else { FIELD_NAMES };
+                let help = nearest(name, known).map(|near| format!("did you mean {near:?}?"));
                 let message = format!("unknown field {name:?}");
                 self.lose(Code::UnknownField, field, &message, &help.unwrap_or_default());
             } else {
@@ -293,12 +301,12 @@ fn field_path(path: &serde_ignored::Path<'_>) -> String {
 }
 
 /// The known field that a misspelt one is closest to, if it is close.
-fn nearest(name: &str) -> Option<&'static str> {
+fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     // Names of fields are short; a long one is not a slip of the finger.
     if name.len() > 40 {
         return None;
     }
-    let closest = FIELD_NAMES.iter().map(|known| (distance(name, known), *known)).min()?;
+    let closest = known.iter().map(|known| (distance(name, known), *known)).min()?;
     (closest.0 <= 2).then_some(closest.1)
 }
 

@@ -17,6 +17,7 @@ use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::selection::ByLabel;
 use crate::services::ByNamespace;
+use crate::waypoints::binding::Bindings;
 
 /// Namespaces that every cluster has, or that the mesh brings.
 const BUILT_IN: [&str; 5] =
@@ -26,6 +27,7 @@ pub(crate) fn check(
     objects: &Objects,
     services: &ByNamespace,
     policies: &[authorization::Compiled],
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
     namespaces(&objects.service_accounts, objects, cx);
@@ -35,8 +37,9 @@ pub(crate) fn check(
     namespaces(&objects.services, objects, cx);
     namespaces(&objects.authorization_policies, objects, cx);
     namespaces(&objects.peer_authentications, objects, cx);
+    namespaces(&objects.gateways, objects, cx);
     accounts(&own, objects, cx);
-    labels::check(objects, &own, cx);
+    labels::check(objects, &own, bindings, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+
 use crate::istio::selects;
 
 /// The labels of an object: none and empty are the same.
@@ -47,6 +49,23 @@ impl<'a, T: Copy> ByLabel<'a, T> {
         let candidates = positions.filter_map(|position| self.all.get(position));
         candidates.filter(|(labels, _)| selects(selector, labels.as_ref())).map(|(_, value)| *value)
     }
+}
+
+/// Whether a selector of Kubernetes' own, with its expressions, picks these labels.
+pub(crate) fn fits(selector: &LabelSelector, labels: Option<&BTreeMap<String, String>>) -> bool {
+    let expressions = selector.match_expressions.iter().flatten();
+    selector.match_labels.as_ref().is_none_or(|wanted| selects(wanted, labels))
+        && expressions.into_iter().all(|e| {
+            let value = labels.and_then(|l| l.get(&e.key));
+            let listed = value.is_some_and(|v| e.values.iter().flatten().any(|w| w == v));
+            match e.operator.as_str() {
+                "In" => listed,
+                "NotIn" => !listed,
+                "Exists" => value.is_some(),
+                "DoesNotExist" => value.is_none(),
+                _ => false,
+            }
+        })
 }
 
 #[cfg(test)]

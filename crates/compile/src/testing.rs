@@ -78,6 +78,7 @@ impl Mesh {
             destination: SocketAddr::new(workload.addresses[0], port),
             source_ip,
             peer: identity.as_ref(),
+            client: None,
         };
         match authorize(&self.snapshot, &facts) {
             Verdict::Allow(_) => true,

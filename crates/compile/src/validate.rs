@@ -42,6 +42,11 @@ pub(crate) fn body(body: &Body, report: Report<'_>) {
         }
         Body::AuthorizationPolicy(policy) => authorization_policy(&policy.spec, report),
         Body::PeerAuthentication(policy) => peer_authentication(&policy.spec, report),
+        Body::HttpRoute(_)
+        | Body::GrpcRoute(_)
+        | Body::Gateway(_)
+        | Body::GatewayClass(_)
+        | Body::ReferenceGrant(_) => {}
     }
 }
 

@@ -10,6 +10,10 @@
 //! HTTP-only condition, and such a condition must not turn into "everybody" (Istio does the same).
 //! A plaintext peer has no identity: no positive identity match holds for it, every negative one does.
 //!
+//! A waypoint may name the client for whom it calls ([`crate::delegated`]): then there are two identities. A DENY matches if it
+//! matches either of them. An ALLOW matches if it matches either, but what its rule excludes (`not...`) it excludes under
+//! both names: a client is not let in where it is shut out because a waypoint stands between.
+//!
 //! Invariants: a dry-run policy never decides; when several policies match, the one with the smallest
 //! key is named, so that every proxy and `meshctl can` name the same.
 
@@ -20,7 +24,7 @@ use std::sync::Arc;
 
 use model::{
     Action, Identity, MESH_PORTS, Match, Policy, PolicyKey, Provenance, Reason, Refusal, Rule,
-    Snapshot, TunnelProtocol, Workload,
+    Snapshot, Str, StringMatch, TunnelProtocol, Workload,
 };
 
 /// What is known of a connection that arrives at a workload.
@@ -32,6 +36,8 @@ pub struct InboundFacts<'a> {
     pub source_ip: IpAddr,
     /// From the verified peer certificate. `None`: plaintext.
     pub peer: Option<&'a Identity>,
+    /// The client for whom the peer, a waypoint, calls: what [`crate::delegated`] says.
+    pub client: Option<&'a Identity>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +95,7 @@ pub fn demands_mutual_tls(snapshot: &Snapshot, facts: &InboundFacts<'_>) -> bool
     if !policies.missing.is_empty() || facts.workload.protocol == TunnelProtocol::Unreadable {
         return true;
     }
-    let connection = Connection::new(&InboundFacts { peer: None, ..facts.clone() });
+    let connection = Connection::new(&InboundFacts { peer: None, client: None, ..facts.clone() });
     let denying = policies.found.iter().filter(|p| p.action == Action::Deny && !p.dry_run);
     denying
         .filter_map(|p| Some((p, matching_rule(p, &connection)?)))
@@ -139,56 +145,89 @@ fn first_match<'a>(
 }
 
 fn matching_rule<'a>(policy: &'a Policy, connection: &Connection<'_>) -> Option<&'a Rule> {
-    policy.rules.iter().find(|rule| {
+    let fits = |rule: &Rule, caller: &Caller<'_>| {
         rule.clauses
             .iter()
-            .all(|clause| clause.is_empty() || clause.iter().any(|m| connection.satisfies(m)))
+            .all(|clause| clause.is_empty() || clause.iter().any(|m| connection.satisfies(m, caller)))
+    };
+    policy.rules.iter().find(|rule| {
+        connection.callers(policy.action).into_iter().flatten().any(|caller| fits(rule, &caller))
     })
 }
 
 /// A connection as matches see it.
 struct Connection<'a> {
-    peer: Option<&'a Identity>,
+    peer: Shown<'a>,
+    client: Option<Shown<'a>>,
     source: IpAddr,
     destination: IpAddr,
     port: u16,
+}
+
+/// Under which name a rule is tried, and which other name must not be excluded by it.
+struct Caller<'a> {
+    name: &'a Shown<'a>,
+    besides: Option<&'a Shown<'a>>,
+}
+
+/// An identity, if there is one.
+struct Shown<'a> {
+    identity: Option<&'a Identity>,
     /// Built on first use: most workloads have no policy that asks for it.
     principal: OnceCell<String>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(identity: Option<&'a Identity>) -> Self {
+        Self { identity, principal: OnceCell::new() }
+    }
+
+    fn principal(&self) -> Option<&str> {
+        let identity = self.identity?;
+        Some(self.principal.get_or_init(|| identity.principal()))
+    }
 }
 
 impl<'a> Connection<'a> {
     fn new(facts: &InboundFacts<'a>) -> Self {
         Self {
-            peer: facts.peer,
+            peer: Shown::new(facts.peer),
+            client: facts.client.map(|client| Shown::new(Some(client))),
             // A dual-stack socket shows IPv4 peers as ::ffff:a.b.c.d; policies are written for a.b.c.d.
             source: facts.source_ip.to_canonical(),
             destination: facts.destination.ip().to_canonical(),
             port: facts.destination.port(),
-            principal: OnceCell::new(),
         }
     }
 
-    fn satisfies(&self, m: &Match) -> bool {
-        let namespace =
-            |s: &model::StringMatch| self.peer.is_some_and(|id| s.matches(&id.namespace));
-        let account = |(ns, sa): &(model::Str, model::Str)| {
-            self.peer.is_some_and(|id| id.namespace == *ns && id.service_account == *sa)
+    /// The names under which a rule of this action is tried.
+    fn callers(&self, action: Action) -> [Option<Caller<'_>>; 2] {
+        let (peer, client) = (&self.peer, self.client.as_ref());
+        let allow = action == Action::Allow;
+        [
+            Some(Caller { name: peer, besides: client.filter(|_| allow) }),
+            client.map(|client| Caller { name: client, besides: allow.then_some(peer) }),
+        ]
+    }
+
+    fn satisfies(&self, m: &Match, caller: &Caller<'_>) -> bool {
+        let namespace = |id: &Shown<'_>, s: &StringMatch| {
+            id.identity.is_some_and(|id| s.matches(&id.namespace))
         };
-        let principal = |s: &model::StringMatch| self.principal().is_some_and(|id| s.matches(id));
+        let account = |id: &Shown<'_>, (ns, sa): &(Str, Str)| {
+            id.identity.is_some_and(|id| id.namespace == *ns && id.service_account == *sa)
+        };
+        let principal =
+            |id: &Shown<'_>, s: &StringMatch| id.principal().is_some_and(|id| s.matches(id));
         let kinds = [
-            kind(&m.namespaces, &m.not_namespaces, namespace),
-            kind(&m.service_accounts, &m.not_service_accounts, account),
-            kind(&m.principals, &m.not_principals, principal),
+            kind_of(caller, &m.namespaces, &m.not_namespaces, namespace),
+            kind_of(caller, &m.service_accounts, &m.not_service_accounts, account),
+            kind_of(caller, &m.principals, &m.not_principals, principal),
             kind(&m.source_ips, &m.not_source_ips, |p| p.contains(self.source)),
             kind(&m.destination_ips, &m.not_destination_ips, |p| p.contains(self.destination)),
             kind(&m.destination_ports, &m.not_destination_ports, |p| *p == self.port),
         ];
         kinds.contains(&Some(true)) && !kinds.contains(&Some(false))
-    }
-
-    fn principal(&self) -> Option<&str> {
-        let peer = self.peer?;
-        Some(self.principal.get_or_init(|| peer.principal()))
     }
 }
 
@@ -198,6 +237,18 @@ fn kind<T>(wanted: &[T], unwanted: &[T], is: impl Fn(&T) -> bool) -> Option<bool
         return None;
     }
     Some((wanted.is_empty() || wanted.iter().any(&is)) && !unwanted.iter().any(&is))
+}
+
+/// The same for a kind that is about who calls.
+fn kind_of<T>(
+    caller: &Caller<'_>,
+    wanted: &[T],
+    unwanted: &[T],
+    is: impl Fn(&Shown<'_>, &T) -> bool,
+) -> Option<bool> {
+    let holds = kind(wanted, unwanted, |value| is(caller.name, value))?;
+    let excluded = |other: &Shown<'_>| unwanted.iter().any(|value| is(other, value));
+    Some(holds && !caller.besides.is_some_and(excluded))
 }
 
 fn denied_by(policy: &Policy, rule: &Rule, facts: &InboundFacts<'_>) -> Refusal {
@@ -274,9 +325,12 @@ struct Peer<'a>(&'a InboundFacts<'a>);
 
 impl fmt::Display for Peer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.peer {
-            Some(id) => write!(f, "{id} at {}", self.0.source_ip),
-            None => write!(f, "the plaintext peer {}", self.0.source_ip),
+        match (self.0.peer, self.0.client) {
+            (Some(id), Some(client)) => {
+                write!(f, "{client} through the waypoint {id} at {}", self.0.source_ip)
+            }
+            (Some(id), None) => write!(f, "{id} at {}", self.0.source_ip),
+            (None, _) => write!(f, "the plaintext peer {}", self.0.source_ip),
         }
     }
 }

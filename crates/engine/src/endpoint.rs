@@ -25,9 +25,27 @@ use crate::outbound::MAX_CANDIDATES;
 pub(crate) struct Call<'a> {
     pub(crate) source: &'a Workload,
     pub(crate) service: &'a Service,
-    pub(crate) port: &'a ServicePort,
+    pub(crate) port: Wanted<'a>,
     /// The virtual address that was called.
     pub(crate) ip: IpAddr,
+}
+
+/// Which port of an endpoint is wanted.
+#[derive(Clone, Copy)]
+pub(crate) enum Wanted<'a> {
+    /// Where this port of the service leads.
+    Port(&'a ServicePort),
+    /// This one, where the endpoint itself ends a tunnel: it is a waypoint.
+    Tunnel(u16),
+}
+
+impl Wanted<'_> {
+    const fn number(self) -> u16 {
+        match self {
+            Self::Port(port) => port.service_port,
+            Self::Tunnel(port) => port,
+        }
+    }
 }
 
 /// An endpoint that fits.
@@ -121,6 +139,7 @@ enum Why {
     TooFar,
     Unreadable,
     OtherSubset,
+    NoTunnel,
 }
 
 fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
@@ -135,10 +154,7 @@ fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
     if workload.network != call.source.network {
         return Err(Why::OtherNetwork);
     }
-    let port = target_port(call.port, endpoint).ok_or(Why::NoPort)?;
-    if workload.protocol == TunnelProtocol::Hbone && MESH_PORTS.contains(&port) {
-        return Err(Why::MeshPort);
-    }
+    let port = port(call, endpoint)?;
     if workload.addresses.is_empty() && !workload.hostname.is_empty() {
         return Err(Why::Hostname);
     }
@@ -154,6 +170,19 @@ fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
         return Err(Why::TooFar);
     }
     Ok(Pick { workload, target: SocketAddr::new(ip, port), rank, draw: 0.0 })
+}
+
+fn port(call: &Call<'_>, endpoint: &Endpoint) -> Result<u16, Why> {
+    let tunnelled = endpoint.workload.protocol == TunnelProtocol::Hbone;
+    match call.port {
+        Wanted::Tunnel(port) if tunnelled => Ok(port),
+        Wanted::Tunnel(_) => Err(Why::NoTunnel),
+        Wanted::Port(port) => match target_port(port, endpoint) {
+            None => Err(Why::NoPort),
+            Some(port) if tunnelled && MESH_PORTS.contains(&port) => Err(Why::MeshPort),
+            Some(port) => Ok(port),
+        },
+    }
 }
 
 /// What the endpoint says for this service port, else the Service's own number. `None`: the port is
@@ -220,7 +249,7 @@ impl Pick<'_> {
 /// How many endpoints did not fit, and why.
 #[derive(Default)]
 struct Unfit {
-    counts: [usize; 9],
+    counts: [usize; 10],
 }
 
 impl Unfit {
@@ -249,6 +278,7 @@ impl Unfit {
             (of(Why::TooFar), "outside the scopes that the service demands"),
             (of(Why::Unreadable), "described in a way that this proxy cannot read"),
             (of(Why::OtherSubset), "outside the subset"),
+            (of(Why::NoTunnel), "outside the mesh, where no tunnel ends"),
         ];
         let words: Vec<String> =
             parts.iter().filter(|(n, _)| *n > 0).map(|(n, why)| format!("{n} {why}")).collect();
@@ -262,7 +292,7 @@ impl Unfit {
         let noun = if total == 1 { "endpoint" } else { "endpoints" };
         let message = format!(
             "none of the {total} {noun} of service {service} can take port {}: {}",
-            call.port.service_port,
+            call.port.number(),
             words.join(", ")
         );
         Refusal::new(reason, message)

@@ -16,6 +16,7 @@ mod outbound;
 mod pool;
 mod renewals;
 mod rotate;
+mod waypoint;
 
 pub use authz::{Allowed, InboundFacts, Verdict, authorize, demands_mutual_tls, dry_run_matches};
 pub use dns::{DnsAnswer, DnsFacts, MAX_ADDRESSES, resolve};
@@ -27,3 +28,6 @@ pub use outbound::{
 pub use pool::{BookLimits, Carrier, Next, PoolBook, Turn};
 pub use renewals::{Begin, MAX_REQUESTS, Renewals, State, TICK};
 pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};
+pub use waypoint::{
+    AdmitFacts, Admitted, Authority, Claim, admit, claim_is_early, delegated,
+};

@@ -86,6 +86,7 @@ mod tests {
                 destination: ([10, 0, 0, 1], 80).into(),
                 source_ip: [10, 0, 0, 2].into(),
                 peer: None,
+                client: None,
             };
             let ended = ended_by(&Snapshot::default().with(changes), &facts, true);
             assert_eq!(ended.map(|refusal| refusal.reason), want);

@@ -2,21 +2,24 @@
 //!
 //! Order: the exact virtual address of a service, then the address of a workload, then the address
 //! range of a service, then passthrough. A workload that is called by its own address is called there
-//! whatever its health, since the caller chose it.
+//! whatever its health, since the caller chose it. What is bound to a waypoint is asked of an endpoint of that waypoint,
+//! under the address that was called.
 //!
-//! Invariants: what is bound to a waypoint is never reached around it; the mesh's own ports of a mesh
-//! workload are never a target; a plan to connect has at least one candidate, each another endpoint;
-//! the same input gives the same plan.
+//! Invariants: what is bound to a waypoint is never reached around it, but by the waypoint itself; the mesh's own
+//! ports of a mesh workload are never a target; a plan to connect has at least one candidate, each another
+//! endpoint; the same input gives the same plan.
 
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use model::{
-    GatewayAddress, GatewayDestination, HBONE_PORT, Health, Identity, MESH_PORTS, Reason, Refusal,
-    RoutingMode, Service, Snapshot, TunnelProtocol, Workload,
+    GatewayAddress, HBONE_PORT, Health, Identity, MESH_PORTS, Reason, Refusal, RoutingMode, Service,
+    Snapshot, Str, TunnelProtocol, Workload,
 };
 
-use crate::endpoint::{self, Call, Pick};
+use crate::endpoint::{self, Call, Pick, Wanted};
+use crate::waypoint::{self, Place};
 
 /// Endpoints that one connection may try. The second covers a pod that died a moment ago, the third a
 /// rolling restart of small services; more would only delay the error that the application waits for.
@@ -42,11 +45,13 @@ pub enum OutboundPlan {
     Refuse(Refusal),
 }
 
-/// One endpoint to try.
+/// One endpoint to try: of the service, or of the waypoint before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
+    /// Who is dialled.
     pub workload: Arc<Workload>,
-    /// The endpoint's own address and target port: the CONNECT authority, or the plain TCP destination.
+    /// The CONNECT authority, or the plain TCP destination: the endpoint's own address and target port; to a waypoint, the
+    /// address that was called.
     pub target: SocketAddr,
     pub transport: Transport,
 }
@@ -68,8 +73,28 @@ impl Candidate {
         snapshot.workload(&self.workload.uid).is_some_and(|now| {
             now.protocol == self.workload.protocol
                 && now.waypoint == self.workload.waypoint
-                && now.addresses.contains(&self.target.ip())
+                && now.addresses.contains(&self.dialled().ip())
         })
+    }
+
+    /// The same of a candidate for a call to `service`, which may be bound to another waypoint by now, or to none.
+    pub fn is_current_for(&self, snapshot: &Snapshot, service: Option<&Service>) -> bool {
+        let bound_as_planned = service.is_none_or(|planned| {
+            snapshot.service(&planned.key).is_some_and(|now| now.waypoint == planned.waypoint)
+        });
+        bound_as_planned && self.is_current(snapshot)
+    }
+
+    /// The workload is a waypoint: it is dialled at its own address and asked for another.
+    pub fn is_waypoint(&self) -> bool {
+        self.dialled().ip() != self.target.ip()
+    }
+
+    fn dialled(&self) -> SocketAddr {
+        match &self.transport {
+            Transport::Plain => self.target,
+            Transport::Hbone { gateway, .. } => *gateway,
+        }
     }
 }
 
@@ -89,22 +114,36 @@ fn plan<'a>(
     facts: &OutboundFacts<'a>,
     pick: impl FnOnce(&Call<'a>, &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal>,
 ) -> OutboundPlan {
-    let (ip, network) = (facts.destination.ip().to_canonical(), &facts.source.network);
+    let (ip, source) = (facts.destination.ip().to_canonical(), facts.source);
     let destination = SocketAddr::new(ip, facts.destination.port());
+    match called(snapshot, &source.network, ip) {
+        Called::Service(service) => to_service(snapshot, source, service, destination, pick),
+        Called::Workload(workload) => to_workload(snapshot, source, workload, destination, pick),
+        Called::Stranger => OutboundPlan::Passthrough,
+    }
+}
+
+/// What an address stands for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Called<'a> {
+    Service(&'a Arc<Service>),
+    Workload(&'a Arc<Workload>),
+    Stranger,
+}
+
+/// The order is the module's.
+pub(crate) fn called<'a>(snapshot: &'a Snapshot, network: &Str, ip: IpAddr) -> Called<'a> {
     let service = snapshot.service_at(network, ip);
     let exact = service.filter(|s| {
         let width = if ip.is_ipv4() { 32 } else { 128 };
         s.vips.iter().any(|v| v.ip == ip && v.prefix == width && v.network == *network)
     });
     if let Some(service) = exact {
-        return to_service(snapshot, facts.source, service, destination, pick);
+        return Called::Service(service);
     }
-    if let Some(workload) = snapshot.workload_at(network, ip) {
-        return to_workload(snapshot, workload, destination);
-    }
-    match service {
-        Some(service) => to_service(snapshot, facts.source, service, destination, pick),
-        None => OutboundPlan::Passthrough,
+    match snapshot.workload_at(network, ip) {
+        Some(workload) => Called::Workload(workload),
+        None => service.map_or(Called::Stranger, Called::Service),
     }
 }
 
@@ -115,18 +154,25 @@ fn to_service<'a>(
     destination: SocketAddr,
     pick: impl FnOnce(&Call<'a>, &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal>,
 ) -> OutboundPlan {
-    if let Some(waypoint) = &service.waypoint {
-        return OutboundPlan::Refuse(needs_waypoint(snapshot, "service", &service.key, waypoint));
+    let passthrough = service.load_balancing.mode == RoutingMode::Passthrough;
+    let port = service.ports.iter().find(|p| p.service_port == destination.port());
+    if port.is_none() && !passthrough {
+        return OutboundPlan::Refuse(no_such_port(service, destination.port()));
     }
-    if service.load_balancing.mode == RoutingMode::Passthrough {
-        return match snapshot.workload_at(&source.network, destination.ip()) {
-            Some(workload) => to_workload(snapshot, workload, destination),
-            None => OutboundPlan::Passthrough,
+    if let Some(at) = waypoint_for(snapshot, source, service.waypoint.as_ref()) {
+        let call = Through { source, at, destination, kind: "service", called: &service.key };
+        return match to_waypoint(snapshot, &call, pick) {
+            Ok(candidates) => OutboundPlan::Connect { service: Some(service.clone()), candidates },
+            Err(refusal) => OutboundPlan::Refuse(refusal),
         };
     }
-    let Some(port) = service.ports.iter().find(|p| p.service_port == destination.port()) else {
-        return OutboundPlan::Refuse(no_such_port(service, destination.port()));
+    let Some(port) = port.filter(|_| !passthrough) else {
+        return match snapshot.workload_at(&source.network, destination.ip()) {
+            Some(workload) => to_workload(snapshot, source, workload, destination, pick),
+            None => OutboundPlan::Passthrough,
+        };
     };
+    let port = Wanted::Port(port);
     match pick(&Call { source, service, port, ip: destination.ip() }, snapshot) {
         Ok(picks) => {
             let candidates = picks.iter().map(|p| candidate(p, service)).collect();
@@ -137,7 +183,13 @@ fn to_service<'a>(
 }
 
 /// The caller named this workload by its address.
-fn to_workload(snapshot: &Snapshot, workload: &Arc<Workload>, target: SocketAddr) -> OutboundPlan {
+fn to_workload<'a>(
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
+    workload: &'a Arc<Workload>,
+    target: SocketAddr,
+    pick: impl FnOnce(&Call<'a>, &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal>,
+) -> OutboundPlan {
     if workload.protocol == TunnelProtocol::Hbone && MESH_PORTS.contains(&target.port()) {
         let message = format!(
             "port {} of {}/{} is the mesh's own",
@@ -147,8 +199,15 @@ fn to_workload(snapshot: &Snapshot, workload: &Arc<Workload>, target: SocketAddr
         );
         return OutboundPlan::Refuse(Refusal::new(Reason::MeshPort, message));
     }
-    if let Some(waypoint) = &workload.waypoint {
-        return OutboundPlan::Refuse(needs_waypoint(snapshot, "workload", &workload.uid, waypoint));
+    if workload.protocol != TunnelProtocol::Unreadable
+        && let Some(at) = waypoint_for(snapshot, source, workload.waypoint.as_ref())
+    {
+        let (destination, called) = (target, &workload.uid);
+        let call = Through { source, at, destination, kind: "workload", called };
+        return match to_waypoint(snapshot, &call, pick) {
+            Ok(candidates) => OutboundPlan::Connect { service: None, candidates },
+            Err(refusal) => OutboundPlan::Refuse(refusal),
+        };
     }
     match workload.protocol {
         TunnelProtocol::Unreadable => OutboundPlan::Refuse(unreadable(workload)),
@@ -173,15 +232,18 @@ pub(crate) fn candidate(pick: &Pick<'_>, service: &Service) -> Candidate {
         TunnelProtocol::None => Transport::Plain,
         // `fit` lets no unreadable one through; if it did, the handshake would fail.
         TunnelProtocol::Hbone | TunnelProtocol::Unreadable => {
-            // A name that is no workload identity cannot be shown by a peer that we would accept.
-            let also = service.subject_alt_names.iter().filter_map(|san| san.parse().ok());
-            Transport::Hbone {
-                gateway: SocketAddr::new(pick.target.ip(), HBONE_PORT),
-                expected: std::iter::once(workload.identity()).chain(also).collect(),
-            }
+            let gateway = SocketAddr::new(pick.target.ip(), HBONE_PORT);
+            Transport::Hbone { gateway, expected: expected(workload, service) }
         }
     };
     Candidate { workload: workload.clone(), target: pick.target, transport }
+}
+
+/// Who may answer as an endpoint of a service.
+fn expected(workload: &Workload, service: &Service) -> Vec<Identity> {
+    // A name that is no workload identity cannot be shown by a peer that we would accept.
+    let also = service.subject_alt_names.iter().filter_map(|san| san.parse().ok());
+    std::iter::once(workload.identity()).chain(also).collect()
 }
 
 /// The control plane sent this workload in words of another version.
@@ -194,7 +256,7 @@ pub(crate) fn unreadable(workload: &Workload) -> Refusal {
     Refusal::new(Reason::Unsupported, message)
 }
 
-fn no_such_port(service: &Service, port: u16) -> Refusal {
+pub(crate) fn no_such_port(service: &Service, port: u16) -> Refusal {
     /// Ports named in the message: all of a usual Service, not all of a strange one.
     const NAMED: usize = 8;
     let ports: Vec<String> =
@@ -210,42 +272,65 @@ fn no_such_port(service: &Service, port: u16) -> Refusal {
     )
 }
 
-/// This version cannot send traffic through a waypoint, and going around it would skip its policies.
-fn needs_waypoint(
+/// The waypoint that a call must go through. The waypoint itself goes on from there.
+fn waypoint_for<'a>(
     snapshot: &Snapshot,
-    kind: &str,
-    who: &dyn std::fmt::Display,
-    waypoint: &GatewayAddress,
-) -> Refusal {
-    let (name, ready) = match &waypoint.destination {
-        GatewayDestination::Service(key) => (key.to_string(), has_healthy_endpoint(snapshot, key)),
-        GatewayDestination::Address(a) => {
-            let service = snapshot.service_at(&a.network, a.ip);
-            let ready = match service {
-                Some(service) => has_healthy_endpoint(snapshot, &service.key),
-                None => snapshot
-                    .workload_at(&a.network, a.ip)
-                    .is_some_and(|w| w.health == Health::Healthy),
-            };
-            (a.ip.to_string(), ready)
-        }
-    };
-    if ready {
-        let message = format!(
-            "{kind} {who} is bound to waypoint {name}; this version cannot send through a waypoint and does not go around it"
-        );
-        Refusal::new(Reason::Unsupported, message)
-    } else {
-        let message =
-            format!("{kind} {who} is bound to waypoint {name}, which has no ready endpoint");
-        Refusal::new(Reason::WaypointNotReady, message)
-    }
+    source: &Workload,
+    at: Option<&'a GatewayAddress>,
+) -> Option<&'a GatewayAddress> {
+    at.filter(|at| !waypoint::is_waypoint(snapshot, source, at))
 }
 
-fn has_healthy_endpoint(snapshot: &Snapshot, key: &model::ServiceKey) -> bool {
-    snapshot
-        .endpoints(key)
-        .is_some_and(|all| all.iter().any(|(_, e)| e.workload.health == Health::Healthy))
+/// A call that goes through a waypoint.
+struct Through<'a, 'b> {
+    source: &'a Workload,
+    at: &'a GatewayAddress,
+    destination: SocketAddr,
+    /// What is bound to the waypoint, for messages.
+    kind: &'static str,
+    called: &'b dyn fmt::Display,
+}
+
+/// The waypoint's endpoints, each to be asked for what was called. Around a waypoint there is no way: without one that is
+/// ready the call is refused.
+fn to_waypoint<'a>(
+    snapshot: &'a Snapshot,
+    call: &Through<'a, '_>,
+    pick: impl FnOnce(&Call<'a>, &'a Snapshot) -> Result<Vec<Pick<'a>>, Refusal>,
+) -> Result<Vec<Candidate>, Refusal> {
+    let Through { source, at, destination, kind, called } = *call;
+    let not_ready = |why: &dyn fmt::Display| {
+        let name = waypoint::Name(at);
+        let message =
+            format!("{kind} {called} is bound to waypoint {name}, which is not ready: {why}");
+        Refusal::new(Reason::WaypointNotReady, message)
+    };
+    match Place::of(snapshot, at) {
+        Place::Service(key) => {
+            let service = snapshot.service(key);
+            let service = service.ok_or_else(|| not_ready(&"its Service is not there"))?;
+            let port = Wanted::Tunnel(at.hbone_port);
+            let picks = pick(&Call { source, service, port, ip: destination.ip() }, snapshot);
+            let picks = picks.map_err(|refusal| not_ready(&refusal.message))?;
+            let candidate = |pick: &Pick<'_>| {
+                let (gateway, expected) = (pick.target, expected(pick.workload, service));
+                let transport = Transport::Hbone { gateway, expected };
+                Candidate { workload: pick.workload.clone(), target: destination, transport }
+            };
+            Ok(picks.iter().map(candidate).collect())
+        }
+        Place::Workload(workload) => {
+            let ready = workload.health == Health::Healthy
+                && workload.protocol == TunnelProtocol::Hbone
+                && workload.network == source.network;
+            let ip = workload.addresses.first().filter(|_| ready);
+            let ip = ip.ok_or_else(|| not_ready(&"nobody who takes tunnels is ready there"))?;
+            let gateway = SocketAddr::new(*ip, at.hbone_port);
+            let transport = Transport::Hbone { gateway, expected: vec![workload.identity()] };
+            Ok(vec![Candidate { workload: workload.clone(), target: destination, transport }])
+        }
+        Place::Nowhere => Err(not_ready(&"nobody has this address")),
+    }
 }
 
 #[cfg(test)]

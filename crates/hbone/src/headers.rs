@@ -1,14 +1,23 @@
-//! The words of a CONNECT: authority, `baggage`, `forwarded`, `traceparent`.
+//! The words of a CONNECT: authority, `baggage`, `forwarded`, `traceparent`, and for whom a waypoint speaks.
 //!
 //! Everything here parses bytes that a peer controls: every function is total and bounded. The header
 //! size limit of HTTP/2 bounds the input.
+//!
+//! Invariant: what a peer says of its client is in [`ConnectHeaders::claim`] and nowhere else, so that who passes headers on
+//! does not pass on a claim that nobody has judged.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
+use engine::Claim;
 use http::uri;
 use http::{HeaderMap, HeaderValue, Method, Request, Uri};
-use model::Workload;
+use model::{Identity, Workload};
+
+/// Names the client for whom a waypoint calls, as `spiffe://...`. It counts only where
+/// `engine::delegated` says so.
+pub const CLIENT_IDENTITY: &str = "x-ambit-client-identity";
 
 /// Where a CONNECT wants to go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +58,8 @@ pub struct ConnectHeaders {
     pub forwarded: Option<HeaderValue>,
     /// W3C trace context; joins the access logs of both ends.
     pub traceparent: Option<HeaderValue>,
+    /// The client for whom this proxy, a waypoint, calls. For sending only; see [`Self::claim`].
+    pub client: Option<Identity>,
 }
 
 impl ConnectHeaders {
@@ -69,15 +80,34 @@ impl ConnectHeaders {
                 headers.insert(name, value.clone());
             }
         }
+        if let Some(client) = &self.client {
+            headers.insert(CLIENT_IDENTITY, HeaderValue::try_from(client.to_string())?);
+        }
         Ok(request)
     }
 
+    /// What a peer said, but for whom it says to speak.
     pub fn from_headers(headers: &HeaderMap) -> Self {
         let get = |name: &str| headers.get(name).cloned();
         Self {
             baggage: get("baggage"),
             forwarded: get("forwarded"),
             traceparent: get("traceparent"),
+            client: None,
+        }
+    }
+
+    /// For whom a peer says to speak. The error is in words for the peer's operator.
+    pub fn claim(headers: &HeaderMap) -> Claim {
+        let mut values = headers.get_all(CLIENT_IDENTITY).iter();
+        let Some(value) = values.next() else { return Ok(None) };
+        if values.next().is_some() {
+            return Err(format!("{CLIENT_IDENTITY} names more than one client"));
+        }
+        let text = value.to_str().map_err(|_| format!("{CLIENT_IDENTITY} is not plain text"))?;
+        match text.parse() {
+            Ok(client) => Ok(Some(Arc::new(client))),
+            Err(e) => Err(format!("{CLIENT_IDENTITY}: {e}")),
         }
     }
 
@@ -125,6 +155,50 @@ mod tests {
         check("for=10.0.0.1", None);
         check("host=", None);
         check("", None);
+    }
+
+    #[test]
+    fn claims() {
+        let check = |values: &[&[u8]], want: Result<Option<&str>, &str>| {
+            let mut map = HeaderMap::new();
+            for value in values {
+                map.append(CLIENT_IDENTITY, HeaderValue::from_bytes(value).unwrap());
+            }
+            // Nobody who passes on what a peer said passes on its claim.
+            assert_eq!(ConnectHeaders::from_headers(&map).client, None);
+            match (ConnectHeaders::claim(&map), want) {
+                (Ok(got), Ok(want)) => {
+                    assert_eq!(got.map(|id| id.to_string()).as_deref(), want);
+                }
+                (Err(words), Err(want)) => {
+                    assert!(words.contains(want) && words.len() < 1024, "{words}");
+                }
+                (got, want) => panic!("{values:?}: {got:?}, not {want:?}"),
+            }
+        };
+        check(&[], Ok(None));
+        let web = "spiffe://cluster.local/ns/shop/sa/web";
+        check(&[web.as_bytes()], Ok(Some(web)));
+        check(&[web.as_bytes(), web.as_bytes()], Err("more than one"));
+        check(&[b""], Err("is not of the form"));
+        check(&[b"cluster.local/ns/shop/sa/web"], Err("is not of the form"));
+        check(&[b"spiffe://td/ns/a/sa/b, spiffe://td/ns/a/sa/c"], Err("is not of the form"));
+        check(&[b"spiffe://td/ns/a/sa/b\xff"], Err("not plain text"));
+        check(&[&[b'"'; 60_000]], Err("is not of the form"));
+    }
+
+    #[test]
+    fn what_is_sent_can_be_read() {
+        let client = Identity::new("cluster.local", "shop", "web");
+        let headers = ConnectHeaders { client: Some(client.clone()), ..ConnectHeaders::default() };
+        let request = headers.request("10.0.0.1:80".parse().unwrap()).unwrap();
+        assert_eq!(ConnectHeaders::claim(request.headers()), Ok(Some(Arc::new(client))));
+        let request = ConnectHeaders::default().request("10.0.0.1:80".parse().unwrap()).unwrap();
+        assert_eq!(ConnectHeaders::claim(request.headers()), Ok(None));
+        // No identity that was parsed is like this: nothing is sent, rather than another header.
+        let client = Identity::new("td", "a\r\nx: y", "b");
+        let headers = ConnectHeaders { client: Some(client), ..ConnectHeaders::default() };
+        assert!(headers.request("10.0.0.1:80".parse().unwrap()).is_err());
     }
 
     #[test]

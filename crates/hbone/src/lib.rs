@@ -21,7 +21,7 @@ mod tls;
 
 pub use client::{Dialed, Tunnel, TunnelStream};
 pub use error::TunnelError;
-pub use headers::{Authority, ConnectHeaders};
+pub use headers::{Authority, CLIENT_IDENTITY, ConnectHeaders};
 pub use io::TunnelIo;
 pub use pool::{Pool, PoolKey, PoolLimits, PoolStats};
 pub use relay::{Ended, EndedBy, Transfer, relay_tcp, relay_tunnel};

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
+use engine::Claim;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -38,6 +39,8 @@ pub struct Incoming {
     /// What the peer wants, or why that cannot be understood.
     pub target: Result<Authority, String>,
     pub headers: ConnectHeaders,
+    /// The client for whom the peer says to speak. Counts only if `engine::delegated` says so.
+    pub claim: Claim,
     respond: SendResponse<Bytes>,
     receive: RecvStream,
 }
@@ -112,7 +115,8 @@ impl Incoming {
         } else {
             Err(format!("method {} where only CONNECT is spoken", head.method))
         };
-        Self { target, headers: ConnectHeaders::from_headers(&head.headers), respond, receive }
+        let claim = ConnectHeaders::claim(&head.headers);
+        Self { target, headers: ConnectHeaders::from_headers(&head.headers), claim, respond, receive }
     }
 
     /// Says yes. `baggage` describes this end to the peer.

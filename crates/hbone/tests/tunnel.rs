@@ -183,6 +183,40 @@ async fn bytes_arrive_whole_and_half_close_is_kept() {
     assert_eq!(tunnels.load(Ordering::SeqCst), 1, "one tunnel carries all");
 }
 
+/// The server end learns for whom a stream is, apart from what else the peer says, and stream by stream.
+#[tokio::test]
+async fn a_claim_belongs_to_its_stream() {
+    let ca = Ca::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let gateway = listener.local_addr().unwrap();
+    let config = ca.credentials(&id("server")).server_config();
+    let heard = tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut tunnel = ServerTunnel::accept(tcp, config).await.unwrap();
+        let mut heard = Vec::new();
+        while let Some(Ok(incoming)) = tunnel.next().await {
+            assert_eq!(incoming.headers.client, None);
+            heard.push(incoming.claim.clone().unwrap().map(|id| id.service_account.to_string()));
+            incoming.refuse(StatusCode::UNAUTHORIZED, Reason::PolicyDeny);
+        }
+        heard
+    });
+    let pool = Pool::new(PoolLimits::default());
+    let credentials = ca.credentials(&id("waypoint"));
+    let key = key(gateway, "server");
+    for client in [Some("a"), None, Some("b")] {
+        let headers = ConnectHeaders { client: client.map(id), ..ConnectHeaders::default() };
+        let target = "10.0.0.1:80".parse().unwrap();
+        let opened = pool
+            .open(&key, &credentials, target, &headers, || TcpStream::connect(gateway))
+            .await;
+        assert!(matches!(opened, Err(TunnelError::Refused { status: 401, .. })), "{opened:?}");
+    }
+    drop(pool);
+    let heard = heard.await.unwrap();
+    assert_eq!(heard, [Some("a".to_owned()), None, Some("b".to_owned())]);
+}
+
 #[tokio::test]
 async fn many_streams_share_and_spread() {
     let ca = Ca::new();

@@ -31,6 +31,7 @@ pub mod place;
 mod pod;
 mod procs;
 mod reconcile;
+mod registry;
 mod stage;
 pub mod status;
 mod supervise;

@@ -1,46 +1,43 @@
 //! The mesh's own processes: `istiod-lite` on the underlay, one `ztunnel` per node, watched and started again.
 //!
-//! Invariants: a node token goes to its ztunnel over an inherited pipe and to istiod-lite as a hash, and to nobody else;
-//! each start of a ztunnel gets a new one. While a ztunnel is away the pods' capture stays in place, so that nothing goes out
+//! Invariants: a node token goes to its ztunnel over an inherited pipe and to istiod-lite as a hash ([`Registry`]), and to
+//! nobody else; each start of a ztunnel gets a new one. While a ztunnel is away the pods' capture stays in place, so that nothing goes out
 //! in the clear.
 
 use std::fs::{self, DirBuilder};
 use std::io::Write as _;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
-use aws_lc_rs::digest::{SHA256, digest};
 use net::NetNs;
 use tokio::sync::mpsc;
 
 use crate::fds;
 use crate::launch::Event;
-use crate::network::{Network, UNDERLAY_V4, UNDERLAY_V6};
+use crate::network::{CONTROL_PLANE_PORT, Network, UNDERLAY_V4, UNDERLAY_V6};
 use crate::place::Place;
 use crate::procs::Processes;
+use crate::registry::{PodNames, PodToken, Registry};
 use crate::status::ProcessStatus;
 use crate::supervise::{self, Around, Control, DRAINING, Start, States, Watched, lock};
 use crate::zds::Agent;
 
-/// Where the control plane serves xDS and the CA, as in Istio.
-const XDS_PORT: u16 = 15012;
 /// Metrics, readiness and debugging of the control plane.
 pub(crate) const STATUS_PORT: u16 = 15014;
-/// Bytes of entropy in a token.
-const TOKEN: usize = 32;
 /// The running mesh.
 #[derive(Clone, Debug)]
 pub(crate) struct Mesh {
     /// In the order of the nodes.
     pub(crate) agents: Vec<Agent>,
+    /// The root of the mesh, once istiod-lite has made it.
+    pub(crate) root: PathBuf,
     controls: Vec<Control>,
     states: States,
+    registry: Registry,
 }
 
 /// What the user wants of every ztunnel.
@@ -50,35 +47,6 @@ pub(crate) struct Settings {
     pub(crate) drain: Duration,
     /// Namespaces, separated by commas, whose pods on one node are joined without a tunnel.
     pub(crate) same_node_direct: String,
-}
-
-/// Tells istiod-lite which tokens are good.
-#[derive(Clone, Debug, Default)]
-struct Registry(Arc<Mutex<RegistryState>>);
-
-#[derive(Debug, Default)]
-struct RegistryState {
-    line: Option<UnixStream>,
-    /// The newest of each node.
-    told: Vec<Told>,
-}
-
-#[derive(Debug)]
-struct Told {
-    node: String,
-    line: String,
-    at: SystemTime,
-    /// Where ztunnel keeps what it got for its token.
-    secrets: PathBuf,
-}
-
-impl Told {
-    /// Whether ztunnel may still have to use it. Once it keeps a certificate that is younger, it has.
-    fn is_unused(&self) -> bool {
-        let files = fs::read_dir(&self.secrets).into_iter().flatten().flatten();
-        let times = files.filter_map(|f| f.metadata().and_then(|m| m.modified()).ok());
-        !times.into_iter().any(|time| time >= self.at)
-    }
 }
 
 /// Starts everything.
@@ -107,6 +75,7 @@ pub(crate) fn start(
         state: istiod_dir.clone(),
         registry: registry.clone(),
     };
+    let root = istiod_dir.join("root-cert.pem");
     let mut controls = vec![istiod.watch_over(around.clone())];
     let mut agents = vec![];
     for node in &network.nodes {
@@ -122,16 +91,21 @@ pub(crate) fn start(
             ns: node.ns.clone(),
             socket,
             home,
-            root: istiod_dir.join("root-cert.pem"),
+            root: root.clone(),
             registry: registry.clone(),
             settings: settings.clone(),
         };
         controls.push(ztunnel.watch_over(around.clone()));
     }
-    Ok(Mesh { agents, controls, states })
+    Ok(Mesh { agents, root, controls, states, registry })
 }
 
 impl Mesh {
+    /// A token by which the pod proves who it is, until it is dropped.
+    pub(crate) fn token(&self, pod: PodNames<'_>) -> Result<PodToken> {
+        self.registry.issue_pod(pod)
+    }
+
     /// Those of this name, of one node or of all; the error names what there is.
     pub(crate) fn controls(&self, name: &str, node: Option<&str>) -> Result<Vec<Control>, String> {
         let named = |c: &&Control| c.name == name;
@@ -185,8 +159,8 @@ impl Istiod {
             command.arg("--dir").arg(dir);
         }
         command.arg("--state-dir").arg(&self.state);
-        command.arg("--listen").arg(format!("{UNDERLAY_V4}:{XDS_PORT}"));
-        command.arg("--listen").arg(format!("[{UNDERLAY_V6}]:{XDS_PORT}"));
+        command.arg("--listen").arg(format!("{UNDERLAY_V4}:{CONTROL_PLANE_PORT}"));
+        command.arg("--listen").arg(format!("[{UNDERLAY_V6}]:{CONTROL_PLANE_PORT}"));
         command.arg("--status-listen").arg(format!("{UNDERLAY_V4}:{STATUS_PORT}"));
         command.arg("--token-registry-fd").arg("3");
         Ok(Start { command, files: vec![self.registry.connect()?], ns: None, ready: None })
@@ -217,16 +191,13 @@ impl Ztunnel {
     }
 
     fn start(&self) -> Result<Start> {
-        let token = token()?;
-        let hash: String =
-            digest(&SHA256, token.as_bytes()).as_ref().iter().map(|b| format!("{b:02x}")).collect();
-        self.registry.tell(&self.node, &hash, self.home.join("secret"));
+        let token = self.registry.issue_node(&self.node, self.home.join("secret"))?;
         let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         // Fits the pipe: nobody has to read for this to return.
-        fs::File::from(write).write_all(format!("{token}\n").as_bytes())?;
+        fs::File::from(write).write_all(format!("{}\n", token.text()).as_bytes())?;
         let mut command = Command::new(&self.program);
         command.arg("proxy").arg("--node").arg(&self.node).arg("--zds-socket").arg(&self.socket);
-        command.arg("--xds-address").arg(format!("https://{UNDERLAY_V4}:{XDS_PORT}"));
+        command.arg("--xds-address").arg(format!("https://{UNDERLAY_V4}:{CONTROL_PLANE_PORT}"));
         command.arg("--root-cert").arg(&self.root);
         command
             .arg("--state-dir")
@@ -241,36 +212,5 @@ impl Ztunnel {
         command.arg("--token-fd").arg("3").arg("--ready-fd").arg("4");
         let (files, ns) = (vec![read, say_ready], Some(self.ns.clone()));
         Ok(Start { command, files, ns, ready: Some(ready) })
-    }
-}
-
-fn token() -> Result<String> {
-    let mut bytes = [0; TOKEN];
-    getrandom::fill(&mut bytes).map_err(|e| anyhow::anyhow!("no randomness: {e}"))?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
-impl Registry {
-    /// The end for a new istiod-lite. Tokens that the one before was told and nobody has used are told again.
-    fn connect(&self) -> Result<OwnedFd> {
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let mut state = lock(&self.0);
-        for told in state.told.iter().filter(|t| t.is_unused()) {
-            let _ = (&ours).write_all(told.line.as_bytes());
-        }
-        state.line = Some(ours);
-        Ok(theirs.into())
-    }
-
-    fn tell(&self, node: &str, hash: &str, secrets: PathBuf) {
-        let line = format!("{{\"node\":\"{node}\",\"token_sha256\":\"{hash}\"}}\n");
-        let mut state = lock(&self.0);
-        state.told.retain(|t| t.node != node);
-        if let Some(stream) = &mut state.line {
-            // A broken line means istiod-lite is being started again; it is told then.
-            let _ = stream.write_all(line.as_bytes());
-        }
-        state.told.push(Told { node: node.to_owned(), line, at: SystemTime::now(), secrets });
     }
 }

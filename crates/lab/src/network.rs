@@ -9,10 +9,10 @@
 //! ```
 //!
 //! Invariants: no interface is shared between pods; a node takes from a pod's interface only packets with that pod's
-//! addresses (a pod can use neither another's address nor the node's probe address); everything is gone with the last
-//! handle and socket.
+//! addresses (a pod can use neither another's address nor the node's probe address); the control plane answers nodes, and
+//! pods that were admitted; everything is gone with the last handle and socket.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -28,8 +28,9 @@ use net::nft::{
 use net::{NetNs, capture, sysctl};
 
 /// Where the control plane listens: the lab's root namespace on the bridge.
-pub(crate) const UNDERLAY_V4: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
-pub(crate) const UNDERLAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd89, 0, 0, 0, 0, 0, 0, 1);
+pub(crate) use compile::local::{
+    CONTROL_PLANE_PORT, CONTROL_PLANE_V4 as UNDERLAY_V4, CONTROL_PLANE_V6 as UNDERLAY_V6,
+};
 /// The cluster's DNS server, on every node.
 pub(crate) const DNS_V4: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 pub(crate) const DNS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0xa);
@@ -40,7 +41,11 @@ const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 const POD_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 /// The source check of a node.
 const TABLE: &str = "ambit-sources";
+/// What pods may reach of the lab's root namespace.
+const GUARD: &str = "ambit-control-plane";
 
+/// The number of the protocol.
+const TCP: u8 = 6;
 /// Name of the bridge.
 const BRIDGE: &str = "underlay";
 /// The interface to the outside, in nodes and in pods.
@@ -50,6 +55,8 @@ const UPLINK: &str = "eth0";
 pub(crate) struct Network {
     pub(crate) nodes: Vec<Node>,
     next_interface: u32,
+    /// Interfaces of the pods that the control plane answers.
+    admitted: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -83,11 +90,13 @@ impl Network {
         addr::add(BRIDGE, UNDERLAY_V4.into(), 24)?;
         addr::add(BRIDGE, UNDERLAY_V6.into(), 64)?;
         let made: Result<Vec<Node>> = local.nodes.iter().map(Node::create).collect();
-        let network = Self { nodes: made?, next_interface: 1 };
+        let network = Self { nodes: made?, next_interface: 1, admitted: BTreeSet::new() };
         for node in &network.nodes {
             node.route_services(local).with_context(|| format!("routes of {}", node.name))?;
             node.reach(&local.nodes).with_context(|| format!("routes of {}", node.name))?;
         }
+        let nodes: Vec<IpAddr> = local.nodes.iter().flat_map(|n| n.addresses).collect();
+        nft::replace(&guard(link::index(BRIDGE)?, &nodes)).context("guard the control plane")?;
         Ok(network)
     }
 
@@ -112,8 +121,29 @@ impl Network {
         Ok(pod)
     }
 
+    /// Lets the pod reach the control plane. Nobody answers the others: there is no way back to them.
+    pub(crate) fn admit(&mut self, pod: &PodNet) -> Result<()> {
+        for route in self.ways_back(pod)? {
+            route::add(&route).context("a way from the control plane to a pod")?;
+        }
+        self.admitted.insert(pod.interface.clone());
+        Ok(())
+    }
+
+    fn ways_back(&self, pod: &PodNet) -> Result<Vec<Route>> {
+        let node = self.nodes.get(pod.node).context("no such node")?;
+        let via = |ip: IpAddr| node.underlay[usize::from(ip.is_ipv6())];
+        let way = |&ip| Route::to(ip, width(ip)).via(via(ip)).dev(BRIDGE);
+        Ok(pod.ips.iter().map(way).collect())
+    }
+
     /// Takes the pod off its node. Its namespace ends with its last process and handle.
     pub(crate) fn remove_pod(&mut self, pod: &PodNet) -> Result<()> {
+        if self.admitted.remove(&pod.interface) {
+            for route in self.ways_back(pod)? {
+                route::delete(&route).context("the way from the control plane to a pod")?;
+            }
+        }
         let node = self.nodes.get_mut(pod.node).context("no such node")?;
         node.pods.remove(&pod.interface);
         node.ns
@@ -266,6 +296,38 @@ fn source_check(uplink: u32, allowed: &[(u32, IpAddr)]) -> Table {
         family: Family::Inet,
         name: TABLE.to_owned(),
         sets: vec![set("sources4", Field::Ipv4, false), set("sources6", Field::Ipv6, true)],
+        chains: vec![Chain { name: "prerouting".to_owned(), hook: Some(hook), rules }],
+    }
+}
+
+/// Of the lab's root namespace pods reach the port where the control plane asks who they are, and no other.
+fn guard(bridge: u32, nodes: &[IpAddr]) -> Table {
+    let set = |name: &str, field, ipv6: bool| Set {
+        name: name.to_owned(),
+        key: vec![Field::Number, field],
+        value: vec![],
+        verdicts: false,
+        dynamic: false,
+        entries: nodes
+            .iter()
+            .filter(|ip| ip.is_ipv6() == ipv6)
+            .map(|&ip| Entry::new().number(bridge).ip(ip))
+            .collect(),
+    };
+    let leave = |rule: Rule| rule.verdict(Verdict::Return);
+    let rules = vec![
+        leave(Rule::new("the lab itself").from_loopback()),
+        leave(Rule::new("a node").interface_and_source_in(false, "nodes4")),
+        leave(Rule::new("a node").interface_and_source_in(true, "nodes6")),
+        leave(Rule::new("who proves who it is").tcp_port(CONTROL_PLANE_PORT)),
+        Rule::new("a pod").protocol(TCP).counter().verdict(Verdict::Drop),
+    ];
+    let hook =
+        Hook { point: HookPoint::Prerouting, kind: ChainType::Filter, priority: priority::RAW };
+    Table {
+        family: Family::Inet,
+        name: GUARD.to_owned(),
+        sets: vec![set("nodes4", Field::Ipv4, false), set("nodes6", Field::Ipv6, true)],
         chains: vec![Chain { name: "prerouting".to_owned(), hook: Some(hook), rules }],
     }
 }

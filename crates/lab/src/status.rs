@@ -12,6 +12,9 @@ pub struct Status {
     pub nodes: Vec<NodeStatus>,
     pub pods: Vec<PodStatus>,
     pub services: Vec<ServiceStatus>,
+    /// As istiod-lite sees them; empty when it does not answer.
+    #[serde(default)]
+    pub waypoints: Vec<WaypointStatus>,
     pub processes: Vec<ProcessStatus>,
     /// One line each, as `meshctl` prints them.
     pub diagnostics: Vec<String>,
@@ -58,6 +61,59 @@ pub struct ServiceStatus {
     pub ports: Vec<String>,
     /// Ready ones, `ip`.
     pub endpoints: Vec<String>,
+}
+
+/// A Gateway that is a waypoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaypointStatus {
+    pub namespace: String,
+    pub name: String,
+    pub class: String,
+    /// What goes through it: `service`, `workload`, `all` or `none`.
+    pub traffic: String,
+    /// `file:line`.
+    pub origin: String,
+    /// Hostname and addresses of its Service. Empty: there is none yet.
+    pub addresses: Vec<String>,
+    /// Pods that take connections, and pods that should run.
+    pub ready: usize,
+    pub replicas: i32,
+    pub conditions: Vec<ConditionStatus>,
+    pub listeners: Vec<ListenerStatus>,
+    /// `namespace/name` of the Services whose traffic goes through it.
+    pub services: Vec<String>,
+    /// The same of pods.
+    pub workloads: Vec<String>,
+}
+
+impl WaypointStatus {
+    pub fn condition(&self, kind: &str) -> Option<&ConditionStatus> {
+        self.conditions.iter().find(|c| c.kind == kind)
+    }
+
+    pub fn is(&self, kind: &str) -> bool {
+        self.condition(kind).is_some_and(|c| c.status)
+    }
+}
+
+/// A listener of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ListenerStatus {
+    pub name: String,
+    pub conditions: Vec<ConditionStatus>,
+}
+
+/// One of Gateway API's conditions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConditionStatus {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub status: bool,
+    pub reason: String,
+    pub message: String,
 }
 
 /// One of the mesh's own processes.

@@ -86,6 +86,7 @@ impl Sim {
             destination: call.target,
             source_ip: request.source,
             peer: request.peer.as_ref(),
+            client: None,
         };
         let waits = self.has(Bug::AllowsPending);
         match authorize(&of.snapshot, &facts) {
@@ -208,6 +209,7 @@ impl Sim {
                 destination: live.destination,
                 source_ip: live.request.source,
                 peer: live.request.peer.as_ref(),
+                client: None,
             };
             ended.extend(ended_by(&proxy.snapshot, &facts, false).map(|_| *conn));
         }

@@ -48,6 +48,10 @@ pub(super) fn ask(world: &World, from: &str, to: &str) -> Result<Answer> {
             all.push(paths::refused(caller, &refusal));
         }
     }
+    if all.iter().any(|p| p.waypoint.is_some()) {
+        let words = "HTTP routes at the waypoint may send a request elsewhere, or answer it: this is about what was called";
+        notes.push(words.to_owned());
+    }
     let allowed = all.iter().filter(|p| p.allowed).count();
     let answer = match allowed {
         0 => Decision::No,

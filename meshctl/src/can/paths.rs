@@ -3,8 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use engine::{Allowed, Candidate, InboundFacts, OutboundFacts, OutboundPlan, Transport, Verdict};
-use model::{Provenance, Refusal, Snapshot, TunnelProtocol, Workload};
+use engine::{
+    AdmitFacts, Allowed, Authority, Candidate, Claim, InboundFacts, OutboundFacts, OutboundPlan,
+    Transport, Verdict,
+};
+use model::{Change, Identity, Provenance, Refusal, Service, Snapshot, TunnelProtocol, Workload};
 use serde::Serialize;
 
 /// What happens between one caller and one endpoint.
@@ -16,6 +19,9 @@ pub(super) struct Path {
     /// What the caller's proxy proves; absent for plaintext.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) identity: Option<String>,
+    /// `namespace/name` of the waypoint's pod between them; absent where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) waypoint: Option<String>,
     /// `namespace/name` of the pod that is reached; absent where none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) endpoint: Option<String>,
@@ -65,13 +71,77 @@ pub(super) fn walk(
     caller: &Arc<Workload>,
     destination: SocketAddr,
 ) -> Vec<Path> {
-    // Outside the mesh there is no proxy, but the node's service addresses pick among the same endpoints.
+    // Outside the mesh there is no proxy, but the node's service addresses pick among the same endpoints; nothing there knows
+    // of waypoints.
+    let unbound = (caller.protocol == TunnelProtocol::None).then(|| without_waypoints(snapshot));
+    let snapshot = unbound.as_ref().unwrap_or(snapshot);
     match engine::plan_every_endpoint(snapshot, &OutboundFacts { source: caller, destination }) {
         OutboundPlan::Refuse(refusal) => vec![refused(caller, &refusal)],
         OutboundPlan::Passthrough => vec![passthrough(snapshot, caller, destination)],
         OutboundPlan::Connect { candidates, .. } => {
-            candidates.iter().map(|c| to_endpoint(snapshot, caller, c)).collect()
+            let paths = |c: &Candidate| {
+                if c.is_waypoint() {
+                    through_waypoint(snapshot, caller, c)
+                } else {
+                    vec![to_endpoint(snapshot, &Leg::direct(caller), c)]
+                }
+            };
+            candidates.iter().flat_map(paths).collect()
         }
+    }
+}
+
+fn without_waypoints(snapshot: &Snapshot) -> Snapshot {
+    let services = snapshot.services().filter(|s| s.waypoint.is_some());
+    let services = services.map(|s| Service { waypoint: None, ..(**s).clone() });
+    let workloads = snapshot.workloads().filter(|w| w.waypoint.is_some());
+    let workloads = workloads.map(|w| Workload { waypoint: None, ..(**w).clone() });
+    let changes: Vec<Change> = services
+        .map(|s| Change::SetService(Arc::new(s)))
+        .chain(workloads.map(|w| Change::SetWorkload(Arc::new(w))))
+        .collect();
+    snapshot.with(changes)
+}
+
+/// What becomes of a call that goes to a waypoint: the waypoint takes it and goes on, or does not. Its routes may send
+/// a request elsewhere; this is the way to what was called.
+fn through_waypoint(snapshot: &Snapshot, caller: &Arc<Workload>, to: &Candidate) -> Vec<Path> {
+    let waypoint = &to.workload;
+    let identity = caller.identity();
+    let at_waypoint = |path: Path| Path {
+        waypoint: Some(name(waypoint)),
+        identity: Some(identity.to_string()),
+        ..path
+    };
+    let authority = Authority::Address(to.target);
+    let asked = AdmitFacts { own: waypoint, peer: &identity, authority };
+    if let Err(refusal) = engine::admit(snapshot, &asked) {
+        return vec![at_waypoint(refused(caller, &refusal))];
+    }
+    let facts = OutboundFacts { source: waypoint, destination: to.target };
+    match engine::plan_every_endpoint(snapshot, &facts) {
+        OutboundPlan::Refuse(refusal) => vec![at_waypoint(refused(caller, &refusal))],
+        OutboundPlan::Passthrough => vec![at_waypoint(passthrough(snapshot, caller, to.target))],
+        OutboundPlan::Connect { candidates, .. } => {
+            let leg = Leg { caller, proxy: waypoint, client: Some(identity.clone()) };
+            let paths = candidates.iter().map(|c| to_endpoint(snapshot, &leg, c));
+            paths.map(at_waypoint).collect()
+        }
+    }
+}
+
+/// The last part of a way: from the caller, or from a waypoint that calls for it.
+struct Leg<'a> {
+    caller: &'a Workload,
+    /// Who makes the connection.
+    proxy: &'a Workload,
+    /// Whom it names as its client.
+    client: Option<Identity>,
+}
+
+impl<'a> Leg<'a> {
+    const fn direct(caller: &'a Workload) -> Self {
+        Self { caller, proxy: caller, client: None }
     }
 }
 
@@ -93,7 +163,8 @@ fn passthrough(snapshot: &Snapshot, caller: &Workload, destination: SocketAddr) 
     }
 }
 
-fn to_endpoint(snapshot: &Snapshot, caller: &Workload, candidate: &Candidate) -> Path {
+fn to_endpoint(snapshot: &Snapshot, leg: &Leg<'_>, candidate: &Candidate) -> Path {
+    let Leg { caller, proxy, client } = leg;
     let endpoint = &candidate.workload;
     let mut path = Path {
         endpoint: Some(name(endpoint)),
@@ -104,21 +175,27 @@ fn to_endpoint(snapshot: &Snapshot, caller: &Workload, candidate: &Candidate) ->
     if endpoint.protocol == TunnelProtocol::None {
         return Path { allowed: true, why: outside().to_owned(), ..path };
     }
-    let identity = caller.identity();
+    let identity = proxy.identity();
     let mut peer = None;
     if let (TunnelProtocol::Hbone, Transport::Hbone { expected, .. }) =
-        (caller.protocol, &candidate.transport)
+        (proxy.protocol, &candidate.transport)
     {
         peer = Some(&identity);
         path.transport = Wire::Hbone;
         path.identity = Some(identity.to_string());
         path.expected = expected.iter().map(ToString::to_string).collect();
     }
+    let claim: Claim = Ok(client.clone().map(Arc::new));
+    let client = match engine::delegated(snapshot, endpoint, peer, &claim) {
+        Ok(client) => client,
+        Err(refusal) => return no(path, &refusal),
+    };
     let facts = InboundFacts {
         workload: endpoint,
         destination: candidate.target,
-        source_ip: address_of(caller, candidate.target.ip()),
+        source_ip: address_of(proxy, candidate.target.ip()),
         peer,
+        client: client.as_deref(),
     };
     match engine::authorize(snapshot, &facts) {
         Verdict::Allow(Allowed::NoAllowPolicies) => Path {
@@ -153,6 +230,7 @@ fn blank(caller: &Workload) -> Path {
     Path {
         caller: name(caller),
         identity: None,
+        waypoint: None,
         endpoint: None,
         address: None,
         transport: Wire::Nothing,

@@ -45,8 +45,8 @@ pub(super) fn text(answer: &Answer) -> String {
 
 /// Whether two paths are decided by the same thing; endpoints and callers may differ.
 fn same_decision(a: &Path, b: &Path) -> bool {
-    (a.allowed, a.reason, &a.policy, &a.rule, a.transport)
-        == (b.allowed, b.reason, &b.policy, &b.rule, b.transport)
+    (a.allowed, a.reason, &a.policy, &a.rule, a.transport, a.waypoint.is_some())
+        == (b.allowed, b.reason, &b.policy, &b.rule, b.transport, b.waypoint.is_some())
 }
 
 fn block(out: &mut String, first: &Path, paths: &[&Path], single: bool) {
@@ -54,6 +54,10 @@ fn block(out: &mut String, first: &Path, paths: &[&Path], single: bool) {
         line(out, if first.allowed { "\nyes" } else { "\nno" });
     }
     field(out, "from", &callers(paths));
+    let waypoints: BTreeSet<&str> = paths.iter().filter_map(|p| p.waypoint.as_deref()).collect();
+    if !waypoints.is_empty() {
+        field(out, "waypoint", &format!("pod {}", list(waypoints)));
+    }
     if let Some(to) = endpoints(paths) {
         field(out, "to", &to);
     }

@@ -247,6 +247,53 @@ fn plaintext_callers_meet_strict_mtls() {
     );
 }
 
+const WAYPOINT: &str = r"
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+";
+
+/// A waypoint between them changes the way and not the answer.
+#[test]
+fn through_a_waypoint() {
+    let bound = SHOP.replace(
+        "metadata: {name: web, namespace: shop}\nspec: {selector",
+        "metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: edge}}\nspec: {selector",
+    );
+    assert_ne!(bound, SHOP);
+    let by_edge = WEB_FROM_CLIENT.replace("sa/client", "sa/edge");
+    let check = |policy: &str, from: &str, want: [bool; 2]| {
+        let direct = folder(&[("a.yaml", SHOP), ("p.yaml", policy), ("w.yaml", WAYPOINT)]);
+        let through = folder(&[("a.yaml", &*bound), ("p.yaml", policy), ("w.yaml", WAYPOINT)]);
+        let [(_, direct), (text, through)] =
+            [direct, through].map(|dir| ask(dir.path(), &[from, "shop/web"]).unwrap());
+        assert_eq!([direct, through], want, "{from}: {text}");
+        text
+    };
+    let text = check(WEB_FROM_CLIENT, "shop/client", [true, true]);
+    let words = "yes: pod shop/client can call service shop/web:80\n\
+         \x20 from     spiffe://cluster.local/ns/shop/sa/client (pod shop/client)\n\
+         \x20 waypoint pod shop/edge-";
+    assert!(text.starts_with(words) && text.contains("\n  to       pod shop/web at "), "{text}");
+    assert!(text.contains("  note     HTTP routes at the waypoint may"), "{text}");
+    let text = check(WEB_FROM_CLIENT, "shop/web-2", [false, false]);
+    let both = "sa/web through the waypoint spiffe://cluster.local/ns/shop/sa/edge at 10.244.";
+    assert!(text.contains("policy_no_allow: ") && text.contains(both), "{text}");
+    // Who is let in as a waypoint brings its clients along.
+    check(&by_edge, "shop/client", [false, true]);
+    let deny = FRONT_CLOSED.replace("[{}]", "[{from: [{source: {principals: [\"*/sa/client\"]}}]}]");
+    check(&deny, "shop/client", [false, false]);
+    check(&deny, "shop/web-2", [true, true]);
+    // Nothing outside the mesh knows of waypoints.
+    let text = check(STRICT, "legacy/old", [false, false]);
+    assert!(text.contains("mtls_required: the plaintext peer") && !text.contains("waypoint"), "{text}");
+    check(STRICT, "shop/client", [true, true]);
+    // The waypoint asks for itself.
+    let text = check(&by_edge, "shop/edge", [true, true]);
+    assert!(!text.contains("  waypoint"), "{text}");
+}
+
 #[test]
 fn errors_name_what_is_wrong() {
     let dir = folder(&[("shop.yaml", SHOP)]);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use engine::http::{
-    Answer, Caller, HttpAction, HttpPlan, RequestFacts, answer as refused, backend_protocol,
-    destination, normalize, route, strip_hop_by_hop,
+    Answer, Caller, HttpAction, HttpPlan, RequestFacts, answer as refused, answer_with,
+    backend_protocol, destination, normalize, route, strip_hop_by_hop, to_pod,
 };
 use engine::{Admitted, Candidate};
 use http::header::{CONNECTION, EXPECT, HOST, HeaderValue, TE, UPGRADE};
@@ -36,10 +36,7 @@ pub(super) async fn answer(
     let mut exchange = Exchange::begin(client, &parts);
     let (plan, admission) = match decide(&mut exchange, &mut parts) {
         Ok(decided) => decided,
-        Err(refusal) => {
-            let answer = refused(refusal, exchange.grpc);
-            return Ok(own(exchange, answer));
-        }
+        Err(answer) => return Ok(own(exchange, answer)),
     };
     let mut time = Time::of(&exchange, &plan);
     if let Some(delay) = plan.delay
@@ -73,16 +70,20 @@ pub(super) async fn answer(
 fn decide(
     exchange: &mut Exchange,
     parts: &mut request::Parts,
-) -> Result<(HttpPlan, Arc<Admission>), Refusal> {
+) -> Result<(HttpPlan, Arc<Admission>), Answer> {
     let client = exchange.client.clone();
+    let grpc = exchange.grpc;
     let ambiguous = client.progress.take_ambiguous();
-    let admission = client.call.admission()?;
+    let admission = client.call.admission().map_err(|refusal| refused(refusal, grpc))?;
     exchange.admission = Some(admission.clone());
     if ambiguous {
         let words = "the request has a content-length and a transfer-encoding";
-        return Err(Refusal::new(Reason::BadHttp, words));
+        return Err(refused(Refusal::new(Reason::BadHttp, words), grpc));
     }
-    normalize(parts)?;
+    normalize(parts).map_err(|refusal| match refusal.reason {
+        Reason::Limit => answer_with(refusal, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE),
+        _ => refused(refusal, grpc),
+    })?;
     name_request(exchange, parts);
     let snapshot = client.call.worker.shared.store.load();
     exchange.config = snapshot.version();
@@ -93,7 +94,7 @@ fn decide(
             let facts = RequestFacts { service, port: *port, caller, request: parts, now };
             route(&snapshot, &facts, client.call.worker.random())
         }
-        Admitted::Workload { .. } => HttpPlan::direct(exchange.grpc),
+        Admitted::Workload { .. } => to_pod(parts),
     };
     exchange.rule = plan.rule.clone();
     Ok((plan, admission))

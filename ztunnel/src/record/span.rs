@@ -57,6 +57,12 @@ fn attributes(record: &Record, outbound: bool) -> Vec<(&'static str, Value)> {
         all.text("istio.source_principal", &source);
         all.text("istio.destination_principal", &destination);
     }
+    if let Some(client) = &record.client {
+        all.text("ambit.client_principal", &client.to_string());
+    }
+    if record.waypoint {
+        all.0.push(("ambit.waypoint", Value::Truth(true)));
+    }
     if let Some(service) = &record.service {
         all.text("istio.destination_service", &service.key.hostname);
         all.text("istio.destination_service_namespace", &service.key.namespace);

@@ -85,6 +85,9 @@ pub(super) trait Fields {
 fn fill(f: &mut impl Fields, r: &ConnectionRecord<'_>) -> fmt::Result {
     let names = ["src.addr", "src.workload", "src.namespace", "src.identity", "src.cluster"];
     party(f, names, &r.source, |_| Ok(()))?;
+    if let Some(client) = r.client {
+        f.quoted("client.identity", client)?;
+    }
     let names = ["dst.addr", "dst.workload", "dst.namespace", "dst.identity", "dst.cluster"];
     party(f, names, &r.destination, |f| {
         if let Some(address) = r.hbone_address {
@@ -103,6 +106,9 @@ fn fill(f: &mut impl Fields, r: &ConnectionRecord<'_>) -> fmt::Result {
     f.quoted("direction", direction)?;
     if r.same_node {
         f.plain("same_node", "direct")?;
+    }
+    if let Some(proxy) = r.destination.workload.filter(|_| r.waypoint) {
+        f.quoted("waypoint", format_args!("{}/{}", proxy.namespace, proxy.workload_name))?;
     }
     f.number("bytes_sent", sent)?;
     f.number("bytes_recv", received)?;

@@ -70,6 +70,8 @@ fn record<'a>(source: Party<'a>, destination: Party<'a>) -> ConnectionRecord<'a>
         destination,
         hbone_address: None,
         same_node: false,
+        client: None,
+        waypoint: false,
         service: None,
         from_client: 84,
         from_server: 1_735,
@@ -156,6 +158,26 @@ fn both_forms() {
     assert_eq!(parsed[1]["reason"], "policy_deny");
     assert_eq!(parsed[1]["error"], "no \"way\"\nin");
     assert_eq!(parsed.len(), 2);
+}
+
+/// Both nodes' lines of a connection with a waypoint between: where it went, and for whom.
+#[test]
+fn a_waypoint_has_its_words() {
+    let (client, waypoint) = (workload("client"), workload("waypoint"));
+    let (a, b) = (client.identity(), waypoint.identity());
+    let party = |workload, identity| Party { address: None, workload, identity };
+    let to = ConnectionRecord { waypoint: true, ..record(Party::default(), party(Some(&waypoint), None)) };
+    let from = ConnectionRecord {
+        direction: Direction::Inbound,
+        client: Some(&a),
+        ..record(party(None, Some(&b)), Party::default())
+    };
+    let text = lines(Format::Text, &[to, from]);
+    let [to, from] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
+    assert!(to.contains(" direction=\"outbound\" waypoint=\"shop/waypoint\" bytes_sent="), "{to}");
+    let both = "src.identity=\"spiffe://cluster.local/ns/shop/sa/default\" \
+                client.identity=\"spiffe://cluster.local/ns/shop/sa/default\" direction=";
+    assert!(from.contains(both) && !from.contains("waypoint="), "{from}");
 }
 
 #[test]

@@ -56,6 +56,8 @@ pub struct TrafficKey<'a> {
     pub source: Option<&'a Arc<Workload>>,
     /// The identity the source showed. `None`, where identities are known: that of the workload.
     pub source_identity: Option<&'a Identity>,
+    /// The client for whom the source, a waypoint, calls.
+    pub client: Option<&'a Identity>,
     pub destination: Option<&'a Arc<Workload>>,
     pub destination_identity: Option<&'a Identity>,
     /// The service that was called, if it was called by its virtual address.
@@ -70,6 +72,7 @@ impl TrafficKey<'_> {
             security: Security::Plaintext,
             source: None,
             source_identity: None,
+            client: None,
             destination: None,
             destination_identity: None,
             service: None,
@@ -83,6 +86,7 @@ pub(super) struct Labels {
     pub(super) reporter: Reporter,
     security: Security,
     source: Side,
+    client: Option<Identity>,
     destination: Side,
     service: Option<(Str, Str, Str)>,
 }
@@ -110,6 +114,7 @@ impl Labels {
             reporter: key.reporter,
             security: key.security,
             source: Side::new(key.source, key.source_identity, key.security),
+            client: key.client.cloned(),
             destination: Side::new(key.destination, key.destination_identity, key.security),
             service: key
                 .service
@@ -229,6 +234,10 @@ impl Labels {
     ) -> fmt::Result {
         label(encoder, "reporter", self.reporter.as_str())?;
         self.source.encode(encoder, &SOURCE)?;
+        // Istio has no such label: left out where no waypoint names a client.
+        if let Some(client) = &self.client {
+            label(encoder, "client_principal", client)?;
+        }
         let service = self.service.as_ref();
         label(encoder, "destination_service", service.map(|s| &*s.0).unwrap_or_default())?;
         label(

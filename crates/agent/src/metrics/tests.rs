@@ -134,6 +134,28 @@ fn a_shown_identity_goes_before_that_of_the_address() {
 }
 
 #[test]
+fn a_waypoints_clients_are_told_apart() {
+    let metrics = Metrics::new("ztunnel", "x");
+    let (waypoint, web, service) = (workload("waypoint"), workload("web"), service());
+    let mut interner = Interner::default();
+    let clients = [Identity::new("td", "a", "a"), Identity::new("td", "b", "b")];
+    for client in [None, Some(&clients[0]), Some(&clients[0].clone()), Some(&clients[1])] {
+        let key = TrafficKey { client, ..key(&waypoint, &web, &service) };
+        interner.tcp(&metrics, &key).opened();
+        metrics.tcp(&key).opened();
+    }
+    let (page, _) = metrics.render();
+    let opened = lines(&page, "istio_tcp_connections_opened_total");
+    assert_eq!(opened.len(), 3);
+    let count = |label: &str, n: &str| {
+        opened.iter().any(|l| l.contains(label) && l.contains("sa/waypoint") && l.ends_with(n))
+    };
+    assert!(count("client_principal=\"spiffe://td/ns/a/sa/a\"", " 4"), "{page}");
+    assert!(count("client_principal=\"spiffe://td/ns/b/sa/b\"", " 2"), "{page}");
+    assert_eq!(opened.iter().filter(|l| l.contains("client_principal")).count(), 2);
+}
+
+#[test]
 fn every_reason_is_counted_once_under_a_known_flag() {
     let metrics = Metrics::new("ztunnel", "x");
     for (n, reason) in (1..).zip(Reason::ALL) {

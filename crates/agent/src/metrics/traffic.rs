@@ -217,11 +217,13 @@ pub struct Interner {
 }
 
 /// Addresses stand for the values: a [`Weak`] in [`Seen`] keeps each from being used again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Pointers {
     reporter: Reporter,
     security: Security,
     source: usize,
+    /// Of each connection another allocation: by value.
+    client: Option<Identity>,
     destination: usize,
     service: usize,
 }
@@ -247,6 +249,7 @@ impl Interner {
             reporter: key.reporter,
             security: key.security,
             source: address(key.source),
+            client: key.client.cloned(),
             destination: address(key.destination),
             service: address(key.service),
         };

@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec};
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use model::Str;
 
 use crate::diagnostics::{Code, Diagnostic};
-use crate::istio::selects;
 use crate::object::Sourced;
+use crate::selection::fits;
 
 /// Most pods of one Deployment: a slip of the keyboard must not fill the machine.
 const MAX_REPLICAS: i32 = 500;
@@ -85,29 +85,13 @@ fn check(spec: &DeploymentSpec) -> Result<(), Box<Diagnostic>> {
     }
     let empty = spec.selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
         && spec.selector.match_expressions.as_ref().is_none_or(Vec::is_empty);
-    if empty || !selector_matches(&spec.selector, labels) {
+    if empty || !fits(&spec.selector, labels) {
         let message =
             "the selector does not select the labels of the template; no pods are started";
         let d = Diagnostic::error(Code::InvalidField, message).field("spec.selector");
         return Err(Box::new(d.help("repeat the labels of spec.template.metadata.labels")));
     }
     Ok(())
-}
-
-fn selector_matches(selector: &LabelSelector, labels: Option<&BTreeMap<String, String>>) -> bool {
-    let expressions = selector.match_expressions.iter().flatten();
-    selector.match_labels.as_ref().is_none_or(|wanted| selects(wanted, labels))
-        && expressions.into_iter().all(|e| {
-            let value = labels.and_then(|l| l.get(&e.key));
-            let listed = value.is_some_and(|v| e.values.iter().flatten().any(|w| w == v));
-            match e.operator.as_str() {
-                "In" => listed,
-                "NotIn" => !listed,
-                "Exists" => value.is_some(),
-                "DoesNotExist" => value.is_none(),
-                _ => false,
-            }
-        })
 }
 
 fn pod(

@@ -1,13 +1,13 @@
 //! What a cluster's controllers and scheduler do, for the world on one machine, as one function.
 //!
 //! [`plan`] turns the user's objects into pods with names, nodes and addresses, and Services with virtual
-//! addresses. [`Assignments`] remembers what was given to whom, so that planning again moves nothing.
+//! addresses; a Gateway that is a waypoint becomes the Deployment and the Service that run it. [`Assignments`] remembers what was given to whom, so that planning again moves nothing.
 //!
 //! Invariants: pure and total; the same objects and assignments give the same plan; planning twice
 //! changes nothing; a changed pod gets a new address (and, from a Deployment, a new name), so that whoever
 //! still knows the old one meets nobody.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodIP, PodStatus, Service};
@@ -15,15 +15,24 @@ use model::{IpPrefix, Str};
 
 mod addresses;
 mod deployments;
+mod gateways;
 mod plan;
 mod services;
 
 pub use addresses::Assignments;
 pub use plan::plan;
 
+use crate::MeshConfig;
 use crate::diagnostics::Diagnostic;
 use crate::enrolment::{Enrolment, REDIRECTION};
-use crate::object::{Body, Object, Objects, Origin};
+use crate::object::{Body, Meta as _, ORIGIN_ANNOTATION, Object, Objects, Origin};
+use crate::waypoints::Settings;
+
+/// Where the control plane of the local world listens: the lab's own end of the nodes' bridge.
+pub const CONTROL_PLANE_V4: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
+pub const CONTROL_PLANE_V6: Ipv6Addr = Ipv6Addr::new(0xfd89, 0, 0, 0, 0, 0, 0, 1);
+/// Its port for proxies, as in Istio.
+pub const CONTROL_PLANE_PORT: u16 = 15012;
 
 /// The shape of the local world.
 #[derive(Clone, Debug)]
@@ -33,6 +42,8 @@ pub struct LocalConfig {
     pub services_v6: IpPrefix,
     /// Cluster DNS: never given to a Service other than `kube-system/kube-dns`.
     pub dns: [IpAddr; 2],
+    /// What waypoints are run with. `None`: this world has no mesh, and Gateways stay unserved.
+    pub waypoints: Option<Settings>,
 }
 
 /// One node of the local world.
@@ -68,6 +79,18 @@ impl LocalConfig {
             services_v4: IpPrefix { ip: v4(10, 96, 0, 0), length: 16 },
             services_v6: IpPrefix { ip: v6(0), length: 112 },
             dns: [v4(10, 96, 0, 10), v6(0xa)],
+            waypoints: Some(Self::waypoints(&MeshConfig::default())),
+        }
+    }
+
+    fn waypoints(mesh: &MeshConfig) -> Settings {
+        Settings {
+            image: Settings::IMAGE.into(),
+            xds_address: format!("https://{CONTROL_PLANE_V4}:{CONTROL_PLANE_PORT}").into(),
+            xds_server_name: Settings::XDS_SERVER_NAME.into(),
+            trust_domain: mesh.trust_domain.clone(),
+            cluster: mesh.cluster.clone(),
+            network: mesh.network.clone(),
         }
     }
 
@@ -82,6 +105,8 @@ pub struct LocalPlan {
     pub pods: Vec<PodPlan>,
     /// Services with their addresses filled in, by namespace and name. Without ExternalName.
     pub services: Vec<Arc<Service>>,
+    /// What was made for Gateways beside pods and Services: Deployments and ServiceAccounts.
+    pub made: Vec<Object>,
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -143,6 +168,9 @@ impl LocalPlan {
     pub fn settled(&self, objects: &Objects) -> Objects {
         let mut settled = objects.clone();
         settled.pods.clear();
+        for made in &self.made {
+            settled.insert(made.clone());
+        }
         for plan in &self.pods {
             let body = Body::Pod(Arc::new(plan.with_status("Running", true, plan.captured())));
             settled.insert(object(&plan.namespace, &plan.name, &plan.origin, body));
@@ -150,9 +178,14 @@ impl LocalPlan {
         for service in &self.services {
             let namespace: Str = service.metadata.namespace.as_deref().unwrap_or_default().into();
             let name: Str = service.metadata.name.as_deref().unwrap_or_default().into();
-            let key = (namespace, name);
-            if let Some(sourced) = settled.services.get_mut(&key) {
-                sourced.value = service.clone();
+            match settled.services.get_mut(&(namespace.clone(), name.clone())) {
+                // The user's own: its fields have lines.
+                Some(sourced) => sourced.value = service.clone(),
+                None => {
+                    let origin = service.annotation(ORIGIN_ANNOTATION).unwrap_or_default();
+                    let body = Body::Service(service.clone());
+                    settled.insert(object(&namespace, &name, origin, body));
+                }
             }
         }
         settled

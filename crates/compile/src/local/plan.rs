@@ -8,7 +8,7 @@ use model::Str;
 
 use super::addresses::{Assignments, PodAssignment, host};
 use super::deployments::{self, Wanted};
-use super::{LocalConfig, LocalNode, LocalPlan, PodPlan, services};
+use super::{LocalConfig, LocalNode, LocalPlan, PodPlan, gateways, services};
 use crate::diagnostics::{self, Code, Diagnostic};
 use crate::enrolment::{REDIRECTION, enrolment};
 use crate::object::{Meta, ORIGIN_ANNOTATION, Objects, Origin, object_id};
@@ -18,6 +18,8 @@ use crate::object::{Meta, ORIGIN_ANNOTATION, Objects, Origin, object_id};
 /// `objects` are the user's alone, without what this plan became earlier.
 pub fn plan(objects: &Objects, config: &LocalConfig, assignments: &mut Assignments) -> LocalPlan {
     let mut out = LocalPlan::default();
+    let provisioned = gateways::provision(objects, config, &mut out.diagnostics);
+    let objects = &*provisioned.objects;
     let candidates = candidates(objects, &mut out.diagnostics);
     let wanted: BTreeMap<&str, &str> =
         candidates.iter().map(|c| (c.id.as_str(), c.hash.as_str())).collect();
@@ -38,6 +40,7 @@ pub fn plan(objects: &Objects, config: &LocalConfig, assignments: &mut Assignmen
         }
     }
     out.services = services::plan(objects, config, assignments, &mut out.diagnostics);
+    out.made = provisioned.made;
     diagnostics::sort(&mut out.diagnostics);
     out
 }

@@ -44,7 +44,10 @@ fn kinds() {
     one("v1", "ConfigMap", "warning unhandled_kind", true);
     one("v1", "ResourceQuota", "info unhandled_kind", true);
     one("networking.k8s.io/v1", "NetworkPolicy", "warning unhandled_kind", true);
-    one("gateway.networking.k8s.io/v1", "HTTPRoute", "warning unhandled_kind", true);
+    one("gateway.networking.k8s.io/v1", "TCPRoute", "warning unhandled_kind", true);
+    one("gateway.networking.x-k8s.io/v1alpha1", "XMesh", "warning unhandled_kind", true);
+    one("gateway.networking.k8s.io/v1alpha2", "GRPCRoute", "error unknown_kind", false);
+    one("gateway.networking.k8s.io/v1", "HttpRoute", "error unknown_kind", false);
     one("networking.istio.io/v1", "VirtualService", "warning unhandled_kind", true);
     one("rbac.authorization.k8s.io/v1", "Role", "info unhandled_kind", true);
     one("cert-manager.io/v1", "Certificate", "error unknown_kind", true);

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod clients;
 mod naive;
 
 const WEB: &str = "10.1.0.1";
@@ -73,6 +74,7 @@ fn ask(snapshot: &Snapshot, web: &Workload, caller: &str, to: &str) -> Verdict {
         destination: to.parse().unwrap(),
         source_ip: ip.parse().unwrap(),
         peer: peer.as_ref(),
+        client: None,
     };
     authorize(snapshot, &facts)
 }
@@ -305,6 +307,7 @@ fn dry_run_never_decides() {
         destination: "10.1.0.1:80".parse().unwrap(),
         source_ip: "10.2.0.1".parse().unwrap(),
         peer: None,
+        client: None,
     };
     let hits: Vec<_> =
         dry_run_matches(&snapshot, &facts).iter().map(|p| p.key.to_string()).collect();
@@ -383,6 +386,7 @@ fn who_demands_mutual_tls() {
                     destination: SocketAddr::new(WEB.parse().unwrap(), port),
                     source_ip: "10.1.0.9".parse().unwrap(),
                     peer: Some(&peer),
+                    client: Some(&peer),
                 },
             )
         });
@@ -589,8 +593,17 @@ struct Case {
     policies: Vec<Policy>,
     missing: Vec<PolicyKey>,
     peer: Option<Identity>,
+    /// Only where there is a peer.
+    client: Option<Identity>,
     source: IpAddr,
     destination: SocketAddr,
+}
+
+fn an_identity() -> impl Strategy<Value = Identity> {
+    proptest::sample::select(
+        &[("td", "a", "a"), ("td", "a", "b"), ("td", "b", "a"), ("x", "ab", "a")][..],
+    )
+    .prop_map(|(td, ns, sa)| Identity::new(td, ns, sa))
 }
 
 fn a_case() -> impl Strategy<Value = Case> {
@@ -598,25 +611,21 @@ fn a_case() -> impl Strategy<Value = Case> {
         Just(PolicyKey { namespace: "shop".into(), name: "gone".into() }),
         0..2,
     );
-    let peer = proptest::option::weighted(
-        0.8,
-        proptest::sample::select(
-            &[("td", "a", "a"), ("td", "a", "b"), ("td", "b", "a"), ("x", "ab", "a")][..],
-        )
-        .prop_map(|(td, ns, sa)| Identity::new(td, ns, sa)),
-    );
+    let peer = proptest::option::weighted(0.8, an_identity());
+    let client = proptest::option::weighted(0.4, an_identity());
     let source =
         proptest::sample::select(&["10.2.0.1", "10.2.0.3", "fd00::7", "::ffff:10.2.0.1"][..]);
     let to = proptest::sample::select(
         &["10.1.0.1:80", "10.1.0.1:81", "[fd00::1]:80", "10.1.0.9:80", "10.1.0.1:15008"][..],
     );
-    (proptest::collection::vec(a_policy(), 0..5), missing, peer, source, to).prop_map(
-        |(mut policies, missing, peer, source, to)| {
+    (proptest::collection::vec(a_policy(), 0..5), missing, peer, client, source, to).prop_map(
+        |(mut policies, missing, peer, client, source, to)| {
             policies.sort_by(|a, b| a.key.cmp(&b.key));
             policies.dedup_by(|a, b| a.key == b.key);
             Case {
                 policies,
                 missing,
+                client: client.filter(|_| peer.is_some()),
                 peer,
                 source: source.parse().unwrap(),
                 destination: to.parse().unwrap(),
@@ -633,6 +642,7 @@ impl Case {
             destination: self.destination,
             source_ip: self.source,
             peer: self.peer.as_ref(),
+            client: self.client.as_ref(),
         };
         authorize(&snapshot, &facts)
     }

@@ -12,7 +12,7 @@ use model::http::{Protocol, Subset, SubsetKey, Target};
 use model::{AppProtocol, Reason, Refusal, Service, Snapshot, Workload};
 
 use super::Destination;
-use crate::endpoint::{self, Call};
+use crate::endpoint::{self, Call, Wanted};
 use crate::outbound;
 
 /// The endpoints for a target, chosen for the waypoint `from`.
@@ -44,7 +44,7 @@ pub fn destination(
     // Nobody called an address of this Service: the family of its first one is as good.
     let first = service.vips.first().map(|vip| vip.ip).or(from.addresses.first().copied());
     let ip = first.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-    let call = Call { source: from, service, port, ip };
+    let call = Call { source: from, service, port: Wanted::Port(port), ip };
     let picks = endpoint::choose_in(&call, subset, snapshot, rand)?;
     let candidates = picks.iter().map(|pick| outbound::candidate(pick, service)).collect();
     Ok(Destination { service: service.clone(), port: *port, candidates })

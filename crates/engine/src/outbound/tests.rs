@@ -1,15 +1,16 @@
 //! Endpoint choice: tables for what a plan is, properties for who may be in it and how often.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 
 use model::{
     AppProtocol, Change, FamilyPolicy, HealthPolicy, LoadBalancing, Locality, LocalityScope,
-    NetworkAddress, NetworkMode, ServiceKey, ServicePort, Str, Vip,
+    NetworkMode, ServiceKey, ServicePort, Vip,
 };
 use proptest::prelude::*;
 
 use super::*;
+
+mod waypoints;
 
 fn key(name: &str) -> ServiceKey {
     ServiceKey {
@@ -399,46 +400,6 @@ fn near_candidates_come_before_far_ones() {
     };
     let names: Vec<&str> = candidates.iter().map(|c| &*c.workload.name).collect();
     assert_eq!(names, ["web-1", "web-3", "web-5", "web-2", "web-4", "web-6"]);
-}
-
-#[test]
-fn waypoints_are_never_gone_around() {
-    let to = |destination| Some(GatewayAddress { destination, hbone_port: HBONE_PORT });
-    let by_key = || to(GatewayDestination::Service(key("waypoint")));
-    let by_ip = |ip: &str| {
-        to(GatewayDestination::Address(NetworkAddress {
-            network: "".into(),
-            ip: ip.parse().unwrap(),
-        }))
-    };
-    let waypoint = Service {
-        key: key("waypoint"),
-        name: "waypoint".into(),
-        vips: Arc::new([vip("10.96.0.9")]),
-        ..web()
-    };
-    let proxy = |health| {
-        let mut w = pod(99);
-        (w.services, w.health) = (Arc::new([(key("waypoint"), Arc::from([]))]), health);
-        Change::SetWorkload(Arc::new(w))
-    };
-    let check = |bound: Option<GatewayAddress>, health, want: &str| {
-        let more = [Change::SetService(Arc::new(waypoint.clone())), proxy(health)];
-        let s = world(Service { waypoint: bound.clone(), ..web() }, [pod(1)]).with(more.clone());
-        let got = short(&plan_to(&s, "10.96.0.1:80", 1));
-        assert!(got.starts_with(want) && got.contains("service shop/web.shop"), "{got}");
-        let s = world(web(), [Workload { waypoint: bound, ..pod(1) }]).with(more);
-        let got = short(&plan_to(&s, "10.1.0.1:80", 1));
-        assert!(got.starts_with(want) && got.contains("workload c//Pod/shop/web-1"), "{got}");
-        // A workload's waypoint is for calls by its own address.
-        assert_eq!(short(&plan_to(&s, "10.96.0.1:80", 1)), "10.1.0.1:8080 by 10.1.0.1:15008");
-    };
-    for bound in [by_key(), by_ip("10.96.0.9"), by_ip("10.1.0.99")] {
-        check(bound.clone(), Health::Healthy, "unsupported: ");
-        check(bound, Health::Unhealthy, "waypoint_not_ready: ");
-    }
-    check(by_ip("10.5.5.5"), Health::Healthy, "waypoint_not_ready: ");
-    check(to(GatewayDestination::Service(key("gone"))), Health::Healthy, "waypoint_not_ready: ");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Pods as processes: what to run ([`resolve`]), when ([`lifecycle`]), how ([`helper`], [`rootfs`], [`exec`]), and the
+//! Pods as processes: what to run ([`resolve`], [`volumes`]), when ([`lifecycle`]), how ([`helper`], [`rootfs`], [`exec`]), and the
 //! task that brings it together ([`worker`]).
 
 pub(crate) mod exec;
@@ -15,4 +15,5 @@ pub(crate) mod spaces;
 mod terminal;
 mod tmpfiles;
 mod users;
+pub(crate) mod volumes;
 pub(crate) mod worker;

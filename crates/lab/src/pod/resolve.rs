@@ -13,6 +13,8 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::lifecycle::Millis;
+pub(crate) use super::volumes::{FileContent, VolumeContent, VolumePlan};
+use super::volumes;
 use super::run::{ProcessRun, RootSource};
 
 /// What a pod is run with, as far as it does not depend on this machine's state.
@@ -24,10 +26,21 @@ pub(crate) struct PodPlan {
     /// Fully qualified name, for Services that give their pods names.
     pub(crate) fqdn: Option<String>,
     pub(crate) grace: Millis,
-    /// Names of the `emptyDir` volumes.
-    pub(crate) empty_dirs: Vec<String>,
+    /// Those that can be had here.
+    pub(crate) volumes: Vec<VolumePlan>,
     /// Further names in `/etc/hosts`.
     pub(crate) host_aliases: Vec<(String, Vec<String>)>,
+}
+
+impl PodPlan {
+    /// Whether a file of this kind is in one of its volumes.
+    pub(crate) fn needs(&self, content: FileContent) -> bool {
+        let files = self.volumes.iter().flat_map(|v| match &v.content {
+            VolumeContent::Files(files) => files.as_slice(),
+            VolumeContent::EmptyDir => &[],
+        });
+        files.into_iter().any(|(_, c)| *c == content)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,13 +137,9 @@ pub(crate) fn resolve(pod: &Pod, around: &Surroundings<'_>) -> PodPlan {
     let main = spec.containers.iter().map(|c| (c, false));
     let containers =
         init.chain(main).map(|(c, init)| container(pod, spec, c, init, around)).collect();
-    let empty_dirs = spec
-        .volumes
-        .iter()
-        .flatten()
-        .filter(|v| v.empty_dir.is_some())
-        .map(|v| v.name.clone())
-        .collect();
+    let volumes = volumes::plan(spec).into_iter().filter_map(|(name, content)| {
+        Some(VolumePlan { name: name.to_owned(), content: content.ok()? })
+    });
     let aliases = spec.host_aliases.iter().flatten();
     PodPlan {
         containers,
@@ -143,7 +152,7 @@ pub(crate) fn resolve(pod: &Pod, around: &Surroundings<'_>) -> PodPlan {
         hostname: hostname.chars().take(63).collect(),
         fqdn,
         grace: seconds(spec.termination_grace_period_seconds, 30),
-        empty_dirs,
+        volumes: volumes.collect(),
         host_aliases: aliases
             .map(|a| (a.ip.clone(), a.hostnames.clone().unwrap_or_default()))
             .collect(),
@@ -178,7 +187,7 @@ fn container(
         sidecar,
         process: process(pod, spec, c, &root, around),
         root,
-        mounts: c.volume_mounts.iter().flatten().map(mount).collect(),
+        mounts: c.volume_mounts.iter().flatten().map(|m| mount(m, spec)).collect(),
         startup: probe(&c.startup_probe),
         readiness: probe(&c.readiness_probe),
         liveness: probe(&c.liveness_probe),
@@ -218,13 +227,10 @@ fn process(
             env.push((var.name.clone(), value));
         }
     }
-    for volume in spec.volumes.iter().flatten().filter(|v| v.empty_dir.is_none()) {
-        let used = c.volume_mounts.iter().flatten().any(|m| m.name == volume.name);
-        if used {
-            return Err(config_error(&format!(
-                "volume {}: only emptyDir is supported locally",
-                volume.name
-            )));
+    for (name, content) in volumes::plan(spec) {
+        let used = c.volume_mounts.iter().flatten().any(|m| m.name == name);
+        if let (true, Err(why)) = (used, content) {
+            return Err(config_error(&format!("volume {name}: {why}")));
         }
     }
     for m in c.volume_mounts.iter().flatten() {
@@ -406,12 +412,15 @@ fn user(
     Ok((uid.unwrap_or(0), gid.unwrap_or(0), groups))
 }
 
-fn mount(m: &VolumeMount) -> Mount {
+fn mount(m: &VolumeMount, spec: &PodSpec) -> Mount {
+    let kept_by_lab = volumes::plan(spec)
+        .into_iter()
+        .any(|(name, content)| name == m.name && content.is_ok_and(|c| c.is_kept_by_lab()));
     Mount {
         volume: m.name.clone(),
         sub_path: m.sub_path.clone().unwrap_or_default(),
         target: PathBuf::from("/").join(&m.mount_path),
-        read_only: m.read_only.unwrap_or(false),
+        read_only: kept_by_lab || m.read_only.unwrap_or(false),
     }
 }
 

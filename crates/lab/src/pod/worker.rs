@@ -4,15 +4,14 @@
 //!
 //! Invariants: when the worker's `run` returns, no process of the pod is left; a report is sent for every change.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use net::NetNs;
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -28,6 +27,7 @@ use super::probe;
 use super::resolve::PodPlan;
 use super::run::{ContainerRun, HelperSays, ProcessRun, RootFs, Volume};
 use super::spaces::Spaces;
+use super::volumes::{self, Credentials};
 use crate::fds;
 use crate::ids::{self, IdRange};
 use crate::logs;
@@ -51,6 +51,8 @@ pub(crate) struct Worker {
     /// The node's: probes come from there.
     pub(crate) node_net: NetNs,
     pub(crate) ips: Vec<std::net::IpAddr>,
+    /// None where there is no mesh.
+    pub(crate) credentials: Option<Credentials>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) reports: mpsc::Sender<Report>,
 }
@@ -168,20 +170,6 @@ impl Worker {
             .join(format!("{}_{}_{}", self.namespace, self.name, self.instance))
     }
 
-    fn make_volumes(&self) -> Result<()> {
-        for name in &self.plan.empty_dirs {
-            let path = self.volumes().join(name);
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(&path)
-                .with_context(|| path.display().to_string())?;
-            // As the kubelet does: any user of the pod may write.
-            fs::set_permissions(&path, Permissions::from_mode(0o777))?;
-        }
-        Ok(())
-    }
-
     fn remove_volumes(&self) {
         if let Err(e) = fs::remove_dir_all(self.volumes())
             && e.kind() != std::io::ErrorKind::NotFound
@@ -192,7 +180,7 @@ impl Worker {
 }
 
 async fn work(worker: Arc<Worker>, asks: &mut mpsc::Receiver<Ask>) -> Result<()> {
-    worker.make_volumes()?;
+    volumes::make(&worker.plan.volumes, &worker.volumes())?;
     let (happened, mut events) = mpsc::channel(QUEUE);
     let (started, mut starts) = mpsc::channel(QUEUE);
     let plans = worker.plan.containers.clone();
@@ -293,6 +281,8 @@ impl State {
     fn start(&mut self, run: Run) -> Result<()> {
         let plan = &self.worker.plan.containers[run.container];
         let process = plan.process.clone().map_err(|p| anyhow::anyhow!(p.message))?;
+        let worker = &self.worker;
+        volumes::fill(&worker.plan.volumes, &worker.volumes(), worker.credentials.as_ref())?;
         let container = self.container_run(run, process.clone());
         let log = self.worker.shared.place.container_log(
             &self.worker.namespace,

@@ -19,7 +19,6 @@ use tokio::sync::mpsc;
 use super::pods::{Capture, service_account, uid};
 use super::{Input, World};
 use crate::launch::Event;
-use crate::pod::worker::Ask;
 use crate::reconcile::Key;
 use crate::zds::Captured;
 
@@ -109,7 +108,9 @@ impl World {
         match result {
             Ok(()) => {
                 pod.capture = Capture::In;
-                let _ = pod.asks.try_send(Ask::Start);
+                if let Some(pod) = self.pods.get(key) {
+                    self.let_start(pod);
+                }
                 self.keep(key);
             }
             Err(why) => {

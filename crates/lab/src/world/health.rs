@@ -12,12 +12,12 @@ use serde::Deserialize;
 
 use crate::mesh::STATUS_PORT;
 use crate::network::UNDERLAY_V4;
-use crate::status::Status;
+use crate::status::{Status, WaypointStatus};
 use crate::supervise::DRAINING;
 
 /// Answers come from memory, over a bridge.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// The answer names every proxy and nothing that grows with the mesh.
+/// The answer names every proxy, or every Service that is bound to a waypoint.
 const MOST_READ: u64 = 1 << 20;
 /// Where ztunnel says whether it is ready, as in Istio.
 const READINESS_PORT: u16 = 15021;
@@ -38,12 +38,15 @@ struct Config {
 #[derive(Deserialize)]
 struct Proxy {
     node: String,
+    /// A waypoint's; the node's own proxy has none.
+    pod: Option<String>,
     acked: Option<String>,
 }
 
 /// Fills in what the processes say about themselves.
 pub(super) fn ask(status: &mut Status) {
     let debug = istiod();
+    status.waypoints = waypoints().unwrap_or_default();
     for process in status.processes.iter_mut().filter(|p| p.state != DRAINING) {
         match &process.node {
             None => {
@@ -57,7 +60,7 @@ pub(super) fn ask(status: &mut Status) {
                 process.ready =
                     address.is_some_and(|a| get(a, READINESS_PORT, "/healthz/ready").is_ok());
                 let proxy =
-                    debug.as_ref().ok().and_then(|d| d.proxies.iter().find(|p| p.node == *node));
+                    debug.as_ref().ok().and_then(|d| d.proxies.iter().find(|p| p.pod.is_none() && p.node == *node));
                 process.config = proxy.and_then(|p| p.acked.clone());
             }
         }
@@ -66,6 +69,11 @@ pub(super) fn ask(status: &mut Status) {
 
 fn istiod() -> Result<Debug> {
     let text = get(UNDERLAY_V4.into(), STATUS_PORT, "/debug/config")?;
+    serde_json::from_str(&text).context("istiod-lite's answer")
+}
+
+fn waypoints() -> Result<Vec<WaypointStatus>> {
+    let text = get(UNDERLAY_V4.into(), STATUS_PORT, "/debug/waypoints")?;
     serde_json::from_str(&text).context("istiod-lite's answer")
 }
 

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use compile::local::{Assignments, LocalConfig, LocalPlan};
+use compile::waypoints::Settings as WaypointSettings;
 use compile::{Diagnostic, Folder};
 use istiod_lite::scan::News;
 use istiod_lite::watch::{self, Update};
@@ -47,6 +48,8 @@ use crate::{dns, ids};
 
 /// Things that happened and wait for the owner. Senders wait when it is full.
 const QUEUE: usize = 1024;
+/// The program of our own image, beside those of the mesh.
+const WAYPOINT: &str = "waypoint";
 /// When to try again what could not be done.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How long pods may take to end when the lab ends: a person waits for it. Then they are killed.
@@ -190,9 +193,10 @@ impl World {
         inputs: mpsc::Sender<Input>,
         dns_link: std::os::fd::OwnedFd,
     ) -> Result<Self> {
-        let local = LocalConfig::with_nodes(
+        let mut local = LocalConfig::with_nodes(
             u8::try_from(config.info.nodes).unwrap_or(LocalConfig::MAX_NODES),
         );
+        local.waypoints = local.waypoints.filter(|_| config.bin_dir.is_some());
         let network = Network::create(&local).context("build the network")?;
         let _ = events
             .send(Event::Progress(format!("{} nodes on a bridge", network.nodes.len())))
@@ -220,11 +224,7 @@ impl World {
         let reports = forward_reports(inputs.clone());
         Ok(Self {
             objects: ObjectFiles::new(place.objects()).context("folder for objects")?,
-            images: config
-                .images
-                .iter()
-                .map(|(n, p)| (n.clone(), (p.clone(), p.is_dir())))
-                .collect(),
+            images: images(&config),
             config,
             local,
             network,
@@ -347,6 +347,13 @@ impl World {
         let _ = tokio::time::timeout(END_WITHIN * 2, all_gone).await;
         Ok(())
     }
+}
+
+/// What images stand for: our own, unless the user has another for it, and the user's.
+fn images(config: &WorldConfig) -> BTreeMap<String, (PathBuf, bool)> {
+    let own = config.bin_dir.iter().map(|dir| (WaypointSettings::IMAGE.to_owned(), dir.join(WAYPOINT)));
+    let all = own.chain(config.images.iter().cloned());
+    all.map(|(name, path)| (name, (path.clone(), path.is_dir()))).collect()
 }
 
 /// What all pods have in common.

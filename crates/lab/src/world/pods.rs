@@ -13,8 +13,10 @@ use crate::logs;
 use crate::network::PodNet;
 use crate::place::Place;
 use crate::pod::lifecycle::{Millis, Phase};
-use crate::pod::resolve::{self, Surroundings};
+use crate::pod::resolve::{self, FileContent, Surroundings};
+use crate::pod::volumes::Credentials;
 use crate::pod::worker::{Ask, Report, Worker};
+use crate::registry::{PodNames, PodToken};
 use crate::reconcile::{self, Key, Present, Wanted};
 
 /// Asks that wait for a worker, which takes them at once.
@@ -26,6 +28,8 @@ const LAST_WORDS: u64 = 200;
 /// How long a pod's network outlives its containers, so that its proxy can tell its peers (GOAWAY): otherwise they send
 /// into tunnels that nobody answers until the endpoint is gone from their configuration.
 const GOODBYE: Duration = Duration::from_millis(50);
+/// istiod-lite makes the root as it starts, within some 100 ms.
+const LOOK_FOR_ROOT: Duration = Duration::from_millis(50);
 /// A proxy that does not answer keeps nobody waiting longer.
 const PROXY_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -44,6 +48,10 @@ pub(super) struct Pod {
     pub(super) keeper: Option<Keeper>,
     /// When it was told to end, for the object's deletionTimestamp.
     pub(super) ended_at: Option<std::time::SystemTime>,
+    /// One of its volumes has the root of the mesh in it.
+    needs_root: bool,
+    /// Ends with the pod.
+    _token: Option<PodToken>,
 }
 
 /// Where a pod is on its way into the mesh and out of it.
@@ -198,16 +206,24 @@ impl World {
             (net.ns.clone(), Some(net))
         };
         let around = Surroundings { node: &plan.node, ips: &plan.ips, images: &self.images };
+        let resolved = resolve::resolve(&plan.pod, &around);
+        let needs_root = resolved.needs(FileContent::Root);
+        let token = self.token_for(&key, &plan, &resolved, net.as_ref())?;
+        let credentials = self.mesh.as_ref().map(|mesh| Credentials {
+            token: token.as_ref().map(|t| t.secret.clone()),
+            root: mesh.root.clone(),
+        });
         let instance = self.next_instance;
         self.next_instance += 1;
         let worker = Worker {
             namespace: key.0.clone(),
             name: key.1.clone(),
             instance,
-            plan: resolve::resolve(&plan.pod, &around),
+            plan: resolved,
             net: ns.clone(),
             node_net: node_ns,
             ips: plan.ips.to_vec(),
+            credentials,
             shared: self.shared.clone(),
             reports: self.reports.clone(),
         };
@@ -226,10 +242,11 @@ impl World {
             gate: Gate::default(),
             keeper: None,
             ended_at: None,
+            needs_root,
+            _token: token,
         };
         if !enrol {
-            // The queue is new: there is room.
-            let _ = pod.asks.try_send(Ask::Start);
+            self.let_start(&pod);
         }
         self.pods.insert(key.clone(), pod);
         if enrol {
@@ -238,6 +255,47 @@ impl World {
             self.enter_mesh(&key, false);
         }
         Ok(())
+    }
+
+    /// A token for a pod that wants one, and a way to the control plane, where it is good for something.
+    fn token_for(
+        &mut self,
+        key: &Key,
+        plan: &PodPlan,
+        resolved: &resolve::PodPlan,
+        net: Option<&PodNet>,
+    ) -> anyhow::Result<Option<PodToken>> {
+        let Some(mesh) = self.mesh.as_ref().filter(|_| resolved.needs(FileContent::Token)) else {
+            return Ok(None);
+        };
+        let names = PodNames {
+            namespace: &key.0,
+            name: &key.1,
+            service_account: &service_account(plan),
+            node: &plan.node,
+        };
+        let token = mesh.token(names)?;
+        if let Some(net) = net {
+            self.network.admit(net)?;
+        }
+        Ok(Some(token))
+    }
+
+    /// Lets the pod's containers start, once what they are to find is there.
+    pub(super) fn let_start(&self, pod: &Pod) {
+        let root = self.mesh.as_ref().map(|mesh| mesh.root.clone()).filter(|_| pod.needs_root);
+        let Some(root) = root.filter(|root| !root.exists()) else {
+            // Full or closed: it was told already, or it is ending.
+            let _ = pod.asks.try_send(Ask::Start);
+            return;
+        };
+        let asks = pod.asks.clone();
+        tokio::spawn(async move {
+            while !root.exists() && !asks.is_closed() {
+                tokio::time::sleep(LOOK_FOR_ROOT).await;
+            }
+            let _ = asks.send(Ask::Start).await;
+        });
     }
 
     pub(super) fn pod_released(&mut self, key: &Key, instance: u64) -> bool {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::UNIX_EPOCH;
 
-use compile::{MeshConfig, Objects, Severity};
+use compile::{Body, MeshConfig, Object, Objects, Severity};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
@@ -25,6 +25,7 @@ impl World {
         for key in self.pods.keys().cloned().collect::<Vec<_>>() {
             self.write_pod(&key);
         }
+        self.write_made();
         self.write_services();
         let resolved = self.resolved();
         let translations = endpoints::translations(&resolved);
@@ -73,9 +74,33 @@ impl World {
             self.objects.put("service", &namespace, &name, &*service);
             keep.insert((namespace, name));
         }
-        for (namespace, name) in self.objects.names("service") {
-            if !keep.contains(&(namespace.clone(), name.clone())) {
-                self.objects.remove("service", &namespace, &name);
+        self.remove_others("service", &keep);
+    }
+
+    /// What Gateways needed beside pods and Services.
+    fn write_made(&mut self) {
+        let (mut deployments, mut accounts) = (BTreeSet::new(), BTreeSet::new());
+        for Object { namespace, name, body, .. } in self.plan.made.clone() {
+            match body {
+                Body::Deployment(object) => {
+                    self.objects.put("deployment", &namespace, &name, &*object);
+                    deployments.insert((namespace.to_string(), name.to_string()));
+                }
+                Body::ServiceAccount(object) => {
+                    self.objects.put("serviceaccount", &namespace, &name, &*object);
+                    accounts.insert((namespace.to_string(), name.to_string()));
+                }
+                _ => {}
+            }
+        }
+        self.remove_others("deployment", &deployments);
+        self.remove_others("serviceaccount", &accounts);
+    }
+
+    fn remove_others(&mut self, kind: &str, keep: &BTreeSet<(String, String)>) {
+        for key in self.objects.names(kind) {
+            if !keep.contains(&key) {
+                self.objects.remove(kind, &key.0, &key.1);
             }
         }
     }
@@ -147,6 +172,8 @@ impl World {
             dir: self.config.info.dir.display().to_string(),
             nodes: nodes.collect(),
             services: self.resolved().iter().map(service_status).collect(),
+            // istiod-lite says how they are.
+            waypoints: vec![],
             processes: self.mesh.as_ref().map(crate::mesh::Mesh::statuses).unwrap_or_default(),
             diagnostics: self
                 .findings(&self.folder.objects())

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use model::{Action, IpPrefix, Match, Policy, Scope, StringMatch};
+use model::{Action, Identity, IpPrefix, Match, Policy, Scope, StringMatch};
 
 use super::Case;
 
@@ -27,7 +27,17 @@ pub(super) fn answer(case: &Case) -> String {
             continue;
         }
         let name = format!("{}/{}", policy.key.namespace, policy.key.name);
-        let hit = matches(policy, case);
+        let (peer, client) = (case.peer.as_ref(), case.client.as_ref());
+        let hit = match policy.action {
+            Action::Deny => {
+                let of_client = client.is_some() && matches(policy, case, client, None);
+                matches(policy, case, peer, None) || of_client
+            }
+            Action::Allow => {
+                let of_client = client.is_some() && matches(policy, case, client, peer);
+                matches(policy, case, peer, client) || of_client
+            }
+        };
         match policy.action {
             Action::Deny if hit => denying.push(name),
             Action::Deny => {}
@@ -57,14 +67,20 @@ pub(super) fn answer(case: &Case) -> String {
     }
 }
 
-fn matches(policy: &Policy, case: &Case) -> bool {
+/// `besides`: who must not be excluded either.
+fn matches(
+    policy: &Policy,
+    case: &Case,
+    who: Option<&Identity>,
+    besides: Option<&Identity>,
+) -> bool {
     let mut any = false;
     for rule in policy.rules.iter() {
         let mut all = true;
         for clause in &rule.clauses {
             let mut one = clause.is_empty();
             for m in clause {
-                one = one || holds(m, case);
+                one = one || (holds(m, case, who) && spares(m, besides));
             }
             all = all && one;
         }
@@ -73,13 +89,22 @@ fn matches(policy: &Policy, case: &Case) -> bool {
     any
 }
 
-fn holds(m: &Match, case: &Case) -> bool {
+/// No `not` of the match names this identity.
+fn spares(m: &Match, who: Option<&Identity>) -> bool {
+    let Some(who) = who else { return true };
+    let principal = format!("{}/ns/{}/sa/{}", who.trust_domain, who.namespace, who.service_account);
+    let account = (who.namespace.clone(), who.service_account.clone());
+    !m.not_namespaces.iter().any(|s| text_matches(s, &who.namespace))
+        && !m.not_principals.iter().any(|s| text_matches(s, &principal))
+        && !m.not_service_accounts.contains(&account)
+}
+
+fn holds(m: &Match, case: &Case, peer: Option<&Identity>) -> bool {
     if *m == Match::default() {
         return false;
     }
     let mut ok = true;
     let mut wants = |set: bool, hit: bool| ok = ok && (!set || hit);
-    let peer = case.peer.as_ref();
     let namespace = peer.map(|p| p.namespace.to_string());
     let principal =
         peer.map(|p| format!("{}/ns/{}/sa/{}", p.trust_domain, p.namespace, p.service_account));

@@ -1,0 +1,80 @@
+//! The Gateway API kinds we read. The types are the crate `gateway-api`'s, of the experimental channel: it has every field
+//! of the standard one, so that what is not served here can be named instead of being unknown.
+
+pub use ::gateway_api::experimental::gatewayclasses::{self, GatewayClass};
+pub use ::gateway_api::experimental::gateways::{self, Gateway};
+pub use ::gateway_api::experimental::grpcroutes::{self, GrpcRoute};
+pub use ::gateway_api::experimental::httproutes::{self, HttpRoute};
+pub use ::gateway_api::experimental::referencegrants::{self, ReferenceGrant};
+
+/// The API group of these kinds.
+pub const GROUP: &str = "gateway.networking.k8s.io";
+
+/// Every field name of these kinds that people write, to guess what a misspelt one was meant to be.
+pub(crate) const FIELD_NAMES: &[&str] = &[
+    "add",
+    "addresses",
+    "allowCredentials",
+    "allowHeaders",
+    "allowMethods",
+    "allowOrigins",
+    "allowedRoutes",
+    "apiVersion",
+    "backendRef",
+    "backendRefs",
+    "backendRequest",
+    "controllerName",
+    "cors",
+    "exposeHeaders",
+    "extensionRef",
+    "filters",
+    "fraction",
+    "from",
+    "gatewayClassName",
+    "group",
+    "headers",
+    "hostname",
+    "hostnames",
+    "infrastructure",
+    "kind",
+    "listeners",
+    "matches",
+    "maxAge",
+    "metadata",
+    "method",
+    "name",
+    "namespace",
+    "namespaces",
+    "numerator",
+    "parametersRef",
+    "parentRefs",
+    "path",
+    "percent",
+    "port",
+    "protocol",
+    "queryParams",
+    "remove",
+    "replaceFullPath",
+    "replacePrefixMatch",
+    "request",
+    "requestHeaderModifier",
+    "requestMirror",
+    "requestRedirect",
+    "responseHeaderModifier",
+    "retry",
+    "rules",
+    "scheme",
+    "sectionName",
+    "selector",
+    "service",
+    "sessionPersistence",
+    "set",
+    "spec",
+    "statusCode",
+    "timeouts",
+    "to",
+    "type",
+    "urlRewrite",
+    "value",
+    "weight",
+];
