@@ -14,7 +14,7 @@ mod call;
 pub mod config;
 mod listener;
 mod proxy;
-mod record;
+pub mod record;
 mod sniff;
 mod tcp;
 mod upstream;
