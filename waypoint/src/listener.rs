@@ -16,12 +16,13 @@ use model::http::Protocol;
 use model::{Identity, Reason, Refusal};
 use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 
 use crate::call::Call;
 use crate::config::Waits;
 use crate::proxy;
 use crate::record::Record;
-use crate::sniff::{Spoken, spoken};
+use crate::sniff::{Spoken, spoken, version};
 use crate::tcp;
 use crate::worker::{Busy, Shared, Stage, Worker, reached};
 
@@ -36,12 +37,11 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, tcp: TcpStream, source: So
     };
     let client = Arc::new(tunnel.peer().clone());
     let mut stage = worker.shared.stage();
-    let mut leaving = Box::pin(reached(&mut stage, Stage::is_leaving));
     let (mut draining, mut used) = (false, false);
     loop {
         let next = tokio::select! {
             next = tunnel.next() => next,
-            () = no_longer_wanted(&mut leaving, used), if !draining => {
+            () = no_longer_wanted(&mut stage, used), if !draining => {
                 draining = true;
                 tunnel.drain();
                 continue;
@@ -66,8 +66,8 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, tcp: TcpStream, source: So
 
 /// Resolves when the proxy goes. A tunnel without a request so far has one on its way: a GOAWAY before it would fail the
 /// connection that it was dialled for, where the peer does not dial again.
-async fn no_longer_wanted(leaving: &mut (impl Future<Output = Stage> + Unpin), used: bool) {
-    leaving.await;
+async fn no_longer_wanted(stage: &mut watch::Receiver<Stage>, used: bool) {
+    reached(stage, Stage::is_leaving).await;
     if !used {
         tokio::time::sleep(FIRST_REQUEST).await;
     }
@@ -158,12 +158,12 @@ async fn admit(
     let trace = trace.and_then(|header| SpanContext::parse(header.as_bytes()));
     let admitted = async {
         let place = Place::new(&worker.shared)?;
-        Ok((Call::admit(worker, client, source, authority, trace).await?, place))
+        let call = Call::admit(worker, client, source, authority, trace).await?;
+        Ok::<_, Refusal>((call, place))
     };
     let (call, place) = match admitted.await {
         Ok(admitted) => admitted,
         Err(refusal) => {
-            let refusal: Refusal = refusal;
             incoming.refuse(status(refusal.reason), refusal.reason);
             return Err(refusal);
         }
@@ -191,7 +191,7 @@ fn status(reason: Reason) -> StatusCode {
 
 /// A port that speaks HTTP: of which version, the client's first bytes say. What is none is refused in HTTP/1.
 async fn declared(call: Call, mut io: TunnelIo) {
-    let said = tokio::time::timeout(Waits::IDLE, spoken(&mut io)).await;
+    let said = tokio::time::timeout(Waits::IDLE, version(&mut io)).await;
     let http2 = matches!(said, Ok(Ok(Spoken::Http2)));
     if matches!(said, Ok(Ok(_))) {
         proxy::serve(call, io, http2).await;

@@ -14,6 +14,7 @@ mod upgrade;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hbone::TunnelIo;
 use http::{Method, Request, Response};
@@ -79,7 +80,7 @@ fn http1_settings() -> http1::Builder {
         .max_buf_size(MAX_BUFFER)
         .max_headers(MAX_HEADERS)
         // Looked after in `drive`: hyper's own would end idle connections, too.
-        .header_read_timeout(None)
+        .header_read_timeout(None::<Duration>)
         // A proxy passes on what the endpoint says about time.
         .auto_date_header(false);
     settings

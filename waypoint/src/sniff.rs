@@ -9,6 +9,9 @@
 use std::io;
 
 use hbone::TunnelIo;
+use tokio::time::Instant;
+
+use crate::config::Waits;
 
 /// What the client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,24 +31,51 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Waits for as many bytes as it takes to know. A client that ends before made no request.
 pub(crate) async fn spoken(io: &mut TunnelIo) -> io::Result<Spoken> {
-    let mut seen = 0;
+    look(io, judge).await
+}
+
+/// The same on a port that speaks HTTP: only the version is to be found out.
+pub(crate) async fn version(io: &mut TunnelIo) -> io::Result<Spoken> {
+    look(io, |bytes| judge_preface(bytes).unwrap_or(Some(Spoken::Http1))).await
+}
+
+async fn look(
+    io: &mut TunnelIo,
+    judge: fn(&[u8]) -> Option<Spoken>,
+) -> io::Result<Spoken> {
+    let (mut seen, mut deadline) = (0, None);
     loop {
-        let look = std::future::poll_fn(|cx| {
+        let more = std::future::poll_fn(|cx| {
             io.poll_peek(cx, seen).map_ok(|bytes| bytes.map(|bytes| (judge(bytes), bytes.len())))
         });
-        match look.await? {
+        let looked = match deadline {
+            None => more.await,
+            // Who is slow with what looks like HTTP is left to what looks after slow requests.
+            Some(at) => match tokio::time::timeout_at(at, more).await {
+                Ok(looked) => looked,
+                Err(_) => return Ok(Spoken::Http1),
+            },
+        };
+        match looked? {
             None => return Ok(Spoken::Other),
             Some((Some(spoken), _)) => return Ok(spoken),
             Some((None, length)) => seen = length,
         }
+        deadline.get_or_insert_with(|| Instant::now() + Waits::HEAD);
     }
+}
+
+/// `None`: this is no preface of HTTP/2. `Some(None)`: it could become one.
+fn judge_preface(bytes: &[u8]) -> Option<Option<Spoken>> {
+    let shared = bytes.len().min(PREFACE.len());
+    let fits = bytes[..shared] == PREFACE[..shared];
+    fits.then(|| (shared == PREFACE.len()).then_some(Spoken::Http2))
 }
 
 /// `None`: it takes more bytes to know.
 fn judge(bytes: &[u8]) -> Option<Spoken> {
-    let shared = bytes.len().min(PREFACE.len());
-    if bytes[..shared] == PREFACE[..shared] {
-        return (shared == PREFACE.len()).then_some(Spoken::Http2);
+    if let Some(verdict) = judge_preface(bytes) {
+        return verdict;
     }
     // Empty lines before a request are skipped, as servers do (RFC 9112, 2.2).
     let begin = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n'))?;

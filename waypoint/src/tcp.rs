@@ -165,7 +165,8 @@ async fn has_spoken(server: &mut UpstreamIo) {
             let _ = std::future::poll_fn(|cx| io.poll_peek(cx, 0).map_ok(|_| ())).await;
         }
         UpstreamIo::Tcp(tcp) => {
-            let _ = tcp.readable().await;
+            // Not its readiness, which may be said for nothing.
+            let _ = tcp.peek(&mut [0]).await;
         }
     }
 }

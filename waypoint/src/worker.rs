@@ -114,6 +114,14 @@ impl Shared {
         self.stage.subscribe()
     }
 
+    /// With which word everything that is left ends.
+    pub fn last_word(&self) -> Option<Refusal> {
+        match &*self.stage.borrow() {
+            Stage::Ended(refusal) => Some(refusal.clone()),
+            _ => None,
+        }
+    }
+
     /// Whether the waypoint is about to go.
     pub fn is_leaving(&self) -> bool {
         self.leaving.load(Ordering::Relaxed)
@@ -122,10 +130,11 @@ impl Shared {
 
 /// Resolves once the waypoint is at this stage or a later one.
 pub async fn reached(stage: &mut watch::Receiver<Stage>, wanted: fn(&Stage) -> bool) -> Stage {
-    match stage.wait_for(wanted).await {
-        Ok(stage) => stage.clone(),
+    let found = stage.wait_for(wanted).await.ok().map(|stage| stage.clone());
+    match found {
+        Some(stage) => stage,
         // The sender lives as long as the workers do.
-        Err(_) => std::future::pending().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -67,7 +67,7 @@ impl TunnelIo {
                 self.unread = [&self.unread[..], &more[..]].concat().into();
             }
         }
-        Poll::Ready(Ok(Some(&self.unread)))
+        Poll::Ready(Ok(Some(&self.unread[..])))
     }
 
     /// Puts bytes that were read back to the front.

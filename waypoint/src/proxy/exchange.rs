@@ -126,7 +126,9 @@ impl Exchange {
     fn write(&mut self) {
         if !self.complete && self.refusal.is_none() {
             let words = "the client went away before the answer was complete";
-            self.refusal = Some(Refusal::new(Reason::ConnectionBroken, words));
+            let gone = || Refusal::new(Reason::ConnectionBroken, words);
+            let ended = self.client.call.worker.shared.last_word();
+            self.refusal = Some(ended.unwrap_or_else(gone));
         }
         let duration = self.started.elapsed();
         self.count(duration);
@@ -154,6 +156,7 @@ impl Exchange {
                 security: security(endpoint, true),
                 source: admission.and_then(|a| a.client.as_ref()),
                 source_identity: Some(&self.client.call.client),
+                client: None,
                 destination: endpoint.map(|e| &e.workload),
                 destination_identity: None,
                 service: admission.and_then(Admission::service),

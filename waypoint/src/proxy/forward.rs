@@ -12,8 +12,8 @@ use engine::http::{
     backend_protocol, destination, normalize, route, strip_hop_by_hop, to_pod,
 };
 use engine::{Admitted, Candidate};
-use http::header::{CONNECTION, EXPECT, HOST, HeaderValue, TE, UPGRADE};
-use http::{HeaderMap, Request, Response, StatusCode, Uri, Version, request};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, TE, UPGRADE};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, request};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use model::http::{Protocol, Target};
@@ -146,19 +146,23 @@ impl Forward<'_> {
                 Protocol::Http | Protocol::Opaque => false,
             };
         let (mut body, counts) = RequestBody::client(incoming, exchange.grpc);
+        if body.is_empty() && parts.headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0") {
+            // Passed on, the endpoint would take the next request for its body.
+            let words = "the request has a content-length and no body";
+            return Err(Refusal::new(Reason::BadHttp, words));
+        }
         exchange.counts = counts;
         mirror::send(&client, admission, plan, &parts, &mut body);
         plan.edit_request(&mut parts);
         if let Some(position) = &exchange.trace {
             span::tell(&mut parts.headers, &position.context);
         }
-        let gate = parts.headers.contains_key(EXPECT);
-        let gate = if gate && !http2 && parts.version != Version::HTTP_2 {
-            body.wait_for_continue()
-        } else {
+        let expected = parts.headers.contains_key(EXPECT);
+        let possible = expected && !http2 && parts.version != Version::HTTP_2;
+        let gate = possible.then(|| body.wait_for_continue()).flatten();
+        if gate.is_none() {
             parts.headers.remove(EXPECT);
-            None
-        };
+        }
         dress(&mut parts, http2);
         let mut request = Request::from_parts(parts, body);
         if let Some(gate) = gate {
@@ -272,7 +276,8 @@ fn own(mut exchange: Exchange, answer: Answer) -> Response<ResponseBody> {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     exchange.complete();
-    let body = (!body.is_empty()).then(|| Bytes::copy_from_slice(body.as_bytes()));
+    let some = !body.is_empty() && exchange.method != Method::HEAD;
+    let body = some.then(|| Bytes::copy_from_slice(body.as_bytes()));
     let mut response = Response::new(ResponseBody::Own(body));
     *response.status_mut() = status;
     *response.headers_mut() = headers;
@@ -328,9 +333,8 @@ impl Time {
 
     /// The earlier of the two limits.
     fn deadline(&self) -> Option<(Instant, Duration, &'static str)> {
-        let named = |(at, limit), name| (at, limit, name);
-        let request = self.request.map(|limit| named(limit, "request"));
-        let backend = self.backend.map(|limit| named(limit, "backendRequest"));
+        let request = self.request.map(|(at, limit)| (at, limit, "request"));
+        let backend = self.backend.map(|(at, limit)| (at, limit, "backendRequest"));
         request.into_iter().chain(backend).min_by_key(|(at, ..)| *at)
     }
 

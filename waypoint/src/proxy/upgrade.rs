@@ -1,11 +1,15 @@
 //! WebSocket and other upgrades: after the answer 101 the two connections are no longer HTTP, and their bytes are passed on.
 
+use std::sync::Arc;
+
+use hbone::Transfer;
 use hyper::upgrade::{OnUpgrade, Parts, Upgraded};
 use hyper_util::rt::TokioIo;
 use model::{Reason, Refusal};
 
 use super::exchange::Exchange;
 use super::progress::ClientIo;
+use crate::call::Call;
 use crate::record::ended;
 use crate::tcp::carry_upgraded;
 use crate::upstream::UpstreamIo;
@@ -15,8 +19,10 @@ use crate::worker::Busy;
 pub(super) fn carry(mut exchange: Exchange, client: OnUpgrade, server: OnUpgrade) {
     let busy = Busy::new(&exchange.client.call.worker.shared);
     tokio::spawn(async move {
-        exchange.upgraded = Some(Default::default());
-        exchange.refusal = join(&exchange, client, server).await.err();
+        let moved = Arc::<Transfer>::default();
+        exchange.upgraded = Some(moved.clone());
+        let of = exchange.client.clone();
+        exchange.refusal = join(&of.call, moved, client, server).await.err();
         if exchange.refusal.is_none() {
             exchange.complete();
         }
@@ -24,7 +30,12 @@ pub(super) fn carry(mut exchange: Exchange, client: OnUpgrade, server: OnUpgrade
     });
 }
 
-async fn join(exchange: &Exchange, client: OnUpgrade, server: OnUpgrade) -> Result<(), Refusal> {
+async fn join(
+    call: &Call,
+    moved: Arc<Transfer>,
+    client: OnUpgrade,
+    server: OnUpgrade,
+) -> Result<(), Refusal> {
     let broken = |who: &str, e: hyper::Error| {
         let words = format!("{who} went away while protocols were switched: {e}");
         Refusal::new(Reason::ConnectionBroken, words)
@@ -39,8 +50,6 @@ async fn join(exchange: &Exchange, client: OnUpgrade, server: OnUpgrade) -> Resu
     let Parts { io: server, read_buf: from_server, .. } =
         server.downcast::<TokioIo<UpstreamIo>>().map_err(unknown)?;
     let (client, server) = (client.into_inner().into_inner(), server.into_inner());
-    let moved = exchange.upgraded.clone().unwrap_or_default();
-    let call = &exchange.client.call;
     let how = carry_upgraded(call, client, server, (from_client, from_server), moved).await;
     ended(how).map_or(Ok(()), Err)
 }

@@ -331,8 +331,9 @@ impl HttpInterner {
     /// As [`super::Metrics::http`].
     pub fn get(&mut self, metrics: &super::Metrics, key: &HttpKey<'_>) -> Arc<HttpMetrics> {
         let traffic = &key.traffic;
-        // Someone who shows another identity than his address has is rare, and not worth a place here.
-        if !as_its_workload(traffic.source, traffic.source_identity)
+        // Someone who shows another identity than his address has, or speaks for another, is not worth a place here.
+        if traffic.client.is_some()
+            || !as_its_workload(traffic.source, traffic.source_identity)
             || !as_its_workload(traffic.destination, traffic.destination_identity)
         {
             return metrics.http(key);
