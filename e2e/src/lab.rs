@@ -211,6 +211,13 @@ impl Lab {
         command::run(self.meshctl_command(args), "", SOON)
     }
 
+    /// `meshctl waypoint ARGS` about this lab.
+    pub fn waypoint(&self, args: &[&str], limit: Duration) -> Result<Ran> {
+        let mut command = Command::new(&self.meshctl);
+        command.arg("waypoint").args(args).args(["--lab", &self.name]);
+        command::run(command, "", limit)
+    }
+
     fn meshctl_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.meshctl);
         // Names the lab before `--`, behind which the arguments belong to somebody else.

@@ -9,14 +9,16 @@ mod discovery;
 mod names;
 mod peer;
 mod planted;
+mod request;
 
 pub use configuration::{objects, registry, zds};
 pub use discovery::{address, authorization, delta};
 pub use names::dns;
 pub use peer::{csr, headers, identity};
+pub use request::request;
 
 /// Every target by name.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+pub const TARGETS: [(&str, fn(&[u8])); 11] = [
     ("headers", headers),
     ("identity", identity),
     ("csr", csr),
@@ -27,4 +29,5 @@ pub const TARGETS: [(&str, fn(&[u8])); 10] = [
     ("zds", zds),
     ("dns", dns),
     ("objects", objects),
+    ("request", request),
 ];

@@ -4,6 +4,7 @@
 
 use std::net::SocketAddr;
 
+use http::request;
 use model::{Action, Change, Identity, Match, Policy, Scope, TunnelProtocol, Workload};
 use xds::zds::{WorkloadRequest, workload_request::Payload};
 
@@ -58,6 +59,11 @@ pub(crate) fn asked(name: &str, ipv6: bool) {
         ipv6 && name.starts_with('_'),
         "an IPv6 question for a name that begins with an underscore",
     );
+}
+
+pub(crate) fn request(parts: &request::Parts) {
+    let upgrade = parts.headers.contains_key("upgrade");
+    bug(upgrade && parts.uri.path().contains("%25"), "an upgrade on a path with a percent sign");
 }
 
 pub(crate) fn compiled(p: &Policy) {

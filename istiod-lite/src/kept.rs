@@ -93,7 +93,8 @@ impl Kept {
 
     /// Keeps which waypoints were ready once: `now`, where it was `before`.
     pub(crate) fn keep_programmed(&self, before: &Programmed, now: &Programmed) {
-        let place = |(namespace, name): &(Str, Str)| self.waypoints.join(format!("{namespace}_{name}"));
+        let place =
+            |(namespace, name): &(Str, Str)| self.waypoints.join(format!("{namespace}_{name}"));
         for gone in before.difference(now) {
             // What stays is a name without a Gateway, which binds nobody.
             let _ = fs::remove_file(place(gone));

@@ -109,11 +109,7 @@ impl Builder {
         sort_diagnostics(&mut diagnostics);
         let world = update.complete.then(|| built.world.clone());
         self.last = Some(built);
-        Latest {
-            world,
-            diagnostics: diagnostics.into(),
-            missing: update.missing,
-        }
+        Latest { world, diagnostics: diagnostics.into(), missing: update.missing }
     }
 
     fn set_file(&mut self, folder: usize, path: &str, text: &str) {
@@ -154,8 +150,7 @@ impl Builder {
         };
         let counts = [workloads.len(), services.len(), policies.len()];
         let compile_time = started.elapsed();
-        let world =
-            World { resources, pods, waypoints, gateways, counts, compile_time, since };
+        let world = World { resources, pods, waypoints, gateways, counts, compile_time, since };
         Built { world: Arc::new(world), diagnostics: of_content, programmed: compiled.programmed }
     }
 }

@@ -6,12 +6,14 @@
 //! Invariant: no answer is given on files that do not parse: the running mesh keeps their last good
 //! state, which is not on disk.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Args as ClapArgs, ValueEnum};
+use model::Str;
 
 mod ask;
 mod load;
@@ -53,12 +55,17 @@ enum Output {
     Json,
 }
 
-/// Answers. `running` finds the folders of a running lab by its name, in their order of precedence: the
-/// user's, then the objects that the lab wrote.
-pub(crate) fn run(
-    args: &Args,
-    running: impl FnOnce(Option<&str>) -> Result<[PathBuf; 2]>,
-) -> ExitCode {
+/// What is known of a running lab.
+#[derive(Clone, Debug)]
+pub(crate) struct Running {
+    /// In their order of precedence: the user's, then the objects that the lab wrote.
+    pub(crate) folders: [PathBuf; 2],
+    /// The waypoints that the control plane knows, by namespace and name: whether what names one goes through it.
+    pub(crate) waypoints: BTreeMap<(Str, Str), bool>,
+}
+
+/// Answers. `running` finds a running lab by its name.
+pub(crate) fn run(args: &Args, running: impl FnOnce(Option<&str>) -> Result<Running>) -> ExitCode {
     match answer(args, running) {
         Ok((text, yes)) => match io::stdout().write_all(text.as_bytes()) {
             Ok(()) if yes => ExitCode::SUCCESS,
@@ -76,12 +83,12 @@ pub(crate) fn run(
 
 fn answer(
     args: &Args,
-    running: impl FnOnce(Option<&str>) -> Result<[PathBuf; 2]>,
+    running: impl FnOnce(Option<&str>) -> Result<Running>,
 ) -> Result<(String, bool)> {
     let world = if args.folders.is_empty() {
-        let [user, lab] =
+        let lab =
             running(args.name.as_deref()).context("to ask about a folder, use --folder DIR")?;
-        load::running(&user, &lab)?
+        load::running(&lab)?
     } else {
         load::offline(&args.folders, args.nodes)?
     };
@@ -92,6 +99,11 @@ fn answer(
         Output::Json => show::json(&answer)?,
     };
     Ok((text, yes))
+}
+
+/// The files of a folder that the control plane would read, by name.
+pub(crate) fn texts(dir: &Path) -> Result<Vec<(String, String)>> {
+    load::texts(dir)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod can;
 mod local;
+mod waypoint;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,9 @@ enum Command {
     /// A cluster on this machine: nodes and pods from a folder of Kubernetes YAML, without Kubernetes and without root
     #[command(subcommand, after_help = local::EXAMPLES)]
     Local(local::Command),
+    /// Waypoints, which the HTTP traffic of a namespace goes through
+    #[command(subcommand, after_help = waypoint::EXAMPLES)]
+    Waypoint(waypoint::Command),
     Can(can::Args),
 }
 
@@ -33,7 +37,8 @@ fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Local(command) => local::run(command),
-        Command::Can(args) => return can::run(&args, folders_of),
+        Command::Waypoint(command) => waypoint::run(command),
+        Command::Can(args) => return can::run(&args, running),
     };
     result.unwrap_or_else(|e| {
         print::error(&format!("{e:#}"));
@@ -41,10 +46,15 @@ fn main() -> ExitCode {
     })
 }
 
-/// What a running lab is made of: the user's folder, and the objects that the lab wrote.
-fn folders_of(lab: Option<&str>) -> anyhow::Result<[std::path::PathBuf; 2]> {
+/// What a running lab is made of: the user's folder, and the objects that the lab wrote; and what only its control plane knows.
+fn running(lab: Option<&str>) -> anyhow::Result<can::Running> {
     let lab = lab::place::find(lab)?;
-    Ok([lab.dir, lab::place::Place::of(&lab.name)?.objects()])
+    let waypoints = lab::client::status(&lab)?.waypoints.into_iter().map(|w| {
+        let bound = w.is("Programmed") || !w.services.is_empty() || !w.workloads.is_empty();
+        ((w.namespace.into(), w.name.into()), bound)
+    });
+    let waypoints = waypoints.collect();
+    Ok(can::Running { folders: [lab.dir, lab::place::Place::of(&lab.name)?.objects()], waypoints })
 }
 
 mod print {

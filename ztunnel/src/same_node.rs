@@ -64,7 +64,8 @@ impl SameNode {
     fn find(&self, client: &Pod, candidate: &Candidate) -> Option<Arc<Pod>> {
         let Transport::Hbone { expected, .. } = &candidate.transport else { return None };
         // A waypoint goes on to somebody else: what it is asked for is not its own.
-        if self.namespaces.is_empty() || !self.allows(&client.namespace) || candidate.is_waypoint() {
+        if self.namespaces.is_empty() || !self.allows(&client.namespace) || candidate.is_waypoint()
+        {
             return None;
         }
         let workload = &candidate.workload;

@@ -85,7 +85,9 @@ fn waypoint<T: Meta>(
         }
         return;
     };
-    let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else { return };
+    let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else {
+        return;
+    };
     let name = format!("Gateway/{gateway_namespace}/{gateway}");
     let direct = "what is labelled is reached directly";
     let d = match why {

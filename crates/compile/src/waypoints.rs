@@ -16,6 +16,7 @@ use model::Str;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::{Gateway, gateways::GatewayListeners};
+use crate::kinds::Kind;
 use crate::object::{Meta, Objects, Sourced};
 use crate::validate;
 
@@ -132,6 +133,16 @@ impl Waypoint<'_> {
     }
 }
 
+/// Whether a waypoint can have this name, which its Service has too.
+pub fn check_name(name: &str) -> Result<(), String> {
+    validate::object_name(Kind::Service, name)
+}
+
+/// Whether a namespace can have this name.
+pub fn check_namespace(name: &str) -> Result<(), String> {
+    validate::object_name(Kind::Namespace, name)
+}
+
 /// Every Gateway that is a waypoint, by namespace and name.
 pub fn understand(objects: &Objects) -> BTreeMap<&(Str, Str), Waypoint<'_>> {
     let waypoints = objects.gateways.iter().filter_map(|(key, sourced)| {
@@ -236,8 +247,7 @@ fn unservable(
         problems.push(d);
         Some(Rejection { reason, message })
     };
-    let starts_with_digit = key.1.starts_with(|c: char| c.is_ascii_digit());
-    if validate::label_name(&key.1).is_err() || starts_with_digit {
+    if check_name(&key.1).is_err() {
         let message = "its Service would have this name, which no Service can have".to_owned();
         let help = "begin with a letter and use a-z, 0-9 and '-', at most 63 characters";
         return reject("Invalid", Code::InvalidField, "metadata.name", message, help);

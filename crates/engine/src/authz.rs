@@ -146,9 +146,9 @@ fn first_match<'a>(
 
 fn matching_rule<'a>(policy: &'a Policy, connection: &Connection<'_>) -> Option<&'a Rule> {
     let fits = |rule: &Rule, caller: &Caller<'_>| {
-        rule.clauses
-            .iter()
-            .all(|clause| clause.is_empty() || clause.iter().any(|m| connection.satisfies(m, caller)))
+        rule.clauses.iter().all(|clause| {
+            clause.is_empty() || clause.iter().any(|m| connection.satisfies(m, caller))
+        })
     };
     policy.rules.iter().find(|rule| {
         connection.callers(policy.action).into_iter().flatten().any(|caller| fits(rule, &caller))

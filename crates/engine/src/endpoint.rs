@@ -138,8 +138,8 @@ enum Why {
     Hostname,
     TooFar,
     Unreadable,
-    OtherSubset,
     NoTunnel,
+    OtherSubset,
 }
 
 fn fit<'a>(call: &Call<'a>, endpoint: &'a Endpoint) -> Result<Pick<'a>, Why> {
@@ -277,8 +277,8 @@ impl Unfit {
             (of(Why::Hostname), "known only by a DNS name, which this version does not resolve"),
             (of(Why::TooFar), "outside the scopes that the service demands"),
             (of(Why::Unreadable), "described in a way that this proxy cannot read"),
-            (of(Why::OtherSubset), "outside the subset"),
             (of(Why::NoTunnel), "outside the mesh, where no tunnel ends"),
+            (of(Why::OtherSubset), "outside the subset"),
         ];
         let words: Vec<String> =
             parts.iter().filter(|(n, _)| *n > 0).map(|(n, why)| format!("{n} {why}")).collect();

@@ -28,6 +28,4 @@ pub use outbound::{
 pub use pool::{BookLimits, Carrier, Next, PoolBook, Turn};
 pub use renewals::{Begin, MAX_REQUESTS, Renewals, State, TICK};
 pub use rotate::{Backoff, LONGEST_SLEEP, Rotation};
-pub use waypoint::{
-    AdmitFacts, Admitted, Authority, Claim, admit, claim_is_early, delegated,
-};
+pub use waypoint::{AdmitFacts, Admitted, Authority, Claim, admit, claim_is_early, delegated};

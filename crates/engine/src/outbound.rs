@@ -14,8 +14,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use model::{
-    GatewayAddress, HBONE_PORT, Health, Identity, MESH_PORTS, Reason, Refusal, RoutingMode, Service,
-    Snapshot, Str, TunnelProtocol, Workload,
+    GatewayAddress, HBONE_PORT, Health, Identity, MESH_PORTS, Reason, Refusal, RoutingMode,
+    Service, Snapshot, Str, TunnelProtocol, Workload,
 };
 
 use crate::endpoint::{self, Call, Pick, Wanted};

@@ -13,11 +13,12 @@ use std::sync::Arc;
 
 use model::http::{Audience, Protocol};
 use model::{
-    AppProtocol, GatewayAddress, GatewayDestination, Identity, MESH_PORTS, Reason, Refusal, Service,
-    ServiceKey, Snapshot, TunnelProtocol, Workload,
+    GatewayAddress, GatewayDestination, Identity, MESH_PORTS, Reason, Refusal, Service, ServiceKey,
+    Snapshot, TunnelProtocol, Workload,
 };
 
 use crate::authz::InboundFacts;
+use crate::http::backend_protocol;
 use crate::outbound::{Called, called, no_such_port};
 
 /// The client that a peer says it speaks for. `Err`: it says so in a way that cannot be understood.
@@ -68,7 +69,9 @@ pub fn admit(snapshot: &Snapshot, facts: &AdmitFacts<'_>) -> Result<Admitted, Re
             match called(snapshot, &facts.own.network, to.ip()) {
                 Called::Service(service) => to_service(snapshot, facts, service, to.port()),
                 Called::Workload(workload) => to_workload(snapshot, facts, workload, to.port()),
-                Called::Stranger => Err(not_bound(facts, "neither a Service nor a pod of the mesh")),
+                Called::Stranger => {
+                    Err(not_bound(facts, "neither a Service nor a pod of the mesh"))
+                }
             }
         }
         Authority::Host(host, port) => {
@@ -106,20 +109,6 @@ pub fn claim_is_early(snapshot: &Snapshot, facts: &InboundFacts<'_>, claim: &Cla
     let Some(peer) = facts.peer.filter(|_| uncounted) else { return false };
     let source = snapshot.workload_at(&facts.workload.network, facts.source_ip.to_canonical());
     source.is_some_and(|w| w.native_tunnel && w.identity() == *peer)
-}
-
-/// What a port of a Service speaks: what its routes know, else what the Service says.
-pub(crate) fn protocol(snapshot: &Snapshot, service: &Service, port: u16) -> Protocol {
-    let stated = snapshot.routes(&service.key).and_then(|routes| {
-        routes.ports.iter().find(|p| p.service_port == port).map(|p| p.protocol)
-    });
-    let app = || service.ports.iter().find(|p| p.service_port == port).map(|p| p.app_protocol);
-    stated.unwrap_or_else(|| match app() {
-        Some(AppProtocol::Http11) => Protocol::Http,
-        Some(AppProtocol::Http2) => Protocol::Http2,
-        Some(AppProtocol::Grpc) => Protocol::Grpc,
-        Some(AppProtocol::Unknown) | None => Protocol::Undeclared,
-    })
 }
 
 /// Whether this workload is (one of) the waypoint.
@@ -194,12 +183,12 @@ fn takes(snapshot: &Snapshot, facts: &AdmitFacts<'_>, service: &Service) -> Opti
     if service.waypoint.as_ref().is_some_and(|at| is_waypoint(snapshot, own, at)) {
         return Some(Takes::Bound);
     }
-    let sets = snapshot.routes(&service.key).into_iter().flat_map(|routes| routes.sets.iter());
+    let mut sets = snapshot.routes(&service.key).into_iter().flat_map(|routes| routes.sets.iter());
     let consumer = |audience: &Audience| match audience {
         Audience::Everybody => false,
         Audience::Namespace(namespace) => *namespace == own.namespace,
     };
-    let has_routes = sets.into_iter().any(|set| consumer(&set.audience));
+    let has_routes = sets.any(|set| consumer(&set.audience));
     (has_routes && facts.peer.namespace == own.namespace).then_some(Takes::Consumer)
 }
 
@@ -218,13 +207,14 @@ fn to_service(
     port: u16,
 ) -> Result<Admitted, Refusal> {
     if takes(snapshot, facts, service).is_none() {
-        let what = format!("service {}, which {}", service.key, bound_to(service.waypoint.as_ref()));
+        let what =
+            format!("service {}, which {}", service.key, bound_to(service.waypoint.as_ref()));
         return Err(not_bound(facts, &what));
     }
     if !service.ports.iter().any(|p| p.service_port == port) {
         return Err(no_such_port(service, port));
     }
-    let protocol = protocol(snapshot, service, port);
+    let protocol = backend_protocol(snapshot, service, port);
     Ok(Admitted::Service { service: service.clone(), port, protocol })
 }
 
@@ -249,7 +239,8 @@ fn to_workload(
         let port = ports.iter().find(|p| p.target_port == port)?;
         Some((snapshot.service(key)?, port.service_port))
     });
-    let protocol = leads.map_or(Protocol::Undeclared, |(s, port)| protocol(snapshot, s, port));
+    let protocol =
+        leads.map_or(Protocol::Undeclared, |(s, port)| backend_protocol(snapshot, s, port));
     Ok(Admitted::Workload { workload: workload.clone(), port, protocol })
 }
 

@@ -116,7 +116,13 @@ impl Incoming {
             Err(format!("method {} where only CONNECT is spoken", head.method))
         };
         let claim = ConnectHeaders::claim(&head.headers);
-        Self { target, headers: ConnectHeaders::from_headers(&head.headers), claim, respond, receive }
+        Self {
+            target,
+            headers: ConnectHeaders::from_headers(&head.headers),
+            claim,
+            respond,
+            receive,
+        }
     }
 
     /// Says yes. `baggage` describes this end to the peer.

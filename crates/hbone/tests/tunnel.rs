@@ -207,9 +207,8 @@ async fn a_claim_belongs_to_its_stream() {
     for client in [Some("a"), None, Some("b")] {
         let headers = ConnectHeaders { client: client.map(id), ..ConnectHeaders::default() };
         let target = "10.0.0.1:80".parse().unwrap();
-        let opened = pool
-            .open(&key, &credentials, target, &headers, || TcpStream::connect(gateway))
-            .await;
+        let opened =
+            pool.open(&key, &credentials, target, &headers, || TcpStream::connect(gateway)).await;
         assert!(matches!(opened, Err(TunnelError::Refused { status: 401, .. })), "{opened:?}");
     }
     drop(pool);

@@ -123,10 +123,10 @@ impl Network {
 
     /// Lets the pod reach the control plane. Nobody answers the others: there is no way back to them.
     pub(crate) fn admit(&mut self, pod: &PodNet) -> Result<()> {
+        self.admitted.insert(pod.interface.clone());
         for route in self.ways_back(pod)? {
             route::add(&route).context("a way from the control plane to a pod")?;
         }
-        self.admitted.insert(pod.interface.clone());
         Ok(())
     }
 
@@ -141,7 +141,10 @@ impl Network {
     pub(crate) fn remove_pod(&mut self, pod: &PodNet) -> Result<()> {
         if self.admitted.remove(&pod.interface) {
             for route in self.ways_back(pod)? {
-                route::delete(&route).context("the way from the control plane to a pod")?;
+                // One that could not be made is not there.
+                if let Err(e) = route::delete(&route) {
+                    tracing::warn!("the way from the control plane to a pod: {e}");
+                }
             }
         }
         let node = self.nodes.get_mut(pod.node).context("no such node")?;

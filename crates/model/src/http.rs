@@ -229,7 +229,10 @@ pub enum Filter {
     /// Answers the request: Istio's `directResponse`.
     Respond(FixedResponse),
     /// A filter that nobody can apply: answers 500, so that it is never silently skipped.
-    Fail { reason: Reason, message: Str },
+    Fail {
+        reason: Reason,
+        message: Str,
+    },
 }
 
 /// One action per header name. Applied as remove, set, add.
@@ -331,7 +334,10 @@ pub enum OriginMatch {
     Any,
     Exact(Str),
     /// `https://*.example.com`: what stands before and after the star, which takes at least one character.
-    Wildcard { before: Str, after: Str },
+    Wildcard {
+        before: Str,
+        after: Str,
+    },
     Prefix(Str),
     Regex(Pattern),
 }
@@ -422,7 +428,11 @@ mod tests {
     #[test]
     fn shares_take_their_part() {
         let check = |numerator, denominator, draw, takes| {
-            assert_eq!(Share { numerator, denominator }.takes(draw), takes, "{numerator}/{denominator} {draw}");
+            assert_eq!(
+                Share { numerator, denominator }.takes(draw),
+                takes,
+                "{numerator}/{denominator} {draw}"
+            );
         };
         check(0, 100, 0, false);
         check(100, 100, u64::MAX, true);

@@ -260,12 +260,25 @@ impl Channel {
 
     /// Opens a discovery stream.
     pub(crate) async fn discover(&self) -> Result<Discovery, Status> {
+        self.discover_with(None).await
+    }
+
+    /// Opens a discovery stream with a token.
+    pub(crate) async fn discover_as(&self, token: &str) -> Result<Discovery, Status> {
+        self.discover_with(Some(token)).await
+    }
+
+    async fn discover_with(&self, token: Option<&str>) -> Result<Discovery, Status> {
         let (requests, outbox) = mpsc::channel(16);
         let codec = ProstCodec::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>::default();
         let mut grpc = self.grpc().max_decoding_message_size(64 << 20);
         grpc.ready().await.map_err(|e| Status::unknown(e.to_string()))?;
         let path = http::uri::PathAndQuery::from_static(xds::DELTA_PATH);
-        let request = Request::new(ReceiverStream::new(outbox));
+        let mut request = Request::new(ReceiverStream::new(outbox));
+        if let Some(token) = token {
+            let value = format!("Bearer {token}").parse().unwrap();
+            request.metadata_mut().insert("authorization", value);
+        }
         let responses = grpc.streaming(request, path, codec).await?.into_inner();
         Ok(Discovery { requests, responses, held: BTreeMap::new(), log: Vec::new() })
     }

@@ -7,5 +7,6 @@ mod certificates;
 mod client;
 #[cfg(test)]
 mod discovery;
+mod pods;
 #[cfg(test)]
 mod startup;

@@ -48,6 +48,12 @@ pub(super) fn ask(world: &World, from: &str, to: &str) -> Result<Answer> {
             all.push(paths::refused(caller, &refusal));
         }
     }
+    if !world.uncertain.is_empty() {
+        let waypoints = world.uncertain.join(", ");
+        notes.push(format!(
+            "the control plane does not say whether {waypoints} was ready once: if so, what names it is refused, not reached directly"
+        ));
+    }
     if all.iter().any(|p| p.waypoint.is_some()) {
         let words = "HTTP routes at the waypoint may send a request elsewhere, or answer it: this is about what was called";
         notes.push(words.to_owned());

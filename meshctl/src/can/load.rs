@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use compile::local::{self, Assignments, LocalConfig};
+use compile::waypoints::Programmed;
 use compile::{Code, Compiled, Diagnostic, Folder, MeshConfig, Objects, Severity};
 use model::{Change, Snapshot};
 use prost::Message;
 use xds::codec::{self, Address, DecodeError, Defaults, Interner};
+
+use super::Running;
 
 /// As the control plane: a Kubernetes object has at most 1.5 MiB, and a file rarely holds many.
 const MAX_FILE: u64 = 1 << 20;
@@ -24,13 +27,24 @@ const MAX_ERRORS: usize = 5;
 pub(super) struct World {
     pub(super) objects: Objects,
     pub(super) snapshot: Snapshot,
+    /// Waypoints to which what names them is bound.
+    pub(super) programmed: Programmed,
     pub(super) config: MeshConfig,
+    /// Waypoints of which nobody says whether they were ready once; none of them is ready now.
+    pub(super) uncertain: Vec<String>,
 }
 
 /// The folders of a running lab: the user's, and the objects that the lab wrote.
-pub(super) fn running(user: &Path, lab: &Path) -> Result<World> {
-    let objects = read(&[user.to_owned(), lab.to_owned()])?;
-    world(objects)
+pub(super) fn running(lab: &Running) -> Result<World> {
+    let mut objects = read(&lab.folders)?;
+    let bound = lab.waypoints.iter().filter(|(_, bound)| **bound);
+    objects.programmed = bound.map(|(key, _)| key.clone()).collect();
+    let gateways: Vec<_> = compile::waypoints::understand(&objects).into_keys().cloned().collect();
+    let mut world = world(objects)?;
+    let unknown = gateways.into_iter().filter(|key| !lab.waypoints.contains_key(key));
+    let unknown = unknown.filter(|key| !world.programmed.contains(key));
+    world.uncertain = unknown.map(|(namespace, name)| format!("{namespace}/{name}")).collect();
+    Ok(world)
 }
 
 /// Folders as they would be once everything runs and is ready.
@@ -44,31 +58,41 @@ fn world(objects: Objects) -> Result<World> {
     let config = MeshConfig::default();
     let compiled = compile::compile(&objects, &config);
     let snapshot = through_the_wire(&compiled, &config).context("this is a bug of meshctl")?;
-    Ok(World { objects, snapshot, config })
+    let programmed = compiled.programmed;
+    Ok(World { objects, snapshot, config, programmed, uncertain: Vec::new() })
 }
 
 /// Reads the files that the control plane would read.
 pub(super) fn read(folders: &[PathBuf]) -> Result<Objects> {
     let mut folder = Folder::new();
     for (index, dir) in folders.iter().enumerate() {
-        let listing = || format!("cannot read the folder {}", dir.display());
-        let mut files = Vec::new();
-        for entry in fs::read_dir(dir).with_context(listing)? {
-            let entry = entry.with_context(listing)?;
-            if is_config(&entry.file_name().to_string_lossy()) && entry.path().is_file() {
-                files.push(entry.path());
-            }
-        }
-        files.sort_unstable();
-        for path in files {
-            // Pods that end take their file away; between listing and reading is time enough for that.
-            let Some(text) = read_file(&path)? else { continue };
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
+        for (name, text) in texts(dir)? {
             folder.set_file(index, &name, &text);
         }
     }
     refuse_broken(&folder.diagnostics())?;
     Ok(folder.objects())
+}
+
+/// The files of a folder by name, in their order.
+pub(super) fn texts(dir: &Path) -> Result<Vec<(String, String)>> {
+    let listing = || format!("cannot read the folder {}", dir.display());
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).with_context(listing)? {
+        let entry = entry.with_context(listing)?;
+        if is_config(&entry.file_name().to_string_lossy()) && entry.path().is_file() {
+            files.push(entry.path());
+        }
+    }
+    files.sort_unstable();
+    let mut texts = Vec::new();
+    for path in files {
+        // Pods that end take their file away; between listing and reading is time enough for that.
+        let Some(text) = read_file(&path)? else { continue };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        texts.push((name.into_owned(), text));
+    }
+    Ok(texts)
 }
 
 fn read_file(path: &Path) -> Result<Option<String>> {

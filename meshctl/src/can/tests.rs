@@ -282,16 +282,54 @@ fn through_a_waypoint() {
     assert!(text.contains("policy_no_allow: ") && text.contains(both), "{text}");
     // Who is let in as a waypoint brings its clients along.
     check(&by_edge, "shop/client", [false, true]);
-    let deny = FRONT_CLOSED.replace("[{}]", "[{from: [{source: {principals: [\"*/sa/client\"]}}]}]");
+    let deny =
+        FRONT_CLOSED.replace("[{}]", "[{from: [{source: {principals: [\"*/sa/client\"]}}]}]");
     check(&deny, "shop/client", [false, false]);
     check(&deny, "shop/web-2", [true, true]);
     // Nothing outside the mesh knows of waypoints.
     let text = check(STRICT, "legacy/old", [false, false]);
-    assert!(text.contains("mtls_required: the plaintext peer") && !text.contains("waypoint"), "{text}");
+    assert!(
+        text.contains("mtls_required: the plaintext peer") && !text.contains("waypoint"),
+        "{text}"
+    );
     check(STRICT, "shop/client", [true, true]);
     // The waypoint asks for itself.
     let text = check(&by_edge, "shop/edge", [true, true]);
     assert!(!text.contains("  waypoint"), "{text}");
+}
+
+/// A running lab whose waypoint has no ready pod: whether it ever had, the control plane knows.
+#[test]
+fn a_waypoint_that_was_ready_once() {
+    let bound = SHOP.replace(
+        "metadata: {name: web, namespace: shop}\nspec: {selector",
+        "metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: edge}}\nspec: {clusterIP: 10.96.3.3, selector",
+    );
+    let user = folder(&[("shop.yaml", &*bound), ("w.yaml", WAYPOINT)]);
+    let running = |name: &str, ip: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}, annotations: \
+             {{ambient.istio.io/redirection: enabled}}}}, spec: {{nodeName: node-1, serviceAccountName: {name}, containers: \
+             [{{name: c, command: [sleep], ports: [{{name: http, containerPort: 8080}}]}}]}}, status: {{phase: Running, \
+             podIP: {ip}, conditions: [{{type: Ready, status: 'True'}}]}}}}"
+        )
+    };
+    let lab = folder(&[
+        ("a.yaml", &*running("client", "10.244.1.7")),
+        ("b.yaml", &*running("web", "10.244.1.8")),
+    ]);
+    let check = |known: Option<bool>, yes: bool, words: &str| {
+        let cli = Cli::try_parse_from(["can", "shop/client", "shop/web"]).unwrap();
+        let folders = [user.path().to_owned(), lab.path().to_owned()];
+        let waypoints = known.map(|bound| (("shop".into(), "edge".into()), bound));
+        let waypoints = waypoints.into_iter().collect();
+        let (text, said) = answer(&cli.args, |_| Ok(Running { folders, waypoints })).unwrap();
+        assert!(said == yes && text.contains(words), "{known:?}: {text}");
+        assert_eq!(text.contains("does not say whether shop/edge"), known.is_none(), "{text}");
+    };
+    check(Some(true), false, "waypoint_not_ready: service shop/web");
+    check(Some(false), true, "pod shop/web at 10.244.1.8:8080");
+    check(None, true, "pod shop/web at 10.244.1.8:8080");
 }
 
 #[test]
@@ -374,7 +412,8 @@ fn a_running_lab() {
         let cli = Cli::try_parse_from([&["can"], words].concat()).unwrap();
         answer(&cli.args, |name| {
             assert_eq!(name, None);
-            Ok([user.path().to_owned(), lab.path().to_owned()])
+            let folders = [user.path().to_owned(), lab.path().to_owned()];
+            Ok(Running { folders, waypoints: BTreeMap::new() })
         })
     };
     let (text, yes) = ask(&["shop/client", "shop/web"]).unwrap();

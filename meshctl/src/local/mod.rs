@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use lab::{Action, ExecPlace, client, place};
 
 use crate::print;
+pub(crate) use status::section;
 
 pub(crate) const EXAMPLES: &str = "\
 Examples:

@@ -9,6 +9,7 @@ use lab::{client, place};
 
 use super::{Output, Which};
 use crate::print::{self, Color};
+use crate::waypoint;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -53,6 +54,7 @@ fn show(status: &Status) {
         ]
     });
     section(&["NAMESPACE", "SERVICE", "ADDRESSES", "PORTS", "ENDPOINTS"], services.collect());
+    section(&waypoint::show::HEADER, status.waypoints.iter().map(waypoint::show::row).collect());
     let processes = status.processes.iter().map(|p| {
         let ready = if p.ready { "yes" } else { "no" };
         vec![
@@ -99,7 +101,7 @@ fn pod(p: &PodStatus, colored: bool) -> Vec<String> {
     ]
 }
 
-fn section(header: &[&str], rows: Vec<Vec<String>>) {
+pub(crate) fn section(header: &[&str], rows: Vec<Vec<String>>) {
     if rows.is_empty() {
         return;
     }

@@ -166,7 +166,10 @@ fn a_waypoint_has_its_words() {
     let (client, waypoint) = (workload("client"), workload("waypoint"));
     let (a, b) = (client.identity(), waypoint.identity());
     let party = |workload, identity| Party { address: None, workload, identity };
-    let to = ConnectionRecord { waypoint: true, ..record(Party::default(), party(Some(&waypoint), None)) };
+    let to = ConnectionRecord {
+        waypoint: true,
+        ..record(Party::default(), party(Some(&waypoint), None))
+    };
     let from = ConnectionRecord {
         direction: Direction::Inbound,
         client: Some(&a),

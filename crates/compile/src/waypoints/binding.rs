@@ -18,7 +18,8 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use model::{
-    GatewayAddress, GatewayDestination, HBONE_PORT, Health, ServiceKey, Str, TunnelProtocol, Workload,
+    GatewayAddress, GatewayDestination, HBONE_PORT, Health, ServiceKey, Str, TunnelProtocol,
+    Workload,
 };
 
 use super::{TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, Waypoint};
@@ -219,7 +220,8 @@ impl<'a> Bindings<'a> {
 
     fn is_proxy(&self, workload: &Workload) -> bool {
         let mut services = workload.services.iter().map(|(key, _)| key);
-        workload.native_tunnel && services.any(|key| self.all.values().any(|target| target.key == *key))
+        workload.native_tunnel
+            && services.any(|key| self.all.values().any(|target| target.key == *key))
     }
 }
 

@@ -78,7 +78,9 @@ pub(crate) fn statuses(
         let made = made_for(objects, waypoint)
             .and_then(|()| services.iter().find(|s| s.key == key).ok_or(Unmade::NotYet))
             .map(|service| &**service);
-        let own = workloads.iter().filter(|w| w.services.iter().any(|(k, _)| *k == key));
+        // A pod of somebody else that the Service happens to select ends no tunnels.
+        let own = workloads.iter().filter(|w| w.native_tunnel);
+        let own = own.filter(|w| w.services.iter().any(|(k, _)| *k == key));
         let ready = own.filter(|w| w.health == Health::Healthy).count();
         let conditions = conditions(waypoint, made, ready);
         let programmed = conditions[1].status;

@@ -46,7 +46,13 @@ pub(super) fn judge(cors: &Cors, request: &request::Parts) -> Judgement {
             let mut headers = allow_origin(cors, by, origin);
             allow(&mut headers, cors, &ACCESS_CONTROL_ALLOW_METHODS, &cors.allow_methods, method);
             if let Some(names) = request.headers.get(ACCESS_CONTROL_REQUEST_HEADERS) {
-                allow(&mut headers, cors, &ACCESS_CONTROL_ALLOW_HEADERS, &cors.allow_headers, names);
+                allow(
+                    &mut headers,
+                    cors,
+                    &ACCESS_CONTROL_ALLOW_HEADERS,
+                    &cors.allow_headers,
+                    names,
+                );
             }
             if let Some(seconds) = cors.max_age {
                 headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from(seconds));
@@ -86,7 +92,11 @@ fn allow(
     }
 }
 
-fn list<'a>(headers: &mut HeaderMap, name: &http::HeaderName, words: impl Iterator<Item = &'a Str>) {
+fn list<'a>(
+    headers: &mut HeaderMap,
+    name: &http::HeaderName,
+    words: impl Iterator<Item = &'a Str>,
+) {
     let words: Vec<&str> = words.map(|w| &**w).collect();
     if words.is_empty() {
         return;
@@ -106,7 +116,9 @@ fn fits(m: &OriginMatch, origin: &str) -> bool {
             let after = with_scheme_port(before, after);
             let Some(rest) = strip_start(origin, before) else { return false };
             let Some(star) = rest.len().checked_sub(after.len()) else { return false };
-            let (Some(star), Some(end)) = (rest.get(..star), rest.get(star..)) else { return false };
+            let (Some(star), Some(end)) = (rest.get(..star), rest.get(star..)) else {
+                return false;
+            };
             let host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
             !star.is_empty() && star.bytes().all(host) && end.eq_ignore_ascii_case(after)
         }

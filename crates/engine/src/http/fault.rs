@@ -47,5 +47,5 @@ pub(super) fn abort(abort: Abort, refusal: Refusal, grpc: bool) -> HttpAction {
 
 fn no_status(refusal: Refusal, code: u16, grpc: bool) -> Answer {
     let message = format!("{}; {code} is no HTTP status", refusal.message);
-    answer::answer(Refusal { reason: Reason::BadFilter, message, ..refusal }, grpc)
+    answer(Refusal { reason: Reason::BadFilter, message, ..refusal }, grpc)
 }

@@ -182,11 +182,7 @@ fn fits_bytes(m: &TextMatch, value: &[u8]) -> bool {
 fn parameter<'q>(query: &'q str, name: &str) -> Option<Cow<'q, [u8]>> {
     query.split('&').find_map(|pair| {
         let (found, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let same = if is_encoded(found) {
-            decoded(found).eq(name.bytes())
-        } else {
-            found == name
-        };
+        let same = if is_encoded(found) { decoded(found).eq(name.bytes()) } else { found == name };
         same.then(|| {
             if is_encoded(value) {
                 Cow::Owned(decoded(value).collect())

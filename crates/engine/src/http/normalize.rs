@@ -154,8 +154,7 @@ pub(super) fn uri(old: &Uri, authority: Option<Authority>, path: Option<PathAndQ
     let mut parts = old.clone().into_parts();
     parts.scheme = parts.scheme.or(Some(Scheme::HTTP));
     parts.authority = authority.or(parts.authority);
-    parts.path_and_query =
-        path.or(parts.path_and_query).or(Some(PathAndQuery::from_static("/")));
+    parts.path_and_query = path.or(parts.path_and_query).or(Some(PathAndQuery::from_static("/")));
     // Fails only without an authority, which a request has after `normalize`.
     Uri::from_parts(parts).unwrap_or_else(|_| old.clone())
 }

@@ -28,7 +28,8 @@ pub(super) fn redirect(
         Some(host) => &**host,
         None => uri.host().ok_or("the request has no host")?,
     };
-    let port = port(redirect, scheme, host, facts.port).map_or_else(String::new, |p| format!(":{p}"));
+    let port =
+        port(redirect, scheme, host, facts.port).map_or_else(String::new, |p| format!(":{p}"));
     let path = match &redirect.path {
         Some(rewrite) => path::rewritten(rewrite, matched, uri.path())?,
         None => uri.path().to_owned(),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use http::header::{CONTENT_TYPE, LOCATION};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use model::http::{
-    Backend, Filter, Fault, FixedResponse, PathMatch, Redirect, Rewrite, RouteKind, RouteRule,
+    Backend, Fault, Filter, FixedResponse, PathMatch, Redirect, Rewrite, RouteKind, RouteRule,
     Target, Timeouts,
 };
 use model::{Reason, Refusal, Snapshot};
@@ -46,7 +46,8 @@ pub fn route(snapshot: &Snapshot, facts: &RequestFacts<'_>, rand: u64) -> HttpPl
     };
     let http2 = grpc || set.kind == RouteKind::Grpc;
     let plan = HttpPlan { rule: Some(rule.clone()), timeouts: rule.timeouts, ..empty(grpc) };
-    let walk = Walk { facts, asked, rule, matched: &found.path, http2, dice: Dice::of_route(rand), plan };
+    let walk =
+        Walk { facts, asked, rule, matched: &found.path, http2, dice: Dice::of_route(rand), plan };
     walk.run()
 }
 
@@ -69,7 +70,7 @@ struct Walk<'a> {
     plan: HttpPlan,
 }
 
-impl<'a> Walk<'a> {
+impl Walk<'_> {
     fn run(mut self) -> HttpPlan {
         let rule = self.rule;
         let mut action = self.filters(&rule.filters).unwrap_or_else(|| self.backend());
@@ -191,7 +192,7 @@ impl<'a> Walk<'a> {
     }
 
     fn refuse(&self, reason: Reason, message: &str) -> HttpAction {
-        HttpAction::Answer(answer::answer(self.refusal(reason, message), self.plan.grpc))
+        HttpAction::Answer(answer(self.refusal(reason, message), self.plan.grpc))
     }
 
     fn refusal(&self, reason: Reason, message: &str) -> Refusal {
@@ -233,11 +234,9 @@ fn plain(facts: &RequestFacts<'_>) -> HttpPlan {
 fn no_route(facts: &RequestFacts<'_>, grpc: bool) -> HttpPlan {
     let request = facts.request;
     let path: String = request.uri.path().chars().take(SHOWN_PATH).collect();
-    let message = format!(
-        "no rule for {}:{} fits {} {path}",
-        facts.service.key, facts.port, request.method
-    );
-    let answer = answer::answer(Refusal::new(Reason::NoRoute, message), grpc);
+    let message =
+        format!("no rule for {}:{} fits {} {path}", facts.service.key, facts.port, request.method);
+    let answer = answer(Refusal::new(Reason::NoRoute, message), grpc);
     HttpPlan { action: HttpAction::Answer(answer), ..empty(grpc) }
 }
 

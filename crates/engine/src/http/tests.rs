@@ -4,9 +4,7 @@
 
 use http::Request;
 use model::http::*;
-use model::{
-    AppProtocol, Change, FamilyPolicy, LoadBalancing, Provenance, ServiceKey, Snapshot,
-};
+use model::{AppProtocol, Change, FamilyPolicy, LoadBalancing, Provenance, ServiceKey, Snapshot};
 
 use super::*;
 
@@ -226,7 +224,12 @@ fn paths() {
     let istio = by_path(PathMatch::Prefix("/ab".into()));
     check("Istio prefix", istio, "/abcd", true);
     check("Istio ignoreUriCase", by_path(PathMatch::ExactIgnoringCase("/Ab".into())), "/aB", true);
-    check("Istio ignoreUriCase", by_path(PathMatch::PrefixIgnoringCase("/Ab".into())), "/aBc", true);
+    check(
+        "Istio ignoreUriCase",
+        by_path(PathMatch::PrefixIgnoringCase("/Ab".into())),
+        "/aBc",
+        true,
+    );
     check("Istio ignoreUriCase", by_path(PathMatch::PrefixIgnoringCase("/Ab".into())), "/a", false);
 }
 
@@ -245,7 +248,13 @@ fn headers_queries_methods() {
     check("M2", &or, "GET /v2", &[], "b1 /v2");
     check("M4", &[any().header("x", "a,b")], "GET /", &[("x", "a"), ("x", "b")], "b0 /");
     check("M4", &[any().header("x", "a")], "GET /", &[("x", "a"), ("x", "b")], NO);
-    check("M4", &[any().header("cookie", "a; b")], "GET /", &[("cookie", "a"), ("cookie", "b")], "b0 /");
+    check(
+        "M4",
+        &[any().header("cookie", "a; b")],
+        "GET /",
+        &[("cookie", "a"), ("cookie", "b")],
+        "b0 /",
+    );
     let whale = any().query("animal", "whale");
     check("M5", &[whale.clone()], "GET /?animal=whale&x=1", &[], "b0 /?animal=whale&x=1");
     check("M5", &[whale.clone()], "GET /?animal=whaledolphin", &[], NO);
@@ -253,7 +262,13 @@ fn headers_queries_methods() {
     check("M5", &[whale.clone()], "GET /?animal=Whale", &[], NO);
     check("M5", &[whale.clone().query("x", "1")], "GET /?animal=whale", &[], NO);
     check("M5", &[whale], "GET /", &[], NO);
-    check("M5", &[any().query("a b", "c&é")], "GET /?a+b=%63%26%C3%A9", &[], "b0 /?a+b=%63%26%C3%A9");
+    check(
+        "M5",
+        &[any().query("a b", "c&é")],
+        "GET /?a+b=%63%26%C3%A9",
+        &[],
+        "b0 /?a+b=%63%26%C3%A9",
+    );
     check("M5", &[any().query("a", "%zz")], "GET /?a=%zz", &[], "b0 /?a=%zz");
     check("M5", &[any().query("a", "")], "GET /?b&a", &[], "b0 /?b&a");
     check("M6", &[any().query("a", "1")], "GET /?a=1&a=2", &[], "b0 /?a=1&a=2");
@@ -277,7 +292,8 @@ fn values_that_are_no_text_fit_presence_only() {
     let mut asked = request("GET /?q=%ff", &[]);
     asked.headers.insert("x", http::HeaderValue::from_bytes(b"\xff").unwrap());
     let fits = |m: RouteMatch| {
-        let snapshot = world(vec![set(RouteKind::Http, vec![rule(vec![], vec![backend("b", 1)])], vec![m])]);
+        let snapshot =
+            world(vec![set(RouteKind::Http, vec![rule(vec![], vec![backend("b", 1)])], vec![m])]);
         matches!(ask(&snapshot, &asked, 0).action, HttpAction::Forward { .. })
     };
     assert!(fits(present(any().header("x", ""))));
@@ -292,7 +308,11 @@ fn values_that_are_no_text_fit_presence_only() {
 /// Whichever stands first wins, whatever it is made of: the index changes no order.
 #[test]
 fn precedence() {
-    let in_order = |row: &str, winner: &RouteMatch, loser: &RouteMatch, line: &str, headers: &[(&str, &str)]| {
+    let in_order = |row: &str,
+                    winner: &RouteMatch,
+                    loser: &RouteMatch,
+                    line: &str,
+                    headers: &[(&str, &str)]| {
         let want = format!("b0 {}", line.split_once(' ').unwrap().1);
         check(row, &[winner.clone(), loser.clone()], line, headers, &want);
         check(row, &[loser.clone(), winner.clone()], line, headers, &want);
@@ -343,12 +363,12 @@ fn who_and_where() {
     ]);
     let asked = request("GET /r", &[]);
     let other = request("GET /", &[]);
-    let (shop, client) =
-        (Identity::new("td", "shop", "a"), Identity::new("td", "consumer", "a"));
-    let check = |row: &str, identity: Option<&Identity>, port: u16, asked: &request::Parts, want: &str| {
-        let plan = ask_as(&snapshot, asked, 0, port, identity);
-        assert_eq!(short(&plan, asked), want, "{row} {identity:?} {port}");
-    };
+    let (shop, client) = (Identity::new("td", "shop", "a"), Identity::new("td", "consumer", "a"));
+    let check =
+        |row: &str, identity: Option<&Identity>, port: u16, asked: &request::Parts, want: &str| {
+            let plan = ask_as(&snapshot, asked, 0, port, identity);
+            assert_eq!(short(&plan, asked), want, "{row} {identity:?} {port}");
+        };
     check("A8: the producer's for all", None, 80, &asked, "producer /r");
     check("A8: the producer's for all", Some(&shop), 80, &asked, "producer /r");
     check("A8: the consumer's in its place", Some(&client), 80, &asked, "consumer /r");
@@ -367,18 +387,19 @@ fn who_and_where() {
 #[test]
 fn callers() {
     let (web, db) = (Identity::new("td", "shop", "web"), Identity::new("td", "data", "db"));
-    let check = |namespaces: &[&str], identities: &[&Identity], who: Option<&Identity>, fits: bool| {
-        let source = SourceMatch {
-            namespaces: namespaces.iter().map(|n| (*n).into()).collect(),
-            identities: identities.iter().map(|i| (*i).clone()).collect(),
+    let check =
+        |namespaces: &[&str], identities: &[&Identity], who: Option<&Identity>, fits: bool| {
+            let source = SourceMatch {
+                namespaces: namespaces.iter().map(|n| (*n).into()).collect(),
+                identities: identities.iter().map(|i| (*i).clone()).collect(),
+            };
+            let m = RouteMatch { source, ..any() };
+            let rules = vec![rule(vec![], vec![backend("b", 1)])];
+            let snapshot = world(vec![set(RouteKind::Http, rules, vec![m.clone()])]);
+            let asked = request("GET /", &[]);
+            let plan = ask_as(&snapshot, &asked, 0, 80, who);
+            assert_eq!(matches!(plan.action, HttpAction::Forward { .. }), fits, "{m:?} {who:?}");
         };
-        let m = RouteMatch { source, ..any() };
-        let rules = vec![rule(vec![], vec![backend("b", 1)])];
-        let snapshot = world(vec![set(RouteKind::Http, rules, vec![m.clone()])]);
-        let asked = request("GET /", &[]);
-        let plan = ask_as(&snapshot, &asked, 0, 80, who);
-        assert_eq!(matches!(plan.action, HttpAction::Forward { .. }), fits, "{m:?} {who:?}");
-    };
     check(&[], &[], None, true);
     check(&["shop"], &[], Some(&web), true);
     check(&["shop", "data"], &[], Some(&db), true);

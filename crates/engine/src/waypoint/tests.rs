@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use model::http::{PortProtocol, RouteKind, RouteSet, ServiceRoutes};
 use model::{
-    Change, FamilyPolicy, HBONE_PORT, LoadBalancing, NetworkAddress, ServicePort, Vip, WorkloadUid,
+    AppProtocol, Change, FamilyPolicy, HBONE_PORT, LoadBalancing, NetworkAddress, ServicePort, Vip,
+    WorkloadUid,
 };
 
 use super::*;
@@ -124,10 +125,12 @@ fn what_a_waypoint_takes() {
     check("[::ffff:10.96.0.1]:81", "service web:81 Grpc");
     check("10.96.0.1:82", "service web:82 Undeclared");
     check("web.shop.svc.cluster.local:80", "service web:80 Http");
-    let no_port = "no_such_port: service shop/web.shop.svc.cluster.local has no port 83; it has 80, 81, 82";
+    let no_port =
+        "no_such_port: service shop/web.shop.svc.cluster.local has no port 83; it has 80, 81, 82";
     check("10.96.0.1:83", no_port);
     check("web.shop.svc.cluster.local:83", no_port);
-    let asked = "not_bound: spiffe://cluster.local/ns/shop/sa/client asked the waypoint shop/waypoint for";
+    let asked =
+        "not_bound: spiffe://cluster.local/ns/shop/sa/client asked the waypoint shop/waypoint for";
     check(
         "10.96.0.2:80",
         &format!(
@@ -142,7 +145,10 @@ fn what_a_waypoint_takes() {
         ),
     );
     check("other.shop.svc.cluster.local:80", asked);
-    check("10.96.0.9:80", &format!("{asked} 10.96.0.9:80: neither a Service nor a pod of the mesh"));
+    check(
+        "10.96.0.9:80",
+        &format!("{asked} 10.96.0.9:80: neither a Service nor a pod of the mesh"),
+    );
     check("gone.shop.svc.cluster.local:80", asked);
     check("1.1.1.1:443", asked);
     check("127.0.0.1:15000", asked);
@@ -152,7 +158,10 @@ fn what_a_waypoint_takes() {
     check("10.1.0.9:5432", "workload db:5432 Undeclared");
     check("10.1.0.9:15008", "mesh_port: port 15008 of shop/db is the mesh's own");
     // A pod of a bound Service is not bound itself.
-    check("10.1.0.1:8080", &format!("{asked} 10.1.0.1:8080: pod shop/web, which is bound to no waypoint"));
+    check(
+        "10.1.0.1:8080",
+        &format!("{asked} 10.1.0.1:8080: pod shop/web, which is bound to no waypoint"),
+    );
 }
 
 #[test]
@@ -160,7 +169,11 @@ fn a_waypoint_by_address_is_the_same_waypoint() {
     let check = |bound: &str, want: &str| {
         let web = service("shop", "web", "10.96.0.1", Some(at(bound)));
         let snapshot = world().with([Change::SetService(Arc::new(web))]);
-        let got = ask(&snapshot, &id("shop", "client"), Authority::Address("10.96.0.1:80".parse().unwrap()));
+        let got = ask(
+            &snapshot,
+            &id("shop", "client"),
+            Authority::Address("10.96.0.1:80".parse().unwrap()),
+        );
         assert!(got.starts_with(want), "{bound}: {got}");
     };
     check("10.96.7.1", "service web:80");
@@ -176,7 +189,10 @@ fn a_name_with_several_services() {
     let hostname: model::Str = "db.example".into();
     let named = |namespace: &str, waypoint| {
         let key = ServiceKey { namespace: namespace.into(), hostname: hostname.clone() };
-        Change::SetService(Arc::new(Service { key, ..service(namespace, "db", "10.96.0.7", waypoint) }))
+        Change::SetService(Arc::new(Service {
+            key,
+            ..service(namespace, "db", "10.96.0.7", waypoint)
+        }))
     };
     let snapshot = world().with([named("a", None), named("z", Some(waypoint("shop")))]);
     let own = proxy("shop", "10.1.7.1");

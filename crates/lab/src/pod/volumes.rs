@@ -159,11 +159,12 @@ pub(crate) fn fill(
     for volume in volumes {
         let VolumeContent::Files(files) = &volume.content else { continue };
         for (path, content) in files {
-            let target = dir.join(&volume.name).join(path);
+            let folder = dir.join(&volume.name);
+            let target = folder.join(path);
             if !target.exists() {
                 let text = text(*content, credentials)
                     .with_context(|| format!("volume {}: {path}", volume.name))?;
-                write(&target, &text).with_context(|| target.display().to_string())?;
+                write(&folder, &target, &text).with_context(|| target.display().to_string())?;
             }
         }
     }
@@ -184,9 +185,12 @@ fn text(content: FileContent, credentials: Option<&Credentials>) -> Result<Vec<u
     }
 }
 
-fn write(target: &Path, text: &[u8]) -> io::Result<()> {
+fn write(folder: &Path, target: &Path, text: &[u8]) -> io::Result<()> {
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent)?;
+    }
+    for between in target.ancestors().skip(1).take_while(|a| *a != folder) {
+        fs::set_permissions(between, Permissions::from_mode(0o755))?;
     }
     // Whole or not at all: a container may be starting.
     let beside = target.with_file_name(".new");

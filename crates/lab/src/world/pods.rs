@@ -191,28 +191,24 @@ impl World {
 
     fn start_pod(&mut self, plan: PodPlan) -> anyhow::Result<()> {
         let key = key(&plan);
-        let node = plan.node_index;
-        let node_ns = self
-            .network
-            .nodes
-            .get(node)
-            .ok_or_else(|| anyhow::anyhow!("no node {}", plan.node))?
-            .ns
-            .clone();
-        let (ns, net) = if host_network(&plan) {
-            (node_ns.clone(), None)
-        } else {
-            let net = self.network.add_pod(node, &plan.ips)?;
-            (net.ns.clone(), Some(net))
-        };
+        let node = self.network.nodes.get(plan.node_index);
+        let node_ns = node.ok_or_else(|| anyhow::anyhow!("no node {}", plan.node))?.ns.clone();
         let around = Surroundings { node: &plan.node, ips: &plan.ips, images: &self.images };
         let resolved = resolve::resolve(&plan.pod, &around);
         let needs_root = resolved.needs(FileContent::Root);
-        let token = self.token_for(&key, &plan, &resolved, net.as_ref())?;
-        let credentials = self.mesh.as_ref().map(|mesh| Credentials {
-            token: token.as_ref().map(|t| t.secret.clone()),
-            root: mesh.root.clone(),
-        });
+        let (ns, net) = if host_network(&plan) {
+            (node_ns.clone(), None)
+        } else {
+            let net = self.network.add_pod(plan.node_index, &plan.ips)?;
+            (net.ns.clone(), Some(net))
+        };
+        let token = match self.token_for(&key, &plan, &resolved, net.as_ref()) {
+            Ok(token) => token,
+            Err(e) => {
+                net.as_ref().map_or(Ok(()), |net| self.network.remove_pod(net))?;
+                return Err(e);
+            }
+        };
         let instance = self.next_instance;
         self.next_instance += 1;
         let worker = Worker {
@@ -223,7 +219,7 @@ impl World {
             net: ns.clone(),
             node_net: node_ns,
             ips: plan.ips.to_vec(),
-            credentials,
+            credentials: self.credentials(token.as_ref()),
             shared: self.shared.clone(),
             reports: self.reports.clone(),
         };
@@ -255,6 +251,12 @@ impl World {
             self.enter_mesh(&key, false);
         }
         Ok(())
+    }
+
+    /// What the pod's volumes are filled with.
+    fn credentials(&self, token: Option<&PodToken>) -> Option<Credentials> {
+        let root = self.mesh.as_ref()?.root.clone();
+        Some(Credentials { token: token.map(|t| t.secret.clone()), root })
     }
 
     /// A token for a pod that wants one, and a way to the control plane, where it is good for something.

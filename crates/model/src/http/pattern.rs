@@ -118,7 +118,9 @@ mod tests {
     #[test]
     fn whole_texts_only() {
         let pattern = Pattern::new("/v[0-9]+|/w").unwrap();
-        for (text, fits) in [("/v1", true), ("/w", true), ("/v1/x", false), ("x/w", false), ("/w\n", false)] {
+        for (text, fits) in
+            [("/v1", true), ("/w", true), ("/v1/x", false), ("x/w", false), ("/w\n", false)]
+        {
             assert_eq!(pattern.matches(text), fits, "{text:?}");
         }
     }
@@ -141,7 +143,12 @@ mod tests {
         let check = |pattern: &str, text: &str, by: &str, result: Option<&str>| {
             assert_eq!(Pattern::new(pattern).unwrap().replace(text, by).as_deref(), result);
         };
-        check("^/service/([^/]+)(/.*)$", "/service/foo/v1/api", r"\2/instance/\1", Some("/v1/api/instance/foo"));
+        check(
+            "^/service/([^/]+)(/.*)$",
+            "/service/foo/v1/api",
+            r"\2/instance/\1",
+            Some("/v1/api/instance/foo"),
+        );
         check("one", "/xxx/one/yyy/one", "two", Some("/xxx/two/yyy/one"));
         check("one", "/two", "x", None);
         check("(a)?b", "b", r"[\1]\9\\", Some(r"[]\"));

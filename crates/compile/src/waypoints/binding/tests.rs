@@ -59,7 +59,9 @@ fn namespace(name: &str, labels: &str) -> String {
 fn web(of_namespace: &str, of_service: &str, of_pod: &str) -> String {
     let of_pod = if of_pod.is_empty() { "app: web" } else { of_pod };
     let pod = pod("shop", "web", "10.0.0.1", of_pod);
-    namespace("shop", of_namespace) + &service("shop", "web", "10.96.0.1", of_service, "app: web") + &pod
+    namespace("shop", of_namespace)
+        + &service("shop", "web", "10.96.0.1", of_service, "app: web")
+        + &pod
 }
 
 const USE: &str = "istio.io/use-waypoint: w";
@@ -67,9 +69,10 @@ const USE: &str = "istio.io/use-waypoint: w";
 fn name(at: Option<&GatewayAddress>) -> String {
     match at {
         None => "direct".to_owned(),
-        Some(GatewayAddress { destination: GatewayDestination::Service(key), hbone_port: 15008 }) => {
-            key.hostname.trim_end_matches(".svc.cluster.local").to_owned()
-        }
+        Some(GatewayAddress {
+            destination: GatewayDestination::Service(key),
+            hbone_port: 15008,
+        }) => key.hostname.trim_end_matches(".svc.cluster.local").to_owned(),
         Some(other) => panic!("{other:?}"),
     }
 }
@@ -85,7 +88,9 @@ fn bound(compiled: &Compiled) -> [String; 2] {
 fn said(compiled: &Compiled) -> Vec<String> {
     let all = compiled.diagnostics.iter();
     let about = all.filter(|d| {
-        d.field.contains("waypoint") || d.object.starts_with("Gateway") || d.severity == Severity::Error
+        d.field.contains("waypoint")
+            || d.object.starts_with("Gateway")
+            || d.severity == Severity::Error
     });
     about.map(|d| format!("{} {} {}", d.severity, d.code, d.object)).collect()
 }
@@ -297,7 +302,8 @@ fn proxies_end_tunnels_themselves() {
     let compiled = Mesh::new(&proxies("shop", "w", "10.0.7.1", true)).compiled;
     let proxy = &compiled.workloads[0];
     assert_eq!((proxy.protocol, proxy.native_tunnel), (TunnelProtocol::Hbone, true));
-    let outside = proxies("shop", "w", "10.0.7.1", true).replace(", networking.istio.io/tunnel: http", "");
+    let outside =
+        proxies("shop", "w", "10.0.7.1", true).replace(", networking.istio.io/tunnel: http", "");
     let compiled = Mesh::new(&outside).compiled;
     let proxy = &compiled.workloads[0];
     assert_eq!((proxy.protocol, proxy.native_tunnel), (TunnelProtocol::None, false));
@@ -305,13 +311,13 @@ fn proxies_end_tunnels_themselves() {
 
 #[test]
 fn another_cluster_domain() {
-    let yaml = web("", USE, "")
-        + &gateway("shop", "w", "", "")
-        + &proxies("shop", "w", "10.0.7.1", true);
+    let yaml =
+        web("", USE, "") + &gateway("shop", "w", "", "") + &proxies("shop", "w", "10.0.7.1", true);
     let config = MeshConfig { cluster_domain: "corp".into(), ..MeshConfig::default() };
     let compiled = compile(&objects(&yaml), &config);
     let service = compiled.services.iter().find(|s| &*s.name == "web").unwrap();
-    let Some(GatewayAddress { destination: GatewayDestination::Service(key), .. }) = &service.waypoint
+    let Some(GatewayAddress { destination: GatewayDestination::Service(key), .. }) =
+        &service.waypoint
     else {
         panic!("bound")
     };

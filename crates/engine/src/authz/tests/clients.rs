@@ -6,7 +6,11 @@ fn id(namespace: &str, account: &str) -> Identity {
     Identity::new("td", namespace, account)
 }
 
-fn facts<'a>(web: &'a Workload, peer: &'a Identity, client: Option<&'a Identity>) -> InboundFacts<'a> {
+fn facts<'a>(
+    web: &'a Workload,
+    peer: &'a Identity,
+    client: Option<&'a Identity>,
+) -> InboundFacts<'a> {
     let destination = "10.1.0.1:80".parse().unwrap();
     let source_ip = "10.2.0.9".parse().unwrap();
     InboundFacts { workload: web, destination, source_ip, peer: Some(peer), client }

@@ -18,11 +18,17 @@ fn set(matches: Vec<RouteMatch>) -> RouteSet {
         timeouts: model::http::Timeouts::default(),
     };
     let rules = Arc::from([Arc::new(rule)]);
-    RouteSet::new(Audience::Everybody, Arc::new([80]), RouteKind::Http, rules, matches.into()).unwrap()
+    RouteSet::new(Audience::Everybody, Arc::new([80]), RouteKind::Http, rules, matches.into())
+        .unwrap()
 }
 
 /// The first that fits and the number of tries.
-fn found(set: &RouteSet, method: &str, uri: &str, headers: &[(&str, &str)]) -> (Option<u32>, Option<u32>, usize) {
+fn found(
+    set: &RouteSet,
+    method: &str,
+    uri: &str,
+    headers: &[(&str, &str)],
+) -> (Option<u32>, Option<u32>, usize) {
     let mut request = Request::builder().method(method).uri(uri);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -77,7 +83,8 @@ fn thousands_of_prefixes_are_not_scanned() {
 /// Nor does it with exact paths, and of thousands with one path only those before the first that fits are tried.
 #[test]
 fn candidates_after_the_first_are_not_tried() {
-    let exact = |path: &str| RouteMatch { path: PathMatch::Exact(path.into()), ..RouteMatch::default() };
+    let exact =
+        |path: &str| RouteMatch { path: PathMatch::Exact(path.into()), ..RouteMatch::default() };
     let set = set((0..5_000).map(|n| exact(&format!("/{}", n % 50))).collect());
     assert_eq!(found(&set, "GET", "/7", &[]), (Some(7), Some(7), 1));
     assert_eq!(found(&set, "GET", "/50", &[]), (None, None, 0));

@@ -52,16 +52,25 @@ fn one_form() {
     assert_eq!(http1("GET", "http://web", &[]), "GET http://web/ | host: web");
     assert_eq!(http1("GET", "http://web?x", &[]), "GET http://web/?x | host: web");
     assert_eq!(http2("GET", "https://Web:8443/", &[]), "GET https://web:8443/ | host: web:8443");
-    assert_eq!(http1("GET", "/", &[("host", "[FD00::1]:80")]), "GET http://[fd00::1]:80/ | host: [fd00::1]:80");
+    assert_eq!(
+        http1("GET", "/", &[("host", "[FD00::1]:80")]),
+        "GET http://[fd00::1]:80/ | host: [fd00::1]:80"
+    );
     assert_eq!(http1("OPTIONS", "*", &[HOST_WEB]), "OPTIONS http://web* | host: web");
-    assert_eq!(http1("GET", "/?a=%zz&b=../.", &[HOST_WEB]), "GET http://web/?a=%zz&b=../. | host: web");
+    assert_eq!(
+        http1("GET", "/?a=%zz&b=../.", &[HOST_WEB]),
+        "GET http://web/?a=%zz&b=../. | host: web"
+    );
 }
 
 #[test]
 fn hosts_that_disagree_or_are_none() {
     let check = |uri: &str, headers: &[(&str, &str)], words: &str| {
         for got in [http1("GET", uri, headers), http2("GET", uri, headers)] {
-            assert!(got.starts_with("bad_http: ") && got.contains(words), "{uri} {headers:?}: {got}");
+            assert!(
+                got.starts_with("bad_http: ") && got.contains(words),
+                "{uri} {headers:?}: {got}"
+            );
         }
     };
     check("http://web/", &[("host", "admin")], "another host");
@@ -116,7 +125,10 @@ fn framing_is_one() {
         (&[("content-length", "")], "not one number"),
         (&[("content-length", "99999999999999999999")], "not one number"),
         (&[("transfer-encoding", "gzip, chunked")], "other than chunked"),
-        (&[("transfer-encoding", "chunked"), ("transfer-encoding", "identity")], "other than chunked"),
+        (
+            &[("transfer-encoding", "chunked"), ("transfer-encoding", "identity")],
+            "other than chunked",
+        ),
         (&[("transfer-encoding", "xchunked")], "other than chunked"),
         (&[("transfer-encoding", "")], "other than chunked"),
     ] {
@@ -146,14 +158,23 @@ fn what_is_for_one_hop_stays_there() {
         let headers: Vec<_> = headers.iter().copied().chain([HOST_WEB]).collect();
         assert_eq!(http1("GET", "/", &headers), format!("GET http://web/{want}"), "{headers:?}");
     };
-    check(&[("connection", "close, X-One"), ("x-one", "1"), ("x-two", "2")], " | host: web | x-two: 2");
-    check(&[("connection", "keep-alive"), ("keep-alive", "timeout=5"), ("proxy-connection", "x")], " | host: web");
+    check(
+        &[("connection", "close, X-One"), ("x-one", "1"), ("x-two", "2")],
+        " | host: web | x-two: 2",
+    );
+    check(
+        &[("connection", "keep-alive"), ("keep-alive", "timeout=5"), ("proxy-connection", "x")],
+        " | host: web",
+    );
     check(
         &[("connection", "Upgrade"), ("upgrade", "websocket")],
         " | connection: upgrade | host: web | upgrade: websocket",
     );
     check(&[("upgrade", "websocket")], " | host: web");
-    check(&[("connection", "upgrade, http2-settings"), ("upgrade", "h2c"), ("http2-settings", "AA")], " | host: web");
+    check(
+        &[("connection", "upgrade, http2-settings"), ("upgrade", "h2c"), ("http2-settings", "AA")],
+        " | host: web",
+    );
     check(&[("connection", "upgrade"), ("upgrade", "websocket, h2c")], " | host: web");
     check(&[("te", "gzip, trailers")], " | host: web | te: trailers");
     check(&[("te", "gzip"), ("connection", "te")], " | host: web");
@@ -161,11 +182,16 @@ fn what_is_for_one_hop_stays_there() {
         let got = http1("GET", "/", &[HOST_WEB, ("connection", name)]);
         assert!(got.starts_with("bad_http: header connection names"), "{name}: {got}");
     }
-    for header in [("connection", "x"), ("upgrade", "websocket"), ("keep-alive", "1"), ("te", "gzip")] {
+    for header in
+        [("connection", "x"), ("upgrade", "websocket"), ("keep-alive", "1"), ("te", "gzip")]
+    {
         let got = http2("GET", "http://web/", &[header]);
         assert!(got.starts_with(&format!("bad_http: header {} in HTTP/2", header.0)), "{got}");
     }
-    assert_eq!(http2("GET", "http://web/", &[("te", "trailers")]), "GET http://web/ | host: web | te: trailers");
+    assert_eq!(
+        http2("GET", "http://web/", &[("te", "trailers")]),
+        "GET http://web/ | host: web | te: trailers"
+    );
 }
 
 #[test]
@@ -200,7 +226,10 @@ fn limits() {
     let names: Vec<String> = (0..MAX_HEADERS).map(|n| format!("x-{n}")).collect();
     let headers: Vec<_> = names.iter().map(|n| (n.as_str(), "1")).chain([HOST_WEB]).collect();
     assert!(http1("GET", "/", &headers[1..]).starts_with("GET "));
-    assert_eq!(http1("GET", "/", &headers), "limit: the request has 101 headers, at most 100 are allowed");
+    assert_eq!(
+        http1("GET", "/", &headers),
+        "limit: the request has 101 headers, at most 100 are allowed"
+    );
 }
 
 proptest! {

@@ -53,7 +53,11 @@ fn with_waypoint(web: Service, proxies: impl IntoIterator<Item = Workload>) -> S
 fn a_bound_service_is_asked_of_its_waypoint() {
     let s = with_waypoint(bound_to(by_key("waypoint")), [proxy(1), proxy(2)]);
     check(&s, "10.96.0.1:80", "10.96.0.1:80 by 10.1.7.1:15008, 10.96.0.1:80 by 10.1.7.2:15008");
-    check(&s, "[::ffff:10.96.0.1]:80", "10.96.0.1:80 by 10.1.7.1:15008, 10.96.0.1:80 by 10.1.7.2:15008");
+    check(
+        &s,
+        "[::ffff:10.96.0.1]:80",
+        "10.96.0.1:80 by 10.1.7.1:15008, 10.96.0.1:80 by 10.1.7.2:15008",
+    );
     check(
         &s,
         "[fd96::1]:81",
@@ -101,7 +105,11 @@ fn around_a_waypoint_there_is_no_way() {
     };
     check(by_key("waypoint"), vec![down(1), down(2)], "can take port 15008: 2 not ready");
     check(by_key("waypoint"), vec![outside(1)], "1 outside the mesh, where no tunnel ends");
-    check(by_key("waypoint"), vec![far(1)], "1 on another network, which this version cannot reach");
+    check(
+        by_key("waypoint"),
+        vec![far(1)],
+        "1 on another network, which this version cannot reach",
+    );
     check(by_key("waypoint"), vec![strange(1)], "1 described in a way that this proxy cannot read");
     check(by_key("waypoint"), vec![], "waypoint.shop.svc.cluster.local has no endpoints");
     check(by_key("gone"), vec![proxy(1)], "which is not ready: its Service is not there");
@@ -185,10 +193,8 @@ fn a_plan_through_a_waypoint_grows_old() {
         panic!("there is a waypoint");
     };
     let check = |now: &Snapshot, want: [bool; 2]| {
-        let got = [
-            candidates[0].is_current(now),
-            candidates[0].is_current_for(now, Some(&planned)),
-        ];
+        let got =
+            [candidates[0].is_current(now), candidates[0].is_current_for(now, Some(&planned))];
         assert_eq!(got, want);
     };
     check(&before, [true, true]);

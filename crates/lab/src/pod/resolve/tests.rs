@@ -132,7 +132,7 @@ fn volumes() {
             {"name": "d", "command": ["x"], "volumeMounts": [{"name": "data", "mountPath": "/x", "subPath": "../y"}]},
         ],
     }));
-    assert_eq!(plan.empty_dirs, ["data"]);
+    assert_eq!(plan.volumes.iter().map(|v| v.name.as_str()).collect::<Vec<_>>(), ["data"]);
     let mount = Mount {
         volume: "data".into(),
         sub_path: "s".into(),
