@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use agent::access_log::AccessLog;
 use agent::admin::{self, AdminState, Page};
 use agent::certs::CertStore;
 use agent::control_plane::{
@@ -81,7 +80,8 @@ async fn serve(
     let recorder = || Recorder::new(metrics.clone(), lines.clone(), tracer.clone());
     let workers = make_workers(&shared, recorder);
     let quit = Arc::new(Notify::new());
-    let state = admin_state(&shared, &workers, readiness.clone(), metrics.clone(), log, quit.clone());
+    let state =
+        admin_state(&shared, &workers, readiness.clone(), metrics.clone(), log, quit.clone());
     serve_pages(state, &shared.config).await?;
     certs.prefetch(&shared.identity);
     tokio::spawn(certs.clone().run(stopped.clone()));

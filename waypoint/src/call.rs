@@ -12,9 +12,7 @@ use engine::http::destination;
 use engine::{AdmitFacts, Admitted, Authority as Wanted, Candidate, Transport, admit};
 use hbone::Authority;
 use model::http::Target;
-use model::{
-    HBONE_PORT, Identity, Reason, Refusal, Service, Snapshot, TunnelProtocol, Workload,
-};
+use model::{HBONE_PORT, Identity, Reason, Refusal, Service, Snapshot, TunnelProtocol, Workload};
 
 use crate::config::Waits;
 use crate::worker::Worker;
@@ -100,14 +98,14 @@ impl Admission {
 impl Call {
     /// Lets a connection in, or says why not. A binding that is on its way is waited for.
     pub(crate) async fn admit(
-        worker: &Arc<Worker>,
+        worker: Arc<Worker>,
         client: Arc<Identity>,
         source: SocketAddr,
         authority: Authority,
         trace: Option<SpanContext>,
     ) -> Result<Self, Refusal> {
         let own = worker.own().await?;
-        let store = &worker.shared.store;
+        let store = worker.shared.store.clone();
         let mut changed = store.subscribe();
         let deadline = Instant::now() + Waits::SERVICE;
         let admission = loop {
@@ -123,7 +121,7 @@ impl Call {
                 judged => break judged?,
             }
         };
-        let (worker, admission) = (worker.clone(), Mutex::new(Arc::new(admission)));
+        let admission = Mutex::new(Arc::new(admission));
         Ok(Self { worker, client, source, authority, trace, admission })
     }
 

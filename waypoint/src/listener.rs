@@ -111,12 +111,13 @@ async fn serve_stream(
     client: Arc<Identity>,
     incoming: Incoming,
 ) {
-    let (call, io, place) = match Box::pin(admit(&worker, source, client.clone(), incoming)).await {
-        Ok(admitted) => admitted,
-        Err(refusal) => {
-            return worker.recorder.write(Record::early(source, Some(client), refusal));
-        }
-    };
+    let (call, io, place) =
+        match Box::pin(admit(worker.clone(), source, client.clone(), incoming)).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                return worker.recorder.write(Record::early(source, Some(client), refusal));
+            }
+        };
     let record = Record::new(&call);
     let protocol = match call.admission().map(|admission| protocol(&admission.to)) {
         Ok(protocol) => protocol,
@@ -141,7 +142,7 @@ fn protocol(to: &Admitted) -> Protocol {
 
 /// Lets a stream in and says so, or says why not.
 async fn admit(
-    worker: &Arc<Worker>,
+    worker: Arc<Worker>,
     source: SocketAddr,
     client: Arc<Identity>,
     incoming: Incoming,
@@ -156,12 +157,14 @@ async fn admit(
     };
     let trace = incoming.headers.traceparent.as_ref();
     let trace = trace.and_then(|header| SpanContext::parse(header.as_bytes()));
-    let admitted = async {
-        let place = Place::new(&worker.shared)?;
-        let call = Call::admit(worker, client, source, authority, trace).await?;
-        Ok::<_, Refusal>((call, place))
+    let admitted = match Place::new(&worker.shared) {
+        Ok(place) => {
+            let call = Call::admit(worker.clone(), client, source, authority, trace).await;
+            call.map(|call| (call, place))
+        }
+        Err(refusal) => Err(refusal),
     };
-    let (call, place) = match admitted.await {
+    let (call, place) = match admitted {
         Ok(admitted) => admitted,
         Err(refusal) => {
             incoming.refuse(status(refusal.reason), refusal.reason);
@@ -208,7 +211,8 @@ async fn undeclared(call: Call, mut io: TunnelIo, record: Record) {
         // It went away.
         Ok(Err(_)) => {}
         Err(_) => {
-            if let Some((call, io, _, http2)) = Box::pin(tcp::pass_or_http(call, io, record)).await {
+            if let Some((call, io, _, http2)) = Box::pin(tcp::pass_or_http(call, io, record)).await
+            {
                 proxy::serve(call, io, http2).await;
             }
         }

@@ -63,11 +63,13 @@ pub(crate) async fn serve(call: Call, io: TunnelIo, http2: bool) {
     let served = if http2 {
         let io = TokioIo::new(ClientIo::new(io, None));
         let connection = http2_settings().serve_connection(io, service);
-        drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_leaving).await
+        drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_leaving)
+            .await
     } else {
         let io = TokioIo::new(ClientIo::new(io, Some(progress)));
         let connection = http1_settings().serve_connection(io, service).with_upgrades();
-        drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_closing).await
+        drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_closing)
+            .await
     };
     if let Err(error) = served {
         ended_badly(&client, &error);

@@ -171,8 +171,7 @@ impl Recorder {
         };
         let refusal = record.refusal.as_ref();
         let identity = record.endpoint.as_ref().and_then(identity);
-        let (destination, hbone_address) =
-            destination(record.endpoint.as_ref(), identity.as_ref());
+        let (destination, hbone_address) = destination(record.endpoint.as_ref(), identity.as_ref());
         self.log.log(&ConnectionRecord {
             start: start(duration),
             duration,

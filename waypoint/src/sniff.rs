@@ -39,10 +39,7 @@ pub(crate) async fn version(io: &mut TunnelIo) -> io::Result<Spoken> {
     look(io, |bytes| judge_preface(bytes).unwrap_or(Some(Spoken::Http1))).await
 }
 
-async fn look(
-    io: &mut TunnelIo,
-    judge: fn(&[u8]) -> Option<Spoken>,
-) -> io::Result<Spoken> {
+async fn look(io: &mut TunnelIo, judge: fn(&[u8]) -> Option<Spoken>) -> io::Result<Spoken> {
     let (mut seen, mut deadline) = (0, None);
     loop {
         let more = std::future::poll_fn(|cx| {

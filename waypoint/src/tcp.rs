@@ -13,7 +13,7 @@ use model::{Identity, Reason, Refusal};
 use rustc_hash::FxHashMap;
 use tokio::io::AsyncWriteExt as _;
 
-use crate::call::{Admission, Call};
+use crate::call::Call;
 use crate::record::{Counted, Record};
 use crate::sniff::{Spoken, spoken};
 use crate::upstream::{Open, UpstreamIo, connect_first};

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::{Method, Request, Response, request};
 use engine::{Candidate, Transport};
+use http::{Method, Request, Response, request};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use model::{Identity, Reason, Refusal, WorkloadUid};
@@ -107,7 +107,7 @@ pub(crate) struct Lease {
 
 enum Connection {
     Http1(http1::SendRequest<RequestBody>),
-    Http2(http2::SendRequest<RequestBody>, InUse),
+    Http2 { send: http2::SendRequest<RequestBody>, _counted: InUse },
 }
 
 /// Counts a request of an HTTP/2 connection, until dropped.
@@ -190,7 +190,8 @@ impl Upstreams {
         let free = |shared: &&mut Shared| shared.requests.load(Ordering::Relaxed) < MAX_STREAMS;
         let shared = slot.shared.iter_mut().find(free)?;
         shared.used = Instant::now();
-        Some(Connection::Http2(shared.send.clone(), InUse::new(&shared.requests)))
+        let counted = InUse::new(&shared.requests);
+        Some(Connection::Http2 { send: shared.send.clone(), _counted: counted })
     }
 
     fn share(&self, key: &UpstreamKey, send: http2::SendRequest<RequestBody>) -> Connection {
@@ -198,7 +199,7 @@ impl Upstreams {
         let in_use = InUse::new(&requests);
         let shared = Shared { send: send.clone(), requests, used: Instant::now() };
         self.lock().entry(key.clone()).or_default().shared.push(shared);
-        Connection::Http2(send, in_use)
+        Connection::Http2 { send, _counted: in_use }
     }
 
     fn lock(&self) -> MutexGuard<'_, FxHashMap<UpstreamKey, Slot>> {
@@ -298,7 +299,7 @@ impl Lease {
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
         match &mut self.connection {
             Connection::Http1(send) => send.try_send_request(request).await,
-            Connection::Http2(send, _) => send.try_send_request(request).await,
+            Connection::Http2 { send, .. } => send.try_send_request(request).await,
         }
     }
 }
@@ -342,7 +343,8 @@ fn broken(candidate: &Candidate, error: &hyper::Error) -> Failed {
         cause = e.source();
     }
     let name = &candidate.workload.name;
-    let message = format!("{name} ({}) took the request and did not answer: {words}", candidate.target);
+    let message =
+        format!("{name} ({}) took the request and did not answer: {words}", candidate.target);
     Failed { refusal: Refusal::new(Reason::UpstreamBroken, message), request: None }
 }
 
@@ -380,7 +382,8 @@ impl Again {
             return (error.into_error(), Some(unsent));
         }
         let error = error.into_error();
-        let died = reused && self.safe && !error.is_timeout() && !error.is_parse() && !error.is_user();
+        let died =
+            reused && self.safe && !error.is_timeout() && !error.is_parse() && !error.is_user();
         let copy = self.copy.filter(|_| died || was_not_processed(&error));
         (error, copy.map(|parts| Request::from_parts(parts, RequestBody::Empty)))
     }

@@ -81,7 +81,11 @@ struct Place {
 pub type Handed = mpsc::Receiver<std::net::TcpStream>;
 
 impl Shared {
-    pub fn new(config: Config, store: Arc<ConfigStore>, certs: Arc<CertStore>) -> (Arc<Self>, Vec<Handed>) {
+    pub fn new(
+        config: Config,
+        store: Arc<ConfigStore>,
+        certs: Arc<CertStore>,
+    ) -> (Arc<Self>, Vec<Handed>) {
         let (mut places, mut handed) = (Vec::new(), Vec::new());
         for _ in 0..config.worker_threads() {
             let (hand, receive) = mpsc::channel(HANDED);
@@ -235,7 +239,9 @@ impl Worker {
         }
         let found = self.shared.store.wait_for(find, Waits::OWN).await;
         found.ok_or_else(|| {
-            let words = format!("the control plane has not sent this waypoint's own pod {namespace}/{name}");
+            let words = format!(
+                "the control plane has not sent this waypoint's own pod {namespace}/{name}"
+            );
             Refusal::new(Reason::UnknownWorkload, words)
         })
     }
@@ -244,7 +250,9 @@ impl Worker {
     pub async fn run(self: Arc<Self>, listener: std::net::TcpListener, mut handed: Handed) {
         let listener = match TcpListener::from_std(listener) {
             Ok(listener) => listener,
-            Err(e) => return tracing::error!("a worker cannot use its listener and serves nobody: {e}"),
+            Err(e) => {
+                return tracing::error!("a worker cannot use its listener and serves nobody: {e}");
+            }
         };
         let accepting = tokio::spawn(self.clone().accept(listener));
         let mut sweep = tokio::time::interval(SWEEP);
@@ -349,7 +357,8 @@ pub fn listen_at(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let here = NetNs::current()?;
     match listen(&here, address, opts) {
         Err(e)
-            if e.raw_os_error() == Some(libc::EAFNOSUPPORT) && address.ip() == Ipv6Addr::UNSPECIFIED =>
+            if e.raw_os_error() == Some(libc::EAFNOSUPPORT)
+                && address.ip() == Ipv6Addr::UNSPECIFIED =>
         {
             listen(&here, SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())), opts)
         }

@@ -19,7 +19,41 @@ use tokio::time::Sleep;
 use super::exchange::Exchange;
 use crate::config::Waits;
 
-pub(crate) type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// Why a body, or an answer, breaks off.
+#[derive(Debug)]
+pub(crate) struct BodyError(Box<dyn std::error::Error + Send + Sync>);
+
+impl std::fmt::Display for BodyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for BodyError {
+    /// The cause itself: hyper looks for HTTP/2's errors among the causes.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.0)
+    }
+}
+
+impl From<hyper::Error> for BodyError {
+    fn from(error: hyper::Error) -> Self {
+        Self(error.into())
+    }
+}
+
+impl From<&str> for BodyError {
+    fn from(words: &str) -> Self {
+        Self(words.into())
+    }
+}
+
+impl BodyError {
+    /// hyper makes a reset of this: of the stream in HTTP/2, of the connection in HTTP/1.
+    pub(crate) fn reset() -> Self {
+        Self(h2::Error::from(h2::Reason::CANCEL).into())
+    }
+}
 
 /// What a mirror may be behind the request that it copies: then the mirror is given up, not the request held up.
 const MIRROR_BYTES: usize = 256 << 10;
@@ -233,7 +267,9 @@ impl MirrorBody {
                 self.ended = true;
                 Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
             }
-            None => Poll::Ready(Some(Err("the mirror could not keep up, or the request broke off".into()))),
+            None => Poll::Ready(Some(Err(
+                "the mirror could not keep up, or the request broke off".into(),
+            ))),
         }
     }
 }

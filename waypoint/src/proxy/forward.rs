@@ -51,9 +51,8 @@ pub(super) async fn answer(
             return Ok(own(exchange, answer));
         }
         HttpAction::Reset(refusal) => {
-            let words = refusal.message.clone();
             exchange.refusal = Some(refusal.clone());
-            return Err(reset(words));
+            return Err(BodyError::reset());
         }
         HttpAction::Forward { target, http2 } => Forward { target, http2: *http2 },
     };
@@ -146,7 +145,8 @@ impl Forward<'_> {
                 Protocol::Http | Protocol::Opaque => false,
             };
         let (mut body, counts) = RequestBody::client(incoming, exchange.grpc);
-        if body.is_empty() && parts.headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0") {
+        if body.is_empty() && parts.headers.get(CONTENT_LENGTH).is_some_and(|length| length != "0")
+        {
             // Passed on, the endpoint would take the next request for its body.
             let words = "the request has a content-length and no body";
             return Err(Refusal::new(Reason::BadHttp, words));
@@ -212,7 +212,8 @@ pub(super) fn dress(parts: &mut request::Parts, http2: bool) {
     parts.version = Version::HTTP_11;
     parts.headers.remove(TE);
     if !parts.headers.contains_key(HOST)
-        && let Some(host) = parts.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok())
+        && let Some(host) =
+            parts.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok())
     {
         parts.headers.insert(HOST, host);
     }
@@ -289,23 +290,6 @@ fn leave(exchange: &Exchange, headers: &mut HeaderMap) {
     if exchange.version < Version::HTTP_2 && exchange.client.call.worker.shared.is_leaving() {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
-}
-
-/// hyper makes a reset of this: of the stream, or of the connection.
-fn reset(words: String) -> BodyError {
-    #[derive(Debug)]
-    struct Reset(String, h2::Error);
-    impl std::fmt::Display for Reset {
-        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str(&self.0)
-        }
-    }
-    impl std::error::Error for Reset {
-        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-            Some(&self.1)
-        }
-    }
-    Box::new(Reset(words, h2::Error::from(h2::Reason::CANCEL)))
 }
 
 /// What a request may still take.

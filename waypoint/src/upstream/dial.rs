@@ -79,7 +79,8 @@ async fn try_one(
         traceparent: None,
         client: Some((*call.client).clone()),
     };
-    let opened = worker.tunnels.open(&key, &credentials, candidate.target, &headers, || tcp(*gateway));
+    let opened =
+        worker.tunnels.open(&key, &credentials, candidate.target, &headers, || tcp(*gateway));
     match opened.await {
         Ok(stream) => Ok(UpstreamIo::Tunnel(TunnelIo::opened(stream))),
         Err(e) => {

@@ -16,7 +16,10 @@ use crate::world::*;
 async fn requests_that_could_be_two_are_refused() {
     let world = World::new(Protocol::Http);
     let web = world.echo("web", "web").await;
-    let check = |name: &'static str, request: String, status: &'static str, reason: &'static str| {
+    let check = |name: &'static str,
+                 request: String,
+                 status: &'static str,
+                 reason: &'static str| {
         let world = &world;
         async move {
             let mut io = world.connect().await;
@@ -32,7 +35,9 @@ async fn requests_that_could_be_two_are_refused() {
         }
     };
     let smuggled = "GET /admin HTTP/1.1\r\nhost: web\r\n\r\n";
-    let post = |headers: &str, body: &str| format!("POST / HTTP/1.1\r\nhost: web\r\n{headers}\r\n\r\n{body}");
+    let post = |headers: &str, body: &str| {
+        format!("POST / HTTP/1.1\r\nhost: web\r\n{headers}\r\n\r\n{body}")
+    };
     let chunks = format!("0\r\n\r\n{smuggled}");
     let rows = [
         ("CL.TE", post("content-length: 4\r\ntransfer-encoding: chunked", &chunks)),
@@ -79,9 +84,15 @@ async fn http2_brings_nothing_that_http1_would_read_otherwise() {
     let with = |name: &str, value: &str| {
         Request::get("http://web.shop/").header(name, value).body(empty()).unwrap()
     };
-    check("transfer-encoding", with("te", "trailers, deflate"), Some(StatusCode::BAD_REQUEST)).await;
+    check("transfer-encoding", with("te", "trailers, deflate"), Some(StatusCode::BAD_REQUEST))
+        .await;
     check("host", with("host", "other"), Some(StatusCode::BAD_REQUEST)).await;
-    check("path", Request::get("http://web.shop/a%00b").body(empty()).unwrap(), Some(StatusCode::BAD_REQUEST)).await;
+    check(
+        "path",
+        Request::get("http://web.shop/a%00b").body(empty()).unwrap(),
+        Some(StatusCode::BAD_REQUEST),
+    )
+    .await;
     assert_eq!(web.seen.requests.load(Ordering::SeqCst), 0);
 }
 
@@ -106,7 +117,10 @@ async fn endpoints_that_break_off() {
         ("SSH-2.0-x\r\n", Some(503)),
         ("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf", None),
         ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhal", None),
-        ("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n", Some(503)),
+        (
+            "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n",
+            Some(503),
+        ),
     ] {
         *answer.lock().unwrap() = said;
         let mut client = Http1::new(world.connect().await).await;
@@ -168,7 +182,9 @@ async fn a_head_that_never_ends_does_not_hold_others() {
     until(&mut slow, "HTTP/1.1 200 OK").await;
     // A client that goes in the middle of its body: the endpoint hears of it, and nothing is answered.
     let mut gone = world.connect().await;
-    gone.write_all(b"POST /gone HTTP/1.1\r\nhost: web\r\ncontent-length: 100\r\n\r\nhalf").await.unwrap();
+    gone.write_all(b"POST /gone HTTP/1.1\r\nhost: web\r\ncontent-length: 100\r\n\r\nhalf")
+        .await
+        .unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     gone.reset();
     world.line(&["path=\"/gone\"", "request failed"]).await;

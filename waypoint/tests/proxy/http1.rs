@@ -28,7 +28,11 @@ async fn requests_reach_an_endpoint_in_the_clients_name() {
         assert!(text.contains("\nhost: web.shop\n") && text.contains("\nx-request-id: "), "{text}");
     }
     let connects = web.seen.connects();
-    assert_eq!(connects.len(), 1, "one connection carries all of a client's requests: {connects:?}");
+    assert_eq!(
+        connects.len(),
+        1,
+        "one connection carries all of a client's requests: {connects:?}"
+    );
     assert_eq!(connects[0].peer, id("waypoint").to_string());
     assert_eq!(connects[0].for_whom, Some(id("client").to_string()));
     assert_eq!(connects[0].to, (web.ip, 8080).into());
@@ -103,7 +107,12 @@ async fn headers_of_one_hop_and_forged_ones_stay_behind() {
         .unwrap();
     let text = text(&world.ask(request).await);
     for gone in [
-        "x-private", "keep-alive", "proxy-connection", "\nte:", "x-ambit", "client-cert",
+        "x-private",
+        "keep-alive",
+        "proxy-connection",
+        "\nte:",
+        "x-ambit",
+        "client-cert",
         "\nconnection:",
     ] {
         assert!(!text.contains(gone), "{gone} in {text}");
@@ -246,24 +255,26 @@ async fn websockets_and_other_upgrades_become_a_pipe() {
     let world = World::new(Protocol::Http);
     let _web = world
         .endpoint("web", "web", |io, _| async move {
-            let service = hyper::service::service_fn(|mut request: Request<hyper::body::Incoming>| async move {
-                let upgrade = hyper::upgrade::on(&mut request);
-                tokio::spawn(async move {
-                    let mut io = TokioIo::new(upgrade.await.unwrap());
-                    io.write_all(b"server first\n").await.unwrap();
-                    let mut all = Vec::new();
-                    io.read_to_end(&mut all).await.unwrap();
-                    all.reverse();
-                    io.write_all(&all).await.unwrap();
-                    io.shutdown().await.unwrap();
-                });
-                let answer = Response::builder()
-                    .status(101)
-                    .header("connection", "Upgrade")
-                    .header("upgrade", request.headers()["upgrade"].clone())
-                    .body(empty());
-                Ok::<_, Error>(answer?)
-            });
+            let service = hyper::service::service_fn(
+                |mut request: Request<hyper::body::Incoming>| async move {
+                    let upgrade = hyper::upgrade::on(&mut request);
+                    tokio::spawn(async move {
+                        let mut io = TokioIo::new(upgrade.await.unwrap());
+                        io.write_all(b"server first\n").await.unwrap();
+                        let mut all = Vec::new();
+                        io.read_to_end(&mut all).await.unwrap();
+                        all.reverse();
+                        io.write_all(&all).await.unwrap();
+                        io.shutdown().await.unwrap();
+                    });
+                    let answer = Response::builder()
+                        .status(101)
+                        .header("connection", "Upgrade")
+                        .header("upgrade", request.headers()["upgrade"].clone())
+                        .body(empty());
+                    Ok::<_, Error>(answer?)
+                },
+            );
             let connection = hyper::server::conn::http1::Builder::new()
                 .serve_connection(TokioIo::new(io), service)
                 .with_upgrades();

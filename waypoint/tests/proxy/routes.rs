@@ -6,7 +6,7 @@ use http::{Request, Response, StatusCode};
 use model::Reason;
 use model::http::{
     Abort, Fault, Filter, FixedResponse, HeaderEdits, Mirror, PathRewrite, Protocol, Redirect,
-    RedirectPort, RouteMatch, Rewrite, Share, Target, Timeouts,
+    RedirectPort, Rewrite, RouteMatch, Share, Target, Timeouts,
 };
 
 use crate::world::*;
@@ -16,18 +16,23 @@ async fn rules_choose_backends_and_change_requests() {
     let world = World::new(Protocol::Http);
     let (_web, v2) = (world.echo("web", "web").await, world.echo("v2", "v2").await);
     world.speak("v2", Protocol::Http);
-    let edits = HeaderEdits { set: vec![("x-mesh".into(), "yes".into())], ..HeaderEdits::default() };
+    let edits =
+        HeaderEdits { set: vec![("x-mesh".into(), "yes".into())], ..HeaderEdits::default() };
     let answer = HeaderEdits { add: vec![("x-via".into(), "a".into())], ..HeaderEdits::default() };
-    let rewrite = Rewrite { host: Some("new.host".into()), path: Some(PathRewrite::Segments("/b".into())) };
+    let rewrite =
+        Rewrite { host: Some("new.host".into()), path: Some(PathRewrite::Segments("/b".into())) };
     let filters = vec![
         Filter::RequestHeaders(edits),
         Filter::ResponseHeaders(answer),
         Filter::Rewrite(rewrite),
     ];
-    world.rules(Protocol::Http, vec![
-        (path("/a"), rule(filters, vec![to("v2")])),
-        (path("/"), rule(vec![], vec![to("web")])),
-    ]);
+    world.rules(
+        Protocol::Http,
+        vec![
+            (path("/a"), rule(filters, vec![to("v2")])),
+            (path("/"), rule(vec![], vec![to("web")])),
+        ],
+    );
     let response = world.ask(get("/a/x?q=1")).await;
     let body = text(&response);
     assert!(body.starts_with("GET /b/x?q=1 HTTP/1.1\n"), "{body}");
@@ -35,7 +40,10 @@ async fn rules_choose_backends_and_change_requests() {
     assert_eq!(header(response.headers(), "x-via"), "a");
     assert_eq!(v2.seen.requests(), 1);
     let line = world.line(&["path=\"/a/x?q=1\""]).await;
-    assert!(line.contains("route=\"HTTPRoute/shop/web\"") && line.contains("route.rule=\"rules[0]\""), "{line}");
+    assert!(
+        line.contains("route=\"HTTPRoute/shop/web\"") && line.contains("route.rule=\"rules[0]\""),
+        "{line}"
+    );
     let response = world.ask(get("/other")).await;
     assert!(text(&response).starts_with("GET /other"), "{response:?}");
     assert_eq!(v2.seen.requests(), 1);
@@ -44,7 +52,11 @@ async fn rules_choose_backends_and_change_requests() {
 #[tokio::test]
 async fn what_the_proxy_answers_itself() {
     let world = World::new(Protocol::Http);
-    let check = |name: &'static str, filters: Vec<Filter>, backends: Vec<model::http::Backend>, status: u16, want: (&'static str, &'static str)| {
+    let check = |name: &'static str,
+                 filters: Vec<Filter>,
+                 backends: Vec<model::http::Backend>,
+                 status: u16,
+                 want: (&'static str, &'static str)| {
         world.rules(Protocol::Http, vec![(path("/here"), rule(filters, backends))]);
         let world = &world;
         async move {
@@ -80,7 +92,10 @@ async fn what_the_proxy_answers_itself() {
     assert_eq!(response.status(), 404);
     assert_eq!(header(response.headers(), "x-ambit-reason"), "no_route");
     let line = world.line(&["status=555"]).await;
-    assert!(line.contains("reason=\"fault\"") && line.contains("route=\"HTTPRoute/shop/web\""), "{line}");
+    assert!(
+        line.contains("reason=\"fault\"") && line.contains("route=\"HTTPRoute/shop/web\""),
+        "{line}"
+    );
     let (page, _) = world.metrics.render();
     let counted = "ambit_refusals_total{reason=\"bad_backend\",reporter=\"waypoint\"} 3";
     assert!(page.contains(counted), "{page}");
@@ -92,12 +107,16 @@ async fn faults_delay_and_reset() {
     let _web = world.echo("web", "web").await;
     let delay = Duration::from_millis(200);
     let slow = Fault { delay: Some((Share::ALL, delay)), ..Fault::default() };
-    world.rules(Protocol::Http, vec![(path("/"), rule(vec![Filter::Fault(slow)], vec![to("web")]))]);
+    world
+        .rules(Protocol::Http, vec![(path("/"), rule(vec![Filter::Fault(slow)], vec![to("web")]))]);
     let begun = Instant::now();
     assert_eq!(world.ask(get("/")).await.status(), 200);
     assert!(begun.elapsed() >= delay);
     let reset = Fault { abort: Some((Share::ALL, Abort::Reset)), ..Fault::default() };
-    world.rules(Protocol::Http, vec![(path("/"), rule(vec![Filter::Fault(reset)], vec![to("web")]))]);
+    world.rules(
+        Protocol::Http,
+        vec![(path("/"), rule(vec![Filter::Fault(reset)], vec![to("web")]))],
+    );
     let mut client = Http1::new(world.connect().await).await;
     client.ask(get("/")).await.unwrap_err();
     let mut client = Http2::new(world.connect().await).await;
@@ -174,7 +193,8 @@ async fn mirrors_get_a_copy_and_disturb_nobody() {
                 let copies = copies.clone();
                 async move {
                     let answer = echo(request, seen).await?;
-                    let bytes = http_body_util::BodyExt::collect(answer.into_body()).await?.to_bytes();
+                    let bytes =
+                        http_body_util::BodyExt::collect(answer.into_body()).await?.to_bytes();
                     copies.send(String::from_utf8(bytes.to_vec()).unwrap()).unwrap();
                     let mut answer = Response::new(full("nobody reads this"));
                     *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
@@ -193,7 +213,8 @@ async fn mirrors_get_a_copy_and_disturb_nobody() {
     world.rules(Protocol::Http, vec![(RouteMatch::default(), rule(filters, vec![to("web")]))]);
     let mut client = Http1::new(world.connect().await).await;
     for body in ["", "hello", &"x".repeat(100_000)] {
-        let request = Request::post("/m").header("host", "web").body(full(body.to_owned())).unwrap();
+        let request =
+            Request::post("/m").header("host", "web").body(full(body.to_owned())).unwrap();
         let answer = client.ask(request).await.unwrap();
         assert_eq!(answer.status(), 200);
         let copied = tokio::time::timeout(PATIENCE, heard.recv()).await.unwrap().unwrap();

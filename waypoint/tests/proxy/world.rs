@@ -148,7 +148,11 @@ pub(crate) fn key(name: &str) -> ServiceKey {
 }
 
 fn workload(name: &str, ip: IpAddr, services: &[(&str, u16)]) -> Workload {
-    let port = |target| ServicePort { service_port: 80, target_port: target, app_protocol: Default::default() };
+    let port = |target| ServicePort {
+        service_port: 80,
+        target_port: target,
+        app_protocol: Default::default(),
+    };
     Workload {
         addresses: [ip].into(),
         service_account: name.into(),
@@ -166,7 +170,8 @@ pub(crate) const WEB: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 
 
 pub(crate) fn service(name: &str, bound: bool) -> Service {
     let vip = Vip { network: "".into(), ip: WEB.ip(), prefix: 32 };
-    let port = ServicePort { service_port: 80, target_port: 8080, app_protocol: Default::default() };
+    let port =
+        ServicePort { service_port: 80, target_port: 8080, app_protocol: Default::default() };
     let at = GatewayAddress {
         destination: GatewayDestination::Service(key("waypoint")),
         hbone_port: 15008,
@@ -202,7 +207,10 @@ impl World {
         let workers = make_workers(&shared, recorder);
         let waypoint = start_workers(&shared, workers, handed).unwrap();
         let world = Self { ca, store, metrics, shared, log, waypoint, _dir: dir };
-        let own = Workload { native_tunnel: true, ..workload("waypoint", address(), &[("waypoint", 15008)]) };
+        let own = Workload {
+            native_tunnel: true,
+            ..workload("waypoint", address(), &[("waypoint", 15008)])
+        };
         world.change([
             Change::SetWorkload(Arc::new(own)),
             Change::SetService(Arc::new(service("waypoint", false))),
@@ -474,7 +482,10 @@ impl Http1 {
         Self { send, ended: tokio::spawn(connection.with_upgrades()) }
     }
 
-    pub(crate) async fn send(&mut self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, Error> {
         let sending = async {
             self.send.ready().await?;
             self.send.send_request(request).await
@@ -503,7 +514,10 @@ impl Http2 {
         Self { send }
     }
 
-    pub(crate) async fn send(&mut self, request: Request<Body>) -> Result<Response<Incoming>, Error> {
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, Error> {
         Ok(tokio::time::timeout(PATIENCE, self.send.send_request(request)).await??)
     }
 

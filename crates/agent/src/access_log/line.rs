@@ -34,11 +34,7 @@ pub(super) fn connection(
     }
 }
 
-pub(super) fn request(
-    out: &mut String,
-    format: Format,
-    record: &HttpRecord<'_>,
-) -> fmt::Result {
+pub(super) fn request(out: &mut String, format: Format, record: &HttpRecord<'_>) -> fmt::Result {
     let (level, message) = record.headline();
     let line = Line { level, message, time: record.start + record.duration };
     match format {

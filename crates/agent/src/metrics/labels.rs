@@ -21,11 +21,7 @@ impl Reporter {
 
     /// Those that a program can be.
     pub(super) fn of(component: &str) -> &'static [Self] {
-        if component == "waypoint" {
-            &[Self::Waypoint]
-        } else {
-            &[Self::Source, Self::Destination]
-        }
+        if component == "waypoint" { &[Self::Waypoint] } else { &[Self::Source, Self::Destination] }
     }
 
     pub const fn as_str(self) -> &'static str {

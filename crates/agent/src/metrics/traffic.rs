@@ -272,7 +272,10 @@ impl Interner {
     }
 }
 
-pub(super) fn as_its_workload(workload: Option<&Arc<Workload>>, identity: Option<&Identity>) -> bool {
+pub(super) fn as_its_workload(
+    workload: Option<&Arc<Workload>>,
+    identity: Option<&Identity>,
+) -> bool {
     match (workload, identity) {
         (_, None) => true,
         (None, Some(_)) => false,
