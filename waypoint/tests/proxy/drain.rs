@@ -40,8 +40,9 @@ async fn requests_that_have_begun_are_finished() {
     let world = World::with(Protocol::Http, &["--drain-seconds", "20"]);
     let web = held(&world).await;
     let tunnel = world.tunnel("client").await;
-    let open = || tunnel.open(WEB, &ConnectHeaders::default());
-    let (a, b) = (open().await.unwrap(), open().await.unwrap());
+    let headers = ConnectHeaders::default();
+    let a = tunnel.open(WEB, &headers).await.unwrap();
+    let b = tunnel.open(WEB, &headers).await.unwrap();
     let mut http1 = Http1::new(hbone::TunnelIo::opened(a)).await;
     let mut http2 = Http2::new(hbone::TunnelIo::opened(b)).await;
     let first = tokio::spawn(async move { (http1.ask(get("/")).await, http1) });
