@@ -69,6 +69,40 @@ fn judge_preface(bytes: &[u8]) -> Option<Option<Spoken>> {
     fits.then(|| (shared == PREFACE.len()).then_some(Spoken::Http2))
 }
 
+/// What a server said before its client did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ServerSaid {
+    /// HTTP: the client has yet to speak it.
+    Http,
+    /// Another protocol.
+    Other,
+    /// It ended without a word.
+    Nothing,
+}
+
+/// Bytes of a server that are looked at: the head of a frame.
+pub(crate) const SERVER_WORDS: usize = 9;
+
+/// HTTP/2 begins with a SETTINGS frame (RFC 9113, 3.4) of the whole connection and with no flags. `None`: it takes more bytes.
+pub(crate) fn server_said(bytes: &[u8]) -> Option<ServerSaid> {
+    const STATUS: &[u8] = b"HTTP/";
+    let shared = bytes.len().min(STATUS.len());
+    if bytes[..shared] == STATUS[..shared] {
+        return (shared == STATUS.len()).then_some(ServerSaid::Http);
+    }
+    let fits = |(at, byte): (usize, &u8)| match at {
+        // A list of settings has far less than 64 KiB; six bytes each.
+        0 => *byte == 0,
+        1 | 2 => true,
+        3 => *byte == 4,
+        _ => *byte == 0,
+    };
+    if !bytes.iter().take(SERVER_WORDS).enumerate().all(fits) {
+        return Some(ServerSaid::Other);
+    }
+    (bytes.len() >= SERVER_WORDS).then_some(ServerSaid::Http)
+}
+
 /// `None`: it takes more bytes to know.
 fn judge(bytes: &[u8]) -> Option<Spoken> {
     if let Some(verdict) = judge_preface(bytes) {
@@ -148,6 +182,24 @@ mod tests {
         check(b"hello world\r\n", other);
         check(&[b'A'; MAX_METHOD + 1], other);
         assert_eq!(judge(&[b"GET /".as_slice(), &[b'a'; MAX_LINE]].concat()), http1);
+    }
+
+    #[test]
+    fn what_servers_say_first() {
+        let check = |bytes: &[u8], want: Option<ServerSaid>| {
+            assert_eq!(server_said(bytes), want, "{}", bytes.escape_ascii());
+        };
+        let (http, other) = (Some(ServerSaid::Http), Some(ServerSaid::Other));
+        check(b"HTTP/1.1 408 Request Timeout\r\n", http);
+        check(b"HT", None);
+        check(b"\0\0\x12\x04\0\0\0\0\0\0\x03", http);
+        check(b"\0\0\x12\x04\0", None);
+        check(b"\0\0\0\x04\x01\0\0\0\0", other);
+        check(b"220 mail.example ESMTP\r\n", other);
+        check(b"SSH-2.0-OpenSSH\r\n", other);
+        // MySQL: three bytes of length, a number, the version.
+        check(b"\x4a\0\0\0\x0a8.0.36\0", other);
+        check(b"+OK\r\n", other);
     }
 
     proptest::proptest! {

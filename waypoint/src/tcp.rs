@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine::Candidate;
@@ -15,9 +15,12 @@ use tokio::io::AsyncWriteExt as _;
 
 use crate::call::Call;
 use crate::record::{Counted, Record};
-use crate::sniff::{Spoken, spoken};
+use crate::sniff::{SERVER_WORDS, ServerSaid, Spoken, server_said, spoken};
 use crate::upstream::{Open, UpstreamIo, connect_first};
 use crate::worker::{Stage, reached};
+
+/// Pause before a socket is looked at again that has shown the beginning of what may be HTTP.
+const PEEK_AGAIN: Duration = Duration::from_millis(10);
 
 /// A connection that lives, for the admin page.
 #[derive(Debug)]
@@ -145,8 +148,17 @@ pub(crate) async fn pass_or_http(
     let said = tokio::select! {
         biased;
         said = spoken(&mut io) => said.unwrap_or(Spoken::Other),
-        // It speaks, or it has ended.
-        () = has_spoken(&mut server) => Spoken::Other,
+        said = first_words(&mut server) => match said {
+            ServerSaid::Other => Spoken::Other,
+            // Servers of HTTP/2 begin with their settings, and one of HTTP/1 may have lost patience.
+            ServerSaid::Http => spoken(&mut io).await.unwrap_or(Spoken::Other),
+            ServerSaid::Nothing => {
+                // What the client said now would be for nobody; its stream ends as the server's did.
+                let _ = io.shutdown().await;
+                call.worker.recorder.write(record);
+                return None;
+            }
+        },
     };
     if said != Spoken::Other {
         // The endpoint sees a connection without a byte.
@@ -159,14 +171,30 @@ pub(crate) async fn pass_or_http(
 }
 
 /// Waits until an endpoint has sent something, or ended. Nothing is taken.
-async fn has_spoken(server: &mut UpstreamIo) {
-    match server {
-        UpstreamIo::Tunnel(io) => {
-            let _ = std::future::poll_fn(|cx| io.poll_peek(cx, 0).map_ok(|_| ())).await;
-        }
-        UpstreamIo::Tcp(tcp) => {
-            // Not its readiness, which may be said for nothing.
-            let _ = tcp.peek(&mut [0]).await;
+async fn first_words(server: &mut UpstreamIo) -> ServerSaid {
+    let mut seen = 0;
+    loop {
+        let words = match server {
+            UpstreamIo::Tunnel(io) => {
+                let look = |bytes: Option<&[u8]>| bytes.map(|b| (b.len(), server_said(b)));
+                std::future::poll_fn(|cx| io.poll_peek(cx, seen).map_ok(look)).await
+            }
+            UpstreamIo::Tcp(tcp) => {
+                let mut words = [0; SERVER_WORDS];
+                let peeked = tcp.peek(&mut words).await;
+                peeked.map(|n| (n > seen).then(|| (n, server_said(&words[..n]))))
+            }
+        };
+        match words {
+            Ok(Some((_, Some(said)))) => return said,
+            // A part of what may be HTTP.
+            Ok(Some((length, None))) => seen = length,
+            // A socket shows the same part again until there is more.
+            Ok(None) if seen > 0 && matches!(server, UpstreamIo::Tcp(_)) => {
+                tokio::time::sleep(PEEK_AGAIN).await;
+            }
+            Ok(None) if seen > 0 => return ServerSaid::Other,
+            Ok(None) | Err(_) => return ServerSaid::Nothing,
         }
     }
 }

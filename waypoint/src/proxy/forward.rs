@@ -32,7 +32,21 @@ pub(super) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, BodyError> {
     let (mut parts, incoming) = request.into_parts();
-    let upgrade = parts.extensions.remove::<OnUpgrade>();
+    let mut upgrade = parts.extensions.remove::<OnUpgrade>();
+    let answered = answer_parts(client, parts, incoming, &mut upgrade).await;
+    if let Some(unused) = upgrade {
+        tokio::spawn(upgrade::close(unused));
+    }
+    answered
+}
+
+/// Takes `upgrade` if the answer is that protocols are switched.
+async fn answer_parts(
+    client: Arc<Client>,
+    mut parts: request::Parts,
+    incoming: Incoming,
+    upgrade: &mut Option<OnUpgrade>,
+) -> Result<Response<ResponseBody>, BodyError> {
     let mut exchange = Exchange::begin(client, &parts);
     let (plan, admission) = match decide(&mut exchange, &mut parts) {
         Ok(decided) => decided,
@@ -226,7 +240,7 @@ fn finish(
     mut exchange: Exchange,
     plan: &HttpPlan,
     mut response: Response<Incoming>,
-    upgrade: Option<OnUpgrade>,
+    upgrade: &mut Option<OnUpgrade>,
     time: &Time,
 ) -> Response<ResponseBody> {
     let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -242,7 +256,7 @@ fn finish(
     plan.edit_response(&mut parts);
     exchange.status = Some(parts.status.as_u16());
     if let Some(server) = server {
-        let Some(upgrade) = upgrade else {
+        let Some(upgrade) = upgrade.take() else {
             let words = "the endpoint switched protocols, which the client did not ask for";
             let answer = plan.answer(Refusal::new(Reason::UpstreamBroken, words));
             return own(exchange, answer);

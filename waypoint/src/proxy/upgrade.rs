@@ -6,6 +6,7 @@ use hbone::Transfer;
 use hyper::upgrade::{OnUpgrade, Parts, Upgraded};
 use hyper_util::rt::TokioIo;
 use model::{Reason, Refusal};
+use tokio::io::AsyncWriteExt as _;
 
 use super::exchange::Exchange;
 use super::progress::ClientIo;
@@ -28,6 +29,15 @@ pub(super) fn carry(mut exchange: Exchange, client: OnUpgrade, server: OnUpgrade
         }
         drop((exchange, busy));
     });
+}
+
+/// Ends a connection whose client asked for another protocol, or for a tunnel, and did not get it. hyper hands such a
+/// connection over when it is not used again, as if it had been switched, and would otherwise drop it with the answer in it.
+pub(super) async fn close(unused: OnUpgrade) {
+    if let Ok(connection) = unused.await {
+        // It may be gone.
+        let _ = TokioIo::new(connection).shutdown().await;
+    }
 }
 
 async fn join(

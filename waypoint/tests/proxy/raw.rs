@@ -98,6 +98,32 @@ async fn http_that_comes_late_or_in_pieces_is_http() {
 }
 
 #[tokio::test]
+async fn a_server_of_http2_that_says_its_settings_first_is_no_way_around() {
+    let world = World::new(Protocol::Undeclared);
+    let _web = world.echo2("web", "web").await;
+    let io = world.connect().await;
+    // Long enough for the endpoint to be called, and to say its settings.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let answer = Http2::new(io).await.ask(get2("/late")).await.unwrap();
+    assert!(text(&answer).contains("x-request-id"), "it went around the proxy: {answer:?}");
+    world.line(&["path=\"/late\""]).await;
+}
+
+#[tokio::test]
+async fn a_server_that_ends_without_a_word_ends_the_client() {
+    let world = World::new(Protocol::Undeclared);
+    let _web = world
+        .endpoint("web", "web", |mut io, _| async move {
+            let _ = io.shutdown().await;
+        })
+        .await;
+    let mut io = world.connect().await;
+    let mut all = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, io.read_to_end(&mut all)).await.unwrap();
+    assert!(read.is_err() || all.is_empty(), "{all:?}");
+}
+
+#[tokio::test]
 async fn what_is_not_bound_here_is_refused() {
     let world = World::new(Protocol::Http);
     world.change([model::Change::SetService(std::sync::Arc::new(service("other", false)))]);

@@ -472,14 +472,14 @@ pub(crate) async fn echo(
 /// A client of HTTP/1.1.
 pub(crate) struct Http1 {
     send: hyper::client::conn::http1::SendRequest<Body>,
-    pub(crate) ended: tokio::task::JoinHandle<hyper::Result<()>>,
 }
 
 impl Http1 {
     pub(crate) async fn new(io: TunnelIo) -> Self {
         let (send, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(io)).await.unwrap();
-        Self { send, ended: tokio::spawn(connection.with_upgrades()) }
+        tokio::spawn(connection.with_upgrades());
+        Self { send }
     }
 
     pub(crate) async fn send(
