@@ -284,9 +284,9 @@ fn own(mut exchange: Exchange, answer: Answer) -> Response<ResponseBody> {
     exchange.refusal = refusal;
     let mut headers = headers;
     leave(&exchange, &mut headers);
-    if exchange.refusal.as_ref().is_some_and(|r| r.reason == Reason::BadHttp)
-        && exchange.version < Version::HTTP_2
-    {
+    let unread = exchange.refusal.as_ref().is_some_and(|r| r.reason == Reason::BadHttp)
+        || status == StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+    if unread && exchange.version < Version::HTTP_2 {
         // Where the next request begins is anybody's guess.
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
