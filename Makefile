@@ -43,6 +43,9 @@ bench-quick: ## a look at the numbers in two minutes; writes nothing into the re
 	$(CARGO) build --release --locked --bins
 	$(TARGET)/release/meshbench quick
 
+profile: build ## where the proxies' CPU goes under each kind of load; needs perf and python3 (benches/PROFILE.md)
+	benches/profile $(TARGET)/release
+
 # Not called SECONDS in the shell: bash counts in a variable of that name.
 SECONDS ?= 60
 
@@ -99,5 +102,5 @@ $(DENY_STAMP):
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
-.PHONY: help build test unit sim e2e demo bench bench-quick fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs \
+.PHONY: help build test unit sim e2e demo bench bench-quick profile fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs \
 	cluster-up cluster-down cluster-test clean-cluster conformance-baseline

@@ -390,6 +390,14 @@ impl Lab {
         self.front.as_ref().context("the lab has ended")?.signal(signal)
     }
 
+    /// Kills the front as nobody should, and collects it: a process that is dead and not collected is still one.
+    pub fn kill_front(&mut self) -> Result<()> {
+        let mut front = self.front.take().context("the lab has ended")?;
+        front.signal(Signal::SIGKILL)?;
+        wait_until("the front to be dead", SOON, || Ok(!front.is_running()?))?;
+        Ok(())
+    }
+
     pub fn front_pid(&self) -> Result<u32> {
         Ok(self.front.as_ref().context("the lab has ended")?.pid())
     }

@@ -48,6 +48,13 @@ impl Belongings {
 
     /// An error that names what is still there.
     pub fn check_gone(&self) -> Result<()> {
+        self.check_ended()?;
+        ensure!(!self.state.exists(), "{} is left", self.state.display());
+        Ok(())
+    }
+
+    /// The same, but for the folder, which a front that was killed leaves behind.
+    pub fn check_ended(&self) -> Result<()> {
         let alive: Vec<String> = self
             .processes
             .iter()
@@ -71,7 +78,6 @@ impl Belongings {
         };
         let left: Vec<&str> = mounts.lines().filter(bound).collect();
         ensure!(left.is_empty(), "mounts are left: {left:?}");
-        ensure!(!self.state.exists(), "{} is left", self.state.display());
         Ok(())
     }
 }

@@ -60,7 +60,7 @@ fn parse(data: &[u8]) -> Option<request::Parts> {
 fn has_one_form(parts: &request::Parts) {
     let mut again = parts.clone();
     assert!(normalize(&mut again).is_ok(), "{parts:?}");
-    assert_eq!(format!("{again:?}"), format!("{parts:?}"));
+    assert_eq!((&again.uri, &again.headers), (&parts.uri, &parts.headers));
     let authority = parts.uri.authority().expect("a host").as_str();
     let hosts: Vec<_> = parts.headers.get_all(HOST).iter().collect();
     assert_eq!(hosts, [authority], "two readers could see two hosts");

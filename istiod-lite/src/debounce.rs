@@ -3,6 +3,7 @@
 //! People and tools save in many small steps: truncate, write, write, close; or write beside and rename;
 //! or delete and write anew. Reading between the steps would show half a mesh, so:
 //! - a path is read once it has been quiet for [`QUIET`], and nothing else moved either;
+//! - a file that takes the place of another in one step, in a quiet folder, is whole and read at once;
 //! - a file that is being written waits for its close, at most [`OPEN_MAX`];
 //! - a file that is gone may be about to come back: it gets [`GONE`], and holds the rest back that long;
 //! - under a steady stream of changes, all but those two are read after [`MAX`] at the latest.
@@ -27,6 +28,8 @@ pub(crate) enum Change {
     Writing,
     /// Whole: closed after writing, or renamed to here.
     Settled,
+    /// Renamed over a file that was there: how careful tools save. Nothing more is to come.
+    Replaced,
     /// Deleted or renamed away.
     Gone,
 }
@@ -44,12 +47,16 @@ pub(crate) struct Batch<P> {
 pub(crate) struct Debounce<P> {
     pending: BTreeMap<P, Pending>,
     rescan: Option<Times>,
+    /// The last event of all.
+    moved: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Pending {
     change: Change,
     times: Times,
+    /// Read without waiting for anything.
+    at_once: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,24 +76,33 @@ impl Times {
 
 impl<P> Default for Debounce<P> {
     fn default() -> Self {
-        Self { pending: BTreeMap::new(), rescan: None }
+        Self { pending: BTreeMap::new(), rescan: None, moved: None }
     }
 }
 
 impl<P: Ord + Clone> Debounce<P> {
     /// Something happened to a path.
     pub(crate) fn handle(&mut self, now: Instant, path: P, change: Change) {
-        let new = Pending { change, times: Times::new(now) };
+        // Only the first of several files: the others tell that more is going on.
+        let alone = self.pending.is_empty()
+            && self.rescan.is_none()
+            && self.moved.is_none_or(|moved| now.saturating_duration_since(moved) >= QUIET);
+        self.moved = Some(now);
+        let at_once = alone && change == Change::Replaced;
+        let change = if change == Change::Replaced { Change::Settled } else { change };
+        let new = Pending { change, times: Times::new(now), at_once };
         let pending = self.pending.entry(path).or_insert(new);
         if pending.change != change {
             pending.change = change;
             pending.times.since = now;
+            pending.at_once = false;
         }
         pending.times.last = now;
     }
 
     /// Everything must be looked at.
     pub(crate) fn handle_rescan(&mut self, now: Instant) {
+        self.moved = Some(now);
         self.rescan.get_or_insert_with(|| Times::new(now)).last = now;
     }
 
@@ -110,7 +126,8 @@ impl<P: Ord + Clone> Debounce<P> {
 
     /// When what is not held may be read.
     fn free_at(&self) -> Option<Instant> {
-        let settled = self.pending.values().filter(|p| p.change == Change::Settled);
+        let settled =
+            self.pending.values().filter(|p| p.change == Change::Settled && !p.at_once);
         let free: Vec<Times> = settled.map(|p| p.times).chain(self.rescan).collect();
         let last = free.iter().map(|t| t.last).max()? + QUIET;
         let latest = free.iter().map(|t| (t.since + MAX).min(t.first + OPEN_MAX)).min()?;
@@ -123,7 +140,8 @@ impl<P: Ord + Clone> Debounce<P> {
 impl Pending {
     fn held_until(&self) -> Option<Instant> {
         match self.change {
-            Change::Settled => None,
+            Change::Settled | Change::Replaced if self.at_once => Some(self.times.first),
+            Change::Settled | Change::Replaced => None,
             Change::Gone => Some((self.times.last + GONE).min(self.times.first + OPEN_MAX)),
             Change::Writing => Some(self.times.first + OPEN_MAX),
         }
@@ -133,7 +151,7 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Change::{Gone, Settled, Writing};
+    use Change::{Gone, Replaced, Settled, Writing};
     use proptest::prelude::*;
 
     fn ms(ms: u64) -> Duration {
@@ -168,7 +186,18 @@ mod tests {
                 let want: Vec<_> = want.iter().map(|(at, paths)| (*at, paths.to_vec())).collect();
                 assert_eq!(got, want, "{what}");
             };
-        check("atomic rename", &[(0, "a", Settled)], &[(20, &["a"])]);
+        check("a new file, renamed to here", &[(0, "a", Settled)], &[(20, &["a"])]);
+        check("atomic rename over a file", &[(0, "a", Replaced)], &[(0, &["a"])]);
+        check(
+            "the first of several is read at once, the others together",
+            &[(0, "a", Replaced), (5, "b", Replaced), (10, "c", Replaced), (90, "a", Replaced)],
+            &[(0, &["a"]), (30, &["b", "c"]), (90, &["a"])],
+        );
+        check(
+            "not while something is being written",
+            &[(0, "b", Writing), (30, "a", Replaced), (40, "b", Settled)],
+            &[(60, &["a", "b"])],
+        );
         check(
             "truncate, write, close",
             &[(0, "a", Writing), (3, "a", Writing), (5, "a", Settled)],
@@ -225,20 +254,20 @@ mod tests {
         /// Every change is read after it settled, soon, and exactly the pending paths are read.
         #[test]
         fn nothing_is_forgotten(
-            events in proptest::collection::vec((0_u64..40, 0_usize..3, 0_u8..3), 1..40),
+            events in proptest::collection::vec((0_u64..40, 0_usize..3, 0_u8..4), 1..40),
         ) {
             const NAMES: [&str; 3] = ["a", "b", "c"];
             let mut at = 0;
             let mut last = BTreeMap::new();
             let events: Vec<_> = events.into_iter().map(|(gap, path, change)| {
                 at += gap;
-                let change = [Writing, Settled, Gone][usize::from(change)];
+                let change = [Writing, Settled, Gone, Replaced][usize::from(change)];
                 last.insert(NAMES[path], at);
                 (at, NAMES[path], change)
             }).collect();
             let read = play(&events);
             for (path, last) in last {
-                let after = read.iter().find(|(at, paths)| *at > last && paths.contains(&path));
+                let after = read.iter().find(|(at, paths)| *at >= last && paths.contains(&path));
                 prop_assert!(after.is_some_and(|(at, _)| at - last <= 1000), "{} {:?}", path, read);
             }
         }

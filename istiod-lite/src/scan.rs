@@ -89,6 +89,11 @@ impl Tree {
         self.folders.iter().any(|f| !f.present) || self.files.values().any(|s| s.symlink)
     }
 
+    /// The file was there when it was last looked at.
+    pub fn has(&self, key: &Key) -> bool {
+        self.files.contains_key(key)
+    }
+
     /// The newest content of this file could not be read.
     pub fn has_problem(&self, key: &Key) -> bool {
         self.problems.contains_key(key)

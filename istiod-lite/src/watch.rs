@@ -173,6 +173,10 @@ impl Loop {
     fn handle(&mut self, hint: Hint) {
         let now = Instant::now();
         match hint {
+            // Of a file that was not there, more may follow: an editor's two steps, or a whole folder.
+            Hint::File(key, Change::Replaced) if !self.tree.has(&key) => {
+                self.debounce.handle(now, key, Change::Settled);
+            }
             Hint::File(key, change) => self.debounce.handle(now, key, change),
             Hint::Created(key) => {
                 // A link is whole when it is there; a file is written first.
@@ -207,8 +211,9 @@ fn classify(folders: &[PathBuf], path: &Path, kind: EventKind) -> Option<Hint> {
     }
     let key = (index, name.to_str()?.to_owned());
     match kind {
-        EventKind::Access(_) | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
-            Some(Hint::File(key, Change::Settled))
+        EventKind::Access(_) => Some(Hint::File(key, Change::Settled)),
+        EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
+            Some(Hint::File(key, Change::Replaced))
         }
         EventKind::Create(CreateKind::Folder) | EventKind::Remove(RemoveKind::Folder) => None,
         EventKind::Create(_) => Some(Hint::Created(key)),

@@ -81,6 +81,7 @@ fn bars_table(out: &mut String, results: &Results) {
             word(bar.target_reached()),
         );
     }
+    out.push_str("\nWhere the rest of what is not reached goes: [PROFILE.md](PROFILE.md).\n");
 }
 
 /// What the machine itself charges: the part of a bar that no program can change.
@@ -312,7 +313,7 @@ fn shapes(out: &mut String, results: &Results) {
     out.push_str(
         "\n## Other shapes\n\nThe ways of each shape in turns, the order changing. CPU of both nodes' proxies, in seconds for each GB, or for \
          each 100,000 requests, connections or questions. `near` ends are on one node: \"joined\" is `--same-node-direct`. HTTP/2 by \
-         nghttp2's own client and server, its CPU read around the whole client. Under churn another client opens one connection after \
+         nghttp2's own client and server, gRPC by its client and the echo server, CPU read around the whole client. Under churn another client opens one connection after \
          the other. The hundred clients are processes of their own, started together: \
          of one pod, or of a hundred that call a hundred servers, a tunnel each.\n\n\
          | shape | way | Gbit/s or 1/s | proxy CPU s | p50/p99/p99.9 µs | errors |\n|---|---|---|---|---|---|\n",

@@ -1,6 +1,7 @@
 //! Shapes of traffic beyond the paired lines: both ends on one node, IPv6, many policies, DNS, HTTP/2, latency under
 //! churn, a hundred pairs at once. A mesh of their own; every shape has its arms, measured in turns.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +21,9 @@ pub const PAIRS: usize = 100;
 /// Two hundred pods start on two cores.
 const UP_LIMIT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(500);
-const NAMESPACES: &[&str] = &["plain", "mesh", "direct", "policy"];
+const NAMESPACES: &[&str] = &["plain", "mesh", "direct", "policy", "routed"];
+/// The namespace whose Services are bound to a waypoint.
+const ROUTED: &str = "routed";
 
 /// One way to do the work of a shape.
 #[derive(Clone, Copy, Debug)]
@@ -31,10 +34,16 @@ struct Way {
     /// `NAMESPACE/POD` of the server.
     server: &'static str,
     ipv6: bool,
+    /// Calls the Service of the server's name, port 80, in place of the pod: only then a waypoint is on the way.
+    service: bool,
 }
 
 const fn way(title: &'static str, client: &'static str, server: &'static str) -> Way {
-    Way { title, client, server, ipv6: false }
+    Way { title, client, server, ipv6: false, service: false }
+}
+
+const fn by_service(title: &'static str, client: &'static str, server: &'static str) -> Way {
+    Way { title, client, server, ipv6: false, service: true }
 }
 
 /// Some work, done in several ways.
@@ -57,12 +66,28 @@ enum Work {
     Dns,
     /// The real h2load against the real nghttpd.
     H2,
+    /// h2load again, calling a gRPC method of the echo server.
+    Grpc,
     /// A hundred clients at once; a `*` in the way stands for the number of each.
     Pairs,
 }
 
+/// The echo server's method.
+const GRPC_METHOD: &str = "/proto.EchoTestService/Echo";
+/// h2load takes a body from a file only: one message, field 1 is the text `a`.
+const GRPC_CALL: [&str; 4] = [
+    "sh",
+    "-c",
+    "printf '\\0\\0\\0\\0\\3\\12\\1a' >/tmp/call; exec h2load -d /tmp/call \
+     -H 'content-type: application/grpc' -H 'te: trailers' \"$@\"",
+    "h2load",
+];
+
 const BULK: Work = Work::Load(&["send", "-n", "1"], 8081);
 const REQUESTS: Work = Work::Load(&["closed", "-n", "16"], 8080);
+const ONE: Work = Work::Load(&["closed", "-n", "1"], 8080);
+const MANY: Work = Work::Load(&["closed", "-n", "64"], 8080);
+const STEADY: Work = Work::Load(&["rate", "-n", "16", "--rate", "1000"], 8080);
 const CONNECTIONS: Work = Work::Load(&["connect", "-n", "16", "--closing", "reset"], 8080);
 const RATE: Work = Work::Churn(&["rate", "-n", "16", "--rate", "1000"], 8080);
 
@@ -82,6 +107,13 @@ const POLICED: &[Way] = &[
 ];
 const PLAIN_AND_MESH: &[Way] =
     &[way("no mesh", "plain/client", "plain/far"), way("mesh", "mesh/client", "mesh/far")];
+
+/// What articles compare: nothing, layer 4, and layer 4 with a waypoint.
+const LAYERS: &[Way] = &[
+    by_service("no mesh", "plain/client", "plain/far"),
+    by_service("layer 4", "mesh/client", "mesh/far"),
+    by_service("with waypoint", "routed/client", "routed/far"),
+];
 
 const PAIRED: &[Way] = &[
     way("one pair", "mesh/client", "mesh/far"),
@@ -133,12 +165,23 @@ pub const SHAPES: &[Shape] = &[
         PLAIN_AND_MESH,
     ),
     shape(
+        "grpc",
+        "gRPC: h2load, 4 connections of 16 calls",
+        Kind::Requests,
+        Work::Grpc,
+        PLAIN_AND_MESH,
+    ),
+    shape(
         "churn",
         "1000 requests/s on 16 connections under churn",
         Kind::Rate,
         RATE,
         PLAIN_AND_MESH,
     ),
+    shape("waypoint-one", "Waypoint: requests, 1 connection", Kind::Requests, ONE, LAYERS),
+    shape("waypoint-requests", "Waypoint: requests, 16 connections", Kind::Requests, REQUESTS, LAYERS),
+    shape("waypoint-many", "Waypoint: requests, 64 connections", Kind::Requests, MANY, LAYERS),
+    shape("waypoint-rate", "Waypoint: 1000 requests/s on 16 connections", Kind::Rate, STEADY, LAYERS),
     shape("pairs", "100 clients at once, 1 connection each", Kind::Requests, Work::Pairs, PAIRED),
 ];
 
@@ -175,7 +218,8 @@ impl<'w> Place<'w> {
                 Ok(status) => {
                     let unready = unready(&status);
                     if unready.is_empty() {
-                        let pids = world.proxies()?.iter().map(|p| p.pid).collect();
+                        let mut pids: Vec<i32> = world.proxies()?.iter().map(|p| p.pid).collect();
+                        pids.extend(world.waypoints());
                         return Ok(Self { world, pids, status });
                     }
                     unready.join(", ")
@@ -198,6 +242,16 @@ impl<'w> Place<'w> {
             .find(|ip| ip.contains(':') == ipv6)
             .with_context(|| format!("no address of {pod}"))?;
         Ok(if ipv6 { format!("[{ip}]") } else { ip.to_owned() })
+    }
+
+    /// The virtual address, IPv4, of the Service of a server's name.
+    fn service(&self, server: &str) -> Result<String> {
+        let (namespace, name) = server.split_once('/').context("NAMESPACE/POD")?;
+        let all = self.status["services"].as_array().context("no services")?;
+        let found = all.iter().find(|s| s["namespace"] == namespace && s["name"] == name);
+        let ips = found.and_then(|s| s["addresses"].as_array()).with_context(|| format!("no Service {server}"))?;
+        let ip = ips.iter().filter_map(Value::as_str).find(|ip| !ip.contains(':'));
+        Ok(ip.with_context(|| format!("no IPv4 address of Service {server}"))?.to_owned())
     }
 
     /// Measures the ways of a shape in turns.
@@ -224,7 +278,10 @@ impl<'w> Place<'w> {
     fn once(&self, shape: &Shape, way: &Way, seconds: f64) -> Result<Outcome> {
         let time = seconds.to_string();
         let to = |port: u16| {
-            Ok::<_, anyhow::Error>(format!("{}:{port}", self.address(way.server, way.ipv6)?))
+            Ok::<_, anyhow::Error>(match way.service {
+                true => format!("{}:80", self.service(way.server)?),
+                false => format!("{}:{port}", self.address(way.server, way.ipv6)?),
+            })
         };
         match shape.work {
             Work::Load(arguments, port) => self.load(way.client, arguments, &to(port)?, &time),
@@ -248,7 +305,8 @@ impl<'w> Place<'w> {
                     &time,
                 )
             }
-            Work::H2 => self.h2(way, seconds),
+            Work::H2 => self.h2(way, seconds, &["h2load"], &self.url(way, 8088, "/")?),
+            Work::Grpc => self.h2(way, seconds, &GRPC_CALL, &self.url(way, 7070, GRPC_METHOD)?),
             Work::Pairs => self.pairs(way, seconds),
         }
     }
@@ -271,12 +329,15 @@ impl<'w> Place<'w> {
         Ok(format!("{}:53", server.with_context(|| format!("no nameserver in {text:?}"))?.trim()))
     }
 
+    fn url(&self, way: &Way, port: u16, path: &str) -> Result<String> {
+        Ok(format!("http://{}:{port}{path}", self.address(way.server, way.ipv6)?))
+    }
+
     /// h2load prints text: the CPU is read around the whole program.
-    fn h2(&self, way: &Way, seconds: f64) -> Result<Outcome> {
-        let url = format!("http://{}:8088/", self.address(way.server, way.ipv6)?);
-        // Of nghttpd's answer to a path that is not there, which is small as well; h2load counts it apart.
+    fn h2(&self, way: &Way, seconds: f64, program: &[&str], url: &str) -> Result<Outcome> {
+        // nghttpd answers that the path is not there, which is small as well; h2load counts it apart.
         let time = (seconds.ceil().max(1.0)).to_string();
-        let argv = ["h2load", "-c", "4", "-m", "16", "-t", "1", "-D", &time, &url];
+        let argv = [program, &["-c", "4", "-m", "16", "-t", "1", "-D", &time, url]].concat();
         let before = Cpu::now(&self.pids)?;
         let output = self.world.command_in(way.client, &argv).output()?;
         let after = Cpu::now(&self.pids)?;
@@ -329,8 +390,12 @@ fn unready(status: &Value) -> Vec<String> {
     if pods.is_empty() {
         return vec!["no pod yet".to_owned()];
     }
-    let belongs =
-        |p: &Value| (p["namespace"] != "plain") == p["captured"].as_bool().unwrap_or(false);
+    // A waypoint's own pod is not captured.
+    let is_waypoint =
+        |p: &Value| p["namespace"] == ROUTED && p["name"].as_str().is_some_and(|n| n.starts_with("waypoint-"));
+    let belongs = |p: &Value| {
+        (p["namespace"] != "plain" && !is_waypoint(p)) == p["captured"].as_bool().unwrap_or(false)
+    };
     let bad = pods.iter().filter(|p| p["ready"] != true || !belongs(p));
     bad.map(|p| format!("{}/{}: {}", p["namespace"], p["name"], p["message"])).collect()
 }
@@ -353,25 +418,39 @@ fn h2load(text: &str) -> Option<Value> {
 }
 
 /// Namespaces with a client on node-1, a server beside it and one on node-2.
-pub fn manifest() -> String {
+/// `echo` is the echo server's program.
+pub fn manifest(echo: &Path) -> String {
     let mut yaml = String::new();
     for namespace in NAMESPACES {
         let mode = if *namespace == "plain" { "none" } else { "ambient" };
+        let waypoint = if *namespace == ROUTED { ", istio.io/use-waypoint: waypoint" } else { "" };
         yaml += &format!(
-            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{istio.io/dataplane-mode: {mode}}}}}\n---\n"
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{istio.io/dataplane-mode: {mode}{waypoint}}}}}\n---\n"
         );
         for (name, node, command) in [("client", 1, "pause"), ("near", 1, "all"), ("far", 2, "all")]
         {
-            yaml += &pod(namespace, name, node, command, *namespace != "direct" && name == "far");
+            let echo = (*namespace != "direct" && name == "far").then_some(echo);
+            yaml += &pod(namespace, name, node, command, echo);
         }
         yaml += &format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{name: far, namespace: {namespace}}}\n\
              spec: {{selector: {{app: far}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n---\n"
         );
     }
+    // A header match, weights and edited headers: the work that Envoy and others were given in the figures we compare with.
+    yaml += &format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: waypoint, namespace: {ROUTED}}}\nspec:\n  \
+         gatewayClassName: istio-waypoint\n  listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]\n---\n\
+         apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: far, namespace: {ROUTED}}}\nspec:\n  \
+         parentRefs: [{{group: '', kind: Service, name: far}}]\n  rules:\n  \
+         - matches: [{{headers: [{{name: x-version, value: v2}}]}}]\n    backendRefs: [{{name: far, port: 80}}]\n  \
+         - filters:\n    - {{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: x-mesh, value: ambit}}]}}}}\n    \
+         - {{type: ResponseHeaderModifier, responseHeaderModifier: {{set: [{{name: x-via, value: ambit}}]}}}}\n    \
+         backendRefs: [{{name: far, port: 80, weight: 90}}, {{name: far, port: 80, weight: 10}}]\n---\n"
+    );
     for pair in 0..PAIRS {
-        yaml += &pod("mesh", &format!("client-{pair}"), 1, "pause", false);
-        yaml += &pod("mesh", &format!("server-{pair}"), 2, "all", false);
+        yaml += &pod("mesh", &format!("client-{pair}"), 1, "pause", None);
+        yaml += &pod("mesh", &format!("server-{pair}"), 2, "all", None);
     }
     for policy in 0..POLICIES {
         let user =
@@ -385,9 +464,15 @@ pub fn manifest() -> String {
     yaml
 }
 
-fn pod(namespace: &str, name: &str, node: u16, command: &str, h2: bool) -> String {
-    let more =
-        if h2 { "\n  - {name: h2, command: [nghttpd, --no-tls, -d, /tmp, '8088']}" } else { "" };
+/// With `echo`, HTTP/2 and gRPC servers beside the usual one.
+fn pod(namespace: &str, name: &str, node: u16, command: &str, echo: Option<&Path>) -> String {
+    let more = echo.map_or_else(String::new, |echo| {
+        format!(
+            "\n  - {{name: h2, command: [nghttpd, --no-tls, -d, /tmp, '8088']}}\n  \
+             - {{name: grpc, command: ['{}', --grpc, '7070']}}",
+            echo.display()
+        )
+    });
     format!(
         "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: {namespace}}}\n---\n\
          apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\nspec:\n  \

@@ -51,6 +51,7 @@ pub struct Programs {
     pub meshctl: PathBuf,
     pub meshload: PathBuf,
     pub ztunnel: PathBuf,
+    pub echo_server: PathBuf,
 }
 
 impl Programs {
@@ -69,6 +70,7 @@ impl Programs {
             meshctl: program("meshctl")?,
             meshload: program("meshload")?,
             ztunnel: program("ztunnel")?,
+            echo_server: program("echo-server")?,
         })
     }
 }
@@ -156,6 +158,12 @@ impl World {
         found.sort_by(|a, b| (a.flag("--node"), a.pid).cmp(&(b.flag("--node"), b.pid)));
         ensure!(found.len() == 2, "expected two ztunnel processes, found {found:?}");
         Ok(found)
+    }
+
+    /// Process ids of the waypoints.
+    pub fn waypoints(&self) -> Vec<i32> {
+        let all = descendants(self.launcher()).into_iter();
+        all.filter(|p| p.program() == "waypoint").map(|p| p.pid).collect()
     }
 
     /// The processes in between, ordered by node: the node proxies, or the relays.

@@ -251,7 +251,8 @@ impl Bench {
     /// Other shapes of traffic, on a mesh that has what they need.
     fn shapes(&mut self, only: &[String]) -> Result<()> {
         say("starting a mesh (bench-shapes)")?;
-        let (folder, manifest) = (self.folder.join("bench-shapes"), shapes::manifest());
+        let (folder, manifest) =
+            (self.folder.join("bench-shapes"), shapes::manifest(&self.programs.echo_server));
         let more = ["--same-node-direct", "direct"];
         let world = World::start(&self.programs, &folder, "bench-shapes", &manifest, &more)?;
         let place = shapes::Place::ready(&world)?;

@@ -183,7 +183,7 @@ fn events() {
     let file = |i: usize, name: &str, change| Some(Hint::File((i, name.into()), change));
     check("/m/a.yaml", closed, file(0, "a.yaml", Change::Settled));
     check("/m/a.yaml", data, file(0, "a.yaml", Change::Writing));
-    check("/s/objects/a.json", to, file(1, "a.json", Change::Settled));
+    check("/s/objects/a.json", to, file(1, "a.json", Change::Replaced));
     check("/s/objects/a.json", from, file(1, "a.json", Change::Gone));
     check("/m/a.yaml", EventKind::Remove(RemoveKind::File), file(0, "a.yaml", Change::Gone));
     check("/m/a.yaml", EventKind::Access(AccessKind::Open(AccessMode::Any)), None);

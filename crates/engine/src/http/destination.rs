@@ -33,17 +33,14 @@ pub fn destination(
         .iter()
         .find(|p| p.service_port == port)
         .ok_or_else(|| bad(format!("service {key} has no port {port}")))?;
-    let subset: Option<&Subset> =
-        match subset {
-            None => None,
-            Some(name) => {
-                let key = SubsetKey { service: key.clone(), name: name.clone() };
-                let found = snapshot.subset(&key);
-                Some(found.ok_or_else(|| {
-                    bad(format!("service {key} is no subset of a DestinationRule"))
-                })?)
-            }
-        };
+    let subset: Option<&Subset> = match subset {
+        None => None,
+        Some(name) => {
+            let key = SubsetKey { service: key.clone(), name: name.clone() };
+            let found = snapshot.subset(&key);
+            Some(found.ok_or_else(|| bad(format!("no DestinationRule names the subset {key}")))?)
+        }
+    };
     // Nobody called an address of this Service: the family of its first one is as good.
     let first = service.vips.first().map(|vip| vip.ip).or_else(|| from.addresses.first().copied());
     let ip = first.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));

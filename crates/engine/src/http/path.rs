@@ -218,7 +218,8 @@ mod tests {
         #[test]
         fn twice_is_once(path in "/([a-z./\\\\%é]|%2e|%2E|%2f|%5c|%25|%41|/\\.\\.)*") {
             if let Some(once) = normal_path(&path) {
-                prop_assert_eq!(normal_path(&once).as_deref(), Some(&*once));
+                let twice = normal_path(&once);
+                prop_assert_eq!(twice.as_deref(), Some(&*once));
                 prop_assert!(once.starts_with('/') && once.is_ascii() && !once.contains('\\'));
                 prop_assert!(once.split('/').all(|s| s != "." && s != ".."));
             }

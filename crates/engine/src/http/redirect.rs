@@ -23,7 +23,7 @@ pub(super) fn redirect(
     };
     let status = status.ok_or_else(|| format!("{} is no redirect", redirect.status))?;
     let uri = &facts.request.uri;
-    let scheme = redirect.scheme.as_deref().or(uri.scheme_str()).unwrap_or("http");
+    let scheme = redirect.scheme.as_deref().or_else(|| uri.scheme_str()).unwrap_or("http");
     let host = match &redirect.host {
         Some(host) => &**host,
         None => uri.host().ok_or("the request has no host")?,

@@ -203,7 +203,7 @@ fn subsets() {
     }
     assert_eq!(
         found(&snapshot, &of(80, Some("v3")), 0),
-        "bad_backend: shop/web.shop.svc.cluster.local/v3 is no subset of a DestinationRule"
+        "bad_backend: no DestinationRule names the subset shop/web.shop.svc.cluster.local/v3"
     );
 }
 

@@ -240,7 +240,7 @@ fn rewrites() {
         assert_eq!(seen.uri.to_string(), want, "{row} {rewrite:?}");
         assert_eq!(seen.headers["host"], seen.uri.authority().unwrap().as_str(), "{row}");
         // A second attempt begins with the original again.
-        let mut again = asked.clone();
+        let mut again = asked;
         plan.edit_request(&mut again);
         assert_eq!(seen.uri, again.uri);
     };

@@ -94,7 +94,7 @@ fn metadata() {
         &[GRPC, ("te", "trailers"), ("tenant", "one"), ("trace-bin", "AAEC/w==")],
     );
     let plan = ask(&snapshot, &asked, 0);
-    let mut sent = asked.clone();
+    let mut sent = asked;
     plan.edit_request(&mut sent);
     for (name, value) in [("x-a", "1"), ("te", "trailers"), ("trace-bin", "AAEC/w==")] {
         assert_eq!(sent.headers[name], value, "G7");
