@@ -181,7 +181,8 @@ fn tokens(lab: &Lab) -> Result<()> {
     let call = |from: &str, token: &str| {
         let header = format!("authorization: Bearer {token}");
         let url = "https://10.89.0.1:15012/istio.v1.auth.IstioCertificateService/CreateCertificate";
-        let mut argv = vec!["curl", "-sS", "--http2", "--max-time", "3", "-D", "-", "-X", "POST", url];
+        let mut argv =
+            vec!["curl", "-sS", "--http2", "--max-time", "3", "-D", "-", "-X", "POST", url];
         for header in ["content-type: application/grpc", "te: trailers", &header] {
             argv.extend(["-H", header]);
         }
@@ -213,7 +214,10 @@ fn tokens(lab: &Lab) -> Result<()> {
     })?;
     let newer = cat("tokens/istio-token")?;
     ensure!(newer != token, "a token is used again");
-    ensure!(status("shop/keyed", &newer)? == "3" && status("shop/keyed", &token)? == "16", "which counts?");
+    ensure!(
+        status("shop/keyed", &newer)? == "3" && status("shop/keyed", &token)? == "16",
+        "which counts?"
+    );
     // A control plane that starts anew knows it; nobody tells the pod.
     lab.meshctl(&["local", "restart", "istiod-lite"])?.ok()?;
     lab.until("the token to count again", || Ok(status("shop/keyed", &newer)? == "3"))?;
@@ -221,7 +225,10 @@ fn tokens(lab: &Lab) -> Result<()> {
     for process in [("istiod-lite", None), ("ztunnel", Some("node-2"))] {
         ensure!(!lab.process_log(process.0, process.1)?.contains(&newer), "{process:?}");
     }
-    let seen = lab.exec("node-2", &["sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"])?;
+    let seen = lab.exec(
+        "node-2",
+        &["sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"],
+    )?;
     ensure!(!seen.out.contains(&newer), "in the arguments or the environment of a process");
     Ok(())
 }

@@ -145,10 +145,7 @@ impl Running {
     }
 
     /// Takes a line of the token registry, for programs that run the control plane inside themselves.
-    pub fn register_token(
-        &self,
-        line: &str,
-    ) -> Result<Registered, crate::tokens::TokenError> {
+    pub fn register_token(&self, line: &str) -> Result<Registered, crate::tokens::TokenError> {
         self.control.register(line)
     }
 

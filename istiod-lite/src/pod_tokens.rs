@@ -205,9 +205,7 @@ mod tests {
         assert!(good.len() < crate::tokens::MAX_LINE);
         let longest = ["n".repeat(63), "n".repeat(253), "n".repeat(253), "n".repeat(240)];
         let [namespace, name, account, node] = &longest;
-        assert!(
-            issued_line(namespace, name, account, node, "x").len() < crate::tokens::MAX_LINE
-        );
+        assert!(issued_line(namespace, name, account, node, "x").len() < crate::tokens::MAX_LINE);
     }
 
     #[test]

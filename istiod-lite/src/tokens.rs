@@ -185,7 +185,10 @@ mod tests {
         for i in 0..MAX_TOKENS {
             tokens.register(&registry_line(&format!("n{i}"), "x")).unwrap();
         }
-        assert_eq!(tokens.register(&registry_line("one-more", "x")), Err(TokenError::TooMany(MAX_TOKENS)));
+        assert_eq!(
+            tokens.register(&registry_line("one-more", "x")),
+            Err(TokenError::TooMany(MAX_TOKENS))
+        );
         // A node that is known may still have its token replaced.
         tokens.register(&registry_line("n0", "y")).unwrap();
         assert_eq!(tokens.redeem("y").as_deref(), Some("n0"));

@@ -39,7 +39,8 @@ impl Kind {
 
     /// A policy protects, and a match narrows, only when every word of it is understood.
     pub(crate) fn is_strict(self) -> bool {
-        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication) || self.is_gateway_api()
+        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication)
+            || self.is_gateway_api()
     }
 
     pub(crate) fn is_gateway_api(self) -> bool {
@@ -114,7 +115,12 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
         )
         | ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
         (
-            "" | "apps" | "batch" | "security.istio.io" | "discovery.k8s.io" | "extensions"
+            ""
+            | "apps"
+            | "batch"
+            | "security.istio.io"
+            | "discovery.k8s.io"
+            | "extensions"
             | "gateway.networking.k8s.io",
             ..,
         ) => Slip,

@@ -238,7 +238,8 @@ impl Reader<'_> {
                     continue;
                 }
                 good = false;
-                let known = if kind.is_gateway_api() { gateway_api::FIELD_NAMES } else { FIELD_NAMES };
+                let known =
+                    if kind.is_gateway_api() { gateway_api::FIELD_NAMES } else { FIELD_NAMES };
                 let help = nearest(name, known).map(|near| format!("did you mean {near:?}?"));
                 let message = format!("unknown field {name:?}");
                 self.lose(Code::UnknownField, field, &message, &help.unwrap_or_default());

@@ -183,7 +183,8 @@ pub(crate) fn check(
                 Diagnostic::warning(Code::Unsupported, message)
             }
             _ => {
-                let message = format!("there is no GatewayClass {name:?}: nothing serves the Gateway");
+                let message =
+                    format!("there is no GatewayClass {name:?}: nothing serves the Gateway");
                 Diagnostic::error(Code::DanglingReference, message)
             }
         };
@@ -195,8 +196,12 @@ pub(crate) fn check(
 /// What a class means.
 enum Class {
     /// What its object says goes through.
-    Waypoint { traffic: Option<String> },
-    Other { controller: String },
+    Waypoint {
+        traffic: Option<String>,
+    },
+    Other {
+        controller: String,
+    },
     Missing,
 }
 
@@ -229,7 +234,8 @@ fn understand_one<'a>(
     let rejected = unservable(key, gateway, &mut problems).or_else(|| {
         let none_left = listeners.iter().all(|l| l.rejected.is_some());
         none_left.then(|| {
-            let message = format!("a waypoint needs a listener with protocol {HBONE} on port {HBONE_PORT}");
+            let message =
+                format!("a waypoint needs a listener with protocol {HBONE} on port {HBONE_PORT}");
             Rejection { reason: "ListenersNotValid", message }
         })
     });
@@ -253,7 +259,8 @@ fn unservable(
         return reject("Invalid", Code::InvalidField, "metadata.name", message, help);
     }
     if gateway.spec.addresses.iter().flatten().next().is_some() {
-        let message = "a waypoint is reached at its Service; no other address can be asked for".to_owned();
+        let message =
+            "a waypoint is reached at its Service; no other address can be asked for".to_owned();
         return reject(
             "UnsupportedAddress",
             Code::Unsupported,
@@ -295,7 +302,8 @@ fn listeners(spec: &[GatewayListeners], problems: &mut Vec<Diagnostic>) -> Vec<L
             let help = format!("write port: {HBONE_PORT}, protocol: {HBONE}");
             problems.push(d.field(format!("{at}.{field}")).help(help));
         }
-        for (field, set) in [("tls", listener.tls.is_some()), ("hostname", listener.hostname.is_some())]
+        for (field, set) in
+            [("tls", listener.tls.is_some()), ("hostname", listener.hostname.is_some())]
         {
             if set {
                 let message = "has no effect on a waypoint, whose callers show a mesh identity";
@@ -306,7 +314,8 @@ fn listeners(spec: &[GatewayListeners], problems: &mut Vec<Diagnostic>) -> Vec<L
         all.push(Listener { name: listener.name.as_str().into(), rejected: rejection });
     }
     if spec.is_empty() {
-        let message = format!("a waypoint needs a listener with protocol {HBONE} on port {HBONE_PORT}");
+        let message =
+            format!("a waypoint needs a listener with protocol {HBONE} on port {HBONE_PORT}");
         let d = Diagnostic::error(Code::InvalidField, message).field("spec.listeners");
         problems.push(d.help(format!(
             "write listeners: [{{name: mesh, port: {HBONE_PORT}, protocol: {HBONE}}}]"
@@ -315,11 +324,7 @@ fn listeners(spec: &[GatewayListeners], problems: &mut Vec<Diagnostic>) -> Vec<L
     all
 }
 
-fn traffic(
-    gateway: &Gateway,
-    class: Option<&str>,
-    problems: &mut Vec<Diagnostic>,
-) -> TrafficFor {
+fn traffic(gateway: &Gateway, class: Option<&str>, problems: &mut Vec<Diagnostic>) -> TrafficFor {
     let own = gateway.label(WAYPOINT_FOR);
     let Some(text) = own.or(class) else { return TrafficFor::default() };
     TrafficFor::parse(text).unwrap_or_else(|| {
@@ -339,7 +344,8 @@ fn replicas(gateway: &Gateway, problems: &mut Vec<Diagnostic>) -> i32 {
     let Some(text) = gateway.annotation(REPLICAS) else { return 1 };
     let number = text.parse().ok().filter(|n| (1..=MAX_REPLICAS).contains(n));
     number.unwrap_or_else(|| {
-        let message = format!("{text:?} is not a number from 1 to {MAX_REPLICAS}; one pod is started");
+        let message =
+            format!("{text:?} is not a number from 1 to {MAX_REPLICAS}; one pod is started");
         let field = format!("metadata.annotations.{REPLICAS}");
         problems.push(Diagnostic::error(Code::InvalidField, message).field(field));
         1

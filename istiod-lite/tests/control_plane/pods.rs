@@ -56,7 +56,11 @@ async fn a_pod_gets_its_own_identity_as_often_as_it_asks() {
     refused(stranger.certificate(web().impersonate(WAYPOINT)).await, denied, "that identity only");
     refused(stranger.certificate(waypoint().impersonate(WEB)).await, denied, "that identity only");
     let proxy = "spiffe://cluster.local/ns/istio-system/sa/ztunnel";
-    refused(stranger.certificate(waypoint().impersonate(proxy)).await, denied, "that identity only");
+    refused(
+        stranger.certificate(waypoint().impersonate(proxy)).await,
+        denied,
+        "that identity only",
+    );
     let other = waypoint().csr_uri(WEB);
     refused(stranger.certificate(other).await, Code::InvalidArgument, "must be the same");
     // The account of the node proxies, in a pod: not theirs, and nobody else's.
@@ -141,11 +145,7 @@ async fn a_stream_ends_with_the_token_and_with_the_gateway() {
     let stream = open().await;
     w.remove("gateway.yaml");
     refused::<()>(Err(ended(stream).await), Code::PermissionDenied, "no waypoint does");
-    refused(
-        stranger.discover_as("of-waypoint").await,
-        Code::PermissionDenied,
-        "no waypoint does",
-    );
+    refused(stranger.discover_as("of-waypoint").await, Code::PermissionDenied, "no waypoint does");
     // Its own identity it keeps.
     stranger.certificate(Call::default().bearer("of-waypoint")).await.unwrap();
     w.running.stop().await;

@@ -82,15 +82,16 @@ pub(super) struct Plan {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let lab = folder::lab(args.lab.lab.as_deref())?;
     ensure!(lab.is_some() || !args.wait, "no lab is running: there is nothing to wait for");
-    let (dir, file) = place(lab.as_ref(), args)?;
+    let manifest = Manifest {
+        namespace: args.namespace.clone(),
+        name: args.name.clone(),
+        traffic: args.traffic.map(Into::into),
+        with_namespace: false,
+    };
+    let (dir, file) = place(lab.as_ref(), args.out.as_deref(), &manifest)?;
     let folder = Folder::read(&dir)?;
     let request = Request {
-        manifest: Manifest {
-            namespace: args.namespace.clone(),
-            name: args.name.clone(),
-            traffic: args.traffic.map(Into::into),
-            with_namespace: false,
-        },
+        manifest,
         enroll: args.enroll_namespace,
         overwrite: args.overwrite,
         chosen: args.out.is_some(),
@@ -110,21 +111,27 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         print::line(&format!("{} {text}", print::paint("!", Color::Yellow, colored)));
     }
     match lab.filter(|_| args.wait) {
-        Some(lab) => wait::ready(&lab, &args.namespace, &args.name, Duration::from_secs(args.timeout)),
+        Some(lab) => {
+            wait::ready(&lab, &args.namespace, &args.name, Duration::from_secs(args.timeout))
+        }
         None => Ok(ExitCode::SUCCESS),
     }
 }
 
 /// The folder, and the name of the file in it.
-fn place(lab: Option<&LabInfo>, args: &Args) -> Result<(PathBuf, String)> {
-    let Some(out) = &args.out else {
+fn place(
+    lab: Option<&LabInfo>,
+    out: Option<&Path>,
+    manifest: &Manifest,
+) -> Result<(PathBuf, String)> {
+    let Some(out) = out else {
         let lab = lab.context(
             "no lab is running for this user: start one with `meshctl local up DIR`, or say with --out which file to write",
         )?;
-        let file = format!("waypoint-{}-{}.yaml", args.namespace, args.name);
-        return Ok((lab.dir.clone(), file));
+        return Ok((lab.dir.clone(), manifest.file_name()));
     };
-    let file = out.file_name().and_then(|n| n.to_str()).context("--out is not the path of a file")?;
+    let file =
+        out.file_name().and_then(|n| n.to_str()).context("--out is not the path of a file")?;
     let is_config = [".yaml", ".yml"].iter().any(|end| file.ends_with(end));
     ensure!(
         is_config && !file.starts_with(['.', '#']),
@@ -204,7 +211,9 @@ fn holder(folder: &Folder, request: &Request) -> Result<Option<String>> {
     };
     let at = object.origin.to_string();
     if request.chosen && file.name != request.file {
-        bail!("Gateway {namespace}/{name} is defined at {at} already: leave --out away, or delete it first");
+        bail!(
+            "Gateway {namespace}/{name} is defined at {at} already: leave --out away, or delete it first"
+        );
     }
     let is_marked = file.text.starts_with(super::manifest::MARK);
     if Manifest::of_file(&file.text).is_some() || (is_marked && request.overwrite) {

@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use compile::waypoints::USE_WAYPOINT;
 
+use super::Lab;
 use super::edit::{self, Change, Label};
 use super::folder::{self, Folder};
 use super::manifest::{MARK, Manifest};
-use super::Lab;
 use crate::print::{self, Color};
 
 #[derive(Debug, clap::Args)]
@@ -102,8 +102,7 @@ pub(super) fn plan(folder: &Folder, namespace: &str, name: &str, force: bool) ->
         "{} was edited since `apply` wrote it: --force removes it with all that is in it",
         folder.path(&file.name).display()
     );
-    let mut plan =
-        Plan { removed: (file.name.clone(), file.text.clone()), ..Plan::default() };
+    let mut plan = Plan { removed: (file.name.clone(), file.text.clone()), ..Plan::default() };
     let label = Label { namespace, name: USE_WAYPOINT };
     if let Some((holder, _, known)) = folder.namespace(namespace)
         && holder.name != file.name
@@ -143,7 +142,12 @@ mod tests {
     const WEB: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: waypoint}}\nspec: {ports: [{port: 80}]}\n";
 
     fn manifest(with_namespace: bool) -> Manifest {
-        Manifest { namespace: "shop".into(), name: "waypoint".into(), traffic: None, with_namespace }
+        Manifest {
+            namespace: "shop".into(),
+            name: "waypoint".into(),
+            traffic: None,
+            with_namespace,
+        }
     }
 
     #[test]
@@ -158,7 +162,11 @@ mod tests {
         // Other labels stay, and are named.
         let plan = planned(&[("web.yaml", WEB), ("w.yaml", &ours)], false).unwrap();
         assert_eq!(plan.unlabelled, None);
-        assert!(plan.warnings[0].starts_with("Service/shop/web (web.yaml:3)"), "{:?}", plan.warnings);
+        assert!(
+            plan.warnings[0].starts_with("Service/shop/web (web.yaml:3)"),
+            "{:?}",
+            plan.warnings
+        );
         // The Namespace was part of the file.
         let both = manifest(true).file();
         let plan = planned(&[("w.yaml", &both)], false).unwrap();

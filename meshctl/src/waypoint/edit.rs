@@ -50,11 +50,11 @@ pub(super) fn edit(file: &str, text: &str, label: Label<'_>, change: Change<'_>)
         (Change::Set(value), None) if labels.is_some() => {
             lines.with_entry(line("metadata.labels")?, "labels", label.name, value)
         }
-        (Change::Set(value), None) => {
-            lines.with_labels(line("metadata")?, label.name, value)
-        }
+        (Change::Set(value), None) => lines.with_labels(line("metadata")?, label.name, value),
     };
-    guesses.into_iter().find(|guess| is_only_change(&before, &parse_file(file, guess), label, change))
+    guesses
+        .into_iter()
+        .find(|guess| is_only_change(&before, &parse_file(file, guess), label, change))
 }
 
 fn wanted(change: Change<'_>) -> Option<&str> {
@@ -165,10 +165,8 @@ impl<'a> Lines<'a> {
                 && let Some(indent) = self.indent_below(at)
             {
                 let end = self.end(at);
-                let entry = format!(
-                    "{}{indent}labels:{end}{indent}  {name}: {value}{end}",
-                    ended(line)
-                );
+                let entry =
+                    format!("{}{indent}labels:{end}{indent}  {name}: {value}{end}", ended(line));
                 guesses.push(self.replaced(at, &entry));
             }
             for (after, quoted) in opens_flow(line, "metadata") {

@@ -11,7 +11,7 @@ use compile::gateway_api::Gateway;
 use compile::waypoints::{USE_WAYPOINT, USE_WAYPOINT_NAMESPACE};
 use compile::{Body, Object, Objects, ParsedFile, Sourced, parse_file};
 use k8s_openapi::api::core::v1::Namespace;
-use lab::place::{self, LabInfo, Place};
+use lab::place::{self, LabInfo};
 
 use crate::can;
 
@@ -48,7 +48,11 @@ impl Folder {
     }
 
     /// The Gateway of a name: the first, which is the one in force.
-    pub(super) fn gateway(&self, namespace: &str, name: &str) -> Option<(&File, &Object, &Gateway)> {
+    pub(super) fn gateway(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Option<(&File, &Object, &Gateway)> {
         self.all().find_map(|(file, object)| match &object.body {
             Body::Gateway(gateway) if &*object.namespace == namespace && &*object.name == name => {
                 Some((file, object, &**gateway))
@@ -137,12 +141,6 @@ pub(super) fn lab(name: Option<&str>) -> Result<Option<LabInfo>> {
         return Ok(None);
     }
     place::find(name).map(Some)
-}
-
-/// A lab by the name it was started with, for messages.
-pub(super) fn option(lab: &LabInfo) -> Result<String> {
-    let is_default = Place::of(place::DEFAULT_NAME)?.name == lab.name;
-    Ok(if is_default { String::new() } else { format!(" --lab {}", lab.name) })
 }
 
 /// Puts a file in place. `before`: what it held when it was read; `None`: it was not there.

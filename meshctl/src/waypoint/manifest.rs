@@ -1,6 +1,8 @@
 //! The YAML of a waypoint, as `apply` and `generate` write it. Pure.
 
-use compile::waypoints::{HBONE, HBONE_PORT, TrafficFor, USE_WAYPOINT, WAYPOINT_CLASS, WAYPOINT_FOR};
+use compile::waypoints::{
+    HBONE, HBONE_PORT, TrafficFor, USE_WAYPOINT, WAYPOINT_CLASS, WAYPOINT_FOR,
+};
 use compile::{Body, ParsedFile, parse_file};
 
 /// The first line of a file that `apply` wrote.

@@ -130,13 +130,15 @@ pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode> {
         all = args.scope.find(&lab, args.name.as_deref())?;
     }
     if all.is_empty() {
-        let which = args.name.as_ref().map_or("no waypoints".to_owned(), |n| format!("no waypoint {n:?}"));
+        let which =
+            args.name.as_ref().map_or("no waypoints".to_owned(), |n| format!("no waypoint {n:?}"));
         bail!("{which} {}: make one with `meshctl waypoint apply`", args.scope.words());
     }
     match args.output {
         Output::Json => print::line(&serde_json::to_string_pretty(&all)?),
         Output::Table => {
-            let header = ["NAMESPACE", "WAYPOINT", "LISTENER", "CONDITION", "STATUS", "REASON", "MESSAGE"];
+            let header =
+                ["NAMESPACE", "WAYPOINT", "LISTENER", "CONDITION", "STATUS", "REASON", "MESSAGE"];
             section(&header, all.iter().flat_map(conditions).collect());
             for w in &all {
                 through(w);
@@ -170,6 +172,10 @@ fn through(w: &WaypointStatus) {
     let addresses =
         if w.addresses.is_empty() { "no address".to_owned() } else { w.addresses.join(" ") };
     let all: Vec<&str> = w.services.iter().chain(&w.workloads).map(String::as_str).collect();
-    let all = if all.is_empty() { "nothing goes through it".to_owned() } else { format!("through it: {}", all.join(", ")) };
+    let all = if all.is_empty() {
+        "nothing goes through it".to_owned()
+    } else {
+        format!("through it: {}", all.join(", "))
+    };
     print::line(&format!("{name} ({}): {addresses}; {all}", w.origin));
 }

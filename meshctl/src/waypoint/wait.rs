@@ -15,7 +15,12 @@ use crate::print::{self, Color};
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Waits; what is missing when the time is over is the error.
-pub(super) fn ready(lab: &LabInfo, namespace: &str, name: &str, limit: Duration) -> Result<ExitCode> {
+pub(super) fn ready(
+    lab: &LabInfo,
+    namespace: &str,
+    name: &str,
+    limit: Duration,
+) -> Result<ExitCode> {
     let begun = Instant::now();
     loop {
         let status = client::status(lab)?;
@@ -38,7 +43,11 @@ pub(super) fn ready(lab: &LabInfo, namespace: &str, name: &str, limit: Duration)
     }
 }
 
-pub(super) fn find<'a>(status: &'a Status, namespace: &str, name: &str) -> Option<&'a WaypointStatus> {
+pub(super) fn find<'a>(
+    status: &'a Status,
+    namespace: &str,
+    name: &str,
+) -> Option<&'a WaypointStatus> {
     status.waypoints.iter().find(|w| w.namespace == namespace && w.name == name)
 }
 
@@ -72,14 +81,20 @@ pub(super) fn missing(
         if let Some(condition) = waypoint.condition(kind).filter(|c| !c.status) {
             let told = about(status, namespace, name);
             let more = if told.is_empty() { String::new() } else { format!("; {told}") };
-            return Some(format!("{kind} is False ({}): {}{more}", condition.reason, condition.message));
+            return Some(format!(
+                "{kind} is False ({}): {}{more}",
+                condition.reason, condition.message
+            ));
         }
     }
     let takes_services = matches!(waypoint.traffic.as_str(), "service" | "all");
     let unbound = expected.iter().filter(|s| takes_services && !waypoint.services.contains(s));
     let unbound: Vec<&str> = unbound.map(String::as_str).collect();
     if !unbound.is_empty() {
-        return Some(format!("Services that name it do not go through it yet: {}", unbound.join(", ")));
+        return Some(format!(
+            "Services that name it do not go through it yet: {}",
+            unbound.join(", ")
+        ));
     }
     let newest = status.processes.iter().find(|p| p.node.is_none()).and_then(|p| p.config.clone());
     // Those that drain serve nothing new.
@@ -99,7 +114,10 @@ fn about(status: &Status, namespace: &str, name: &str) -> String {
     };
     let pods = status.pods.iter().filter(is_own).map(|p| {
         let message = if p.message.is_empty() { String::new() } else { format!(": {}", p.message) };
-        format!("pod {}/{} is {}{message} (`meshctl local logs {0}/{1}`)", p.namespace, p.name, p.state)
+        format!(
+            "pod {}/{} is {}{message} (`meshctl local logs {0}/{1}`)",
+            p.namespace, p.name, p.state
+        )
     });
     findings.chain(pods).collect::<Vec<_>>().join("; ")
 }
@@ -110,7 +128,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn status(change: impl FnOnce(&mut Value)) -> Status {
-        let condition = |kind: &str| json!({"type": kind, "status": true, "reason": kind, "message": ""});
+        let condition =
+            |kind: &str| json!({"type": kind, "status": true, "reason": kind, "message": ""});
         let process = |node: Value, config: &str| {
             json!({"name": "p", "node": node, "state": "Running", "ready": true, "config": config, "pid": 1,
                    "restarts": 0, "log": ""})
@@ -163,11 +182,24 @@ mod tests {
                 v["pods"][0]["state"] = json!("CrashLoopBackOff");
             },
             &[],
-            Some("Programmed is False (NoResources): no pod; pod shop/waypoint-abc-def is CrashLoopBackOff"),
+            Some(
+                "Programmed is False (NoResources): no pod; pod shop/waypoint-abc-def is CrashLoopBackOff",
+            ),
         );
         check(|v| v["processes"][1]["config"] = json!("7-1"), &[], Some("proxies of node-1"));
         // One that is away is not waited for.
-        check(|v| v["processes"][1] = { let mut p = v["processes"][1].clone(); p["config"] = Value::Null; p["ready"] = json!(false); p }, &[], None);
+        check(
+            |v| {
+                v["processes"][1] = {
+                    let mut p = v["processes"][1].clone();
+                    p["config"] = Value::Null;
+                    p["ready"] = json!(false);
+                    p
+                }
+            },
+            &[],
+            None,
+        );
         check(|v| v["waypoints"][0]["traffic"] = json!("workload"), &["shop/db"], None);
     }
 }

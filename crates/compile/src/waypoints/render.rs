@@ -105,7 +105,10 @@ pub(crate) fn is_made_for(metadata: &ObjectMeta, gateway: &str) -> bool {
 /// The objects of a waypoint that is accepted.
 pub fn render(waypoint: &Waypoint<'_>, settings: &Settings) -> Rendered {
     Rendered {
-        service_account: ServiceAccount { metadata: metadata(waypoint), ..ServiceAccount::default() },
+        service_account: ServiceAccount {
+            metadata: metadata(waypoint),
+            ..ServiceAccount::default()
+        },
         deployment: deployment(waypoint, settings),
         service: service(waypoint),
     }
@@ -143,9 +146,7 @@ fn selector(waypoint: &Waypoint<'_>) -> BTreeMap<String, String> {
 }
 
 /// What the user wants on everything that is made for the Gateway: labels and annotations.
-fn infrastructure(
-    waypoint: &Waypoint<'_>,
-) -> (BTreeMap<String, String>, BTreeMap<String, String>) {
+fn infrastructure(waypoint: &Waypoint<'_>) -> (BTreeMap<String, String>, BTreeMap<String, String>) {
     let wished = waypoint.sourced.value.spec.infrastructure.clone().unwrap_or_default();
     (wished.labels.unwrap_or_default(), wished.annotations.unwrap_or_default())
 }
@@ -188,9 +189,7 @@ fn deployment(waypoint: &Waypoint<'_>, settings: &Settings) -> Deployment {
     }
     let mut annotations = infrastructure(waypoint).1;
     let port = METRICS_PORT.to_string();
-    for (annotation, value) in
-        [("scrape", "true"), ("port", port.as_str()), ("path", "/metrics")]
-    {
+    for (annotation, value) in [("scrape", "true"), ("port", port.as_str()), ("path", "/metrics")] {
         annotations.insert(format!("prometheus.io/{annotation}"), value.to_owned());
     }
     let template = PodTemplateSpec {

@@ -57,9 +57,10 @@ fn compiled(yaml: &str, ready: bool) -> Compiled {
 fn words(status: &GatewayStatus) -> Vec<String> {
     let word = |c: &Condition| format!("{}={} {}", c.kind, c.status, c.reason);
     let own = status.conditions.iter().map(word);
-    let listeners = status.listeners.iter().flat_map(|l| {
-        l.conditions.iter().map(move |c| format!("{}: {}", l.name, word(c)))
-    });
+    let listeners = status
+        .listeners
+        .iter()
+        .flat_map(|l| l.conditions.iter().map(move |c| format!("{}: {}", l.name, word(c))));
     own.chain(listeners).collect()
 }
 
@@ -103,18 +104,22 @@ fn a_gateway_becomes_what_runs_it() {
         assert_eq!(env.get(name).map(String::as_str), Some(value), "{name}");
     }
     // Every volume is mounted, and every mount is of a volume.
-    let volumes: BTreeSet<&str> =
-        spec.volumes.iter().flatten().map(|v| v.name.as_str()).collect();
+    let volumes: BTreeSet<&str> = spec.volumes.iter().flatten().map(|v| v.name.as_str()).collect();
     let mounts = container.volume_mounts.iter().flatten().map(|m| m.name.as_str());
     assert_eq!(volumes, mounts.collect());
     let service = plan.services[0].spec.as_ref().unwrap();
-    let ports: Vec<_> = service.ports.iter().flatten().map(|p| (p.port, p.name.as_deref())).collect();
+    let ports: Vec<_> =
+        service.ports.iter().flatten().map(|p| (p.port, p.name.as_deref())).collect();
     assert_eq!(ports, [(15008, Some("mesh")), (15021, Some("status"))]);
     assert_eq!(service.cluster_ips.as_ref().map(Vec::len), Some(2), "both families");
 
     // And it is a proxy that ends HBONE under its own account, with nothing to complain about.
     let compiled = compile(&plan.settled(&user), &MeshConfig::default());
-    assert!(compiled.diagnostics.iter().all(|d| d.severity == Severity::Info), "{:?}", compiled.diagnostics);
+    assert!(
+        compiled.diagnostics.iter().all(|d| d.severity == Severity::Info),
+        "{:?}",
+        compiled.diagnostics
+    );
     let workload = &compiled.workloads[0];
     assert!(workload.native_tunnel && workload.protocol == model::TunnelProtocol::Hbone);
     assert_eq!(workload.identity().to_string(), "spiffe://cluster.local/ns/shop/sa/wp");
@@ -157,7 +162,7 @@ fn labels_are_istios_and_the_users() {
         assert_eq!(label("team"), "web");
         assert_eq!(metadata.annotations.as_ref().unwrap()["a"], "b");
     }
-    assert_eq!(template.labels.unwrap()["networking.istio.io/tunnel"], "http");
+    assert_eq!(template.labels.as_ref().unwrap()["networking.istio.io/tunnel"], "http");
     for metadata in &all[..3] {
         assert_eq!(metadata.annotations.as_ref().unwrap()["ambit.io/origin"], "test.yaml:5");
     }
@@ -206,7 +211,11 @@ fn gateways_that_are_not_served() {
     let check = |yaml: &str, code: Code, field: &str, want: &[&str]| {
         let yaml = format!("{NAMESPACE}{yaml}");
         let compiled = compiled(&yaml, true);
-        assert!(has(&compiled.diagnostics, code, Severity::Error, field), "{:?}", compiled.diagnostics);
+        assert!(
+            has(&compiled.diagnostics, code, Severity::Error, field),
+            "{:?}",
+            compiled.diagnostics
+        );
         assert_eq!(words(&compiled.gateways[0])[..2], *want, "{yaml}");
         let accepted = want[0].contains("true");
         assert_eq!(planned(&yaml).0.pods.len(), usize::from(accepted), "{yaml}");
@@ -232,7 +241,12 @@ fn gateways_that_are_not_served() {
         &["Accepted=false UnsupportedAddress", "Programmed=false Invalid"],
     );
     check(
-        &gateway("", &format!("  infrastructure: {{parametersRef: {{group: '', kind: ConfigMap, name: x}}}}\n{MESH}")),
+        &gateway(
+            "",
+            &format!(
+                "  infrastructure: {{parametersRef: {{group: '', kind: ConfigMap, name: x}}}}\n{MESH}"
+            ),
+        ),
         Code::Unsupported,
         "spec.infrastructure.parametersRef",
         &["Accepted=false InvalidParameters", "Programmed=false Invalid"],
@@ -274,7 +288,8 @@ fn classes() {
 fn what_goes_through() {
     let check = |own: &str, of_class: &str, want: TrafficFor, bad: bool| {
         let label = |text: &str| format!("istio.io/waypoint-for: {text}");
-        let metadata = if own.is_empty() { String::new() } else { format!(", labels: {{{}}}", label(own)) };
+        let metadata =
+            if own.is_empty() { String::new() } else { format!(", labels: {{{}}}", label(own)) };
         let class = class("istio-waypoint", "istio.io/mesh-controller", &label(of_class));
         let of_class = if of_class.is_empty() { "" } else { &class };
         let all = objects(&format!("{NAMESPACE}{}{of_class}", gateway(&metadata, MESH)));
@@ -331,7 +346,9 @@ fn pods_of_others_do_not_make_a_waypoint_ready() {
     let (plan, user) = planned(&format!("{NAMESPACE}{}", gateway("", MESH)));
     let mut settled = plan.settled(&user);
     settled.pods.clear();
-    for object in objects(&pod("bank", "wp-1", "10.0.0.9", "gateway.networking.k8s.io/gateway-name: wp")).pods {
+    for object in
+        objects(&pod("bank", "wp-1", "10.0.0.9", "gateway.networking.k8s.io/gateway-name: wp")).pods
+    {
         settled.pods.insert(object.0, object.1);
     }
     let compiled = compile(&settled, &MeshConfig::default());
@@ -355,7 +372,7 @@ proptest! {
         let mut changed = (*user.gateways[&key].value).clone();
         changed.spec.listeners = listeners.clone();
         let origin = user.gateways[&key].origin.clone();
-        user.gateways.insert(key, crate::Sourced::new(changed, origin));
+        user.gateways.insert(key, Sourced::new(changed, origin));
         let served = listeners.iter().any(|l| l.port == 15008 && l.protocol == "HBONE");
         let plan = plan(&user, &LocalConfig::with_nodes(1), &mut Assignments::default());
         prop_assert_eq!(plan.pods.len(), usize::from(served));

@@ -164,7 +164,7 @@ fn identity_matches() {
         check_callers(name, &[deny], want.map(yes_no));
     };
     let m = Match::default;
-    let s = |s: &str| -> model::Str { s.into() };
+    let s = |s: &str| -> Str { s.into() };
     //                                                                     sleep  test   other  plain
     check("principal", principal("cluster.local/ns/default/sa/sleep"), [true, false, false, false]);
     check(
@@ -522,7 +522,7 @@ fn a_match() -> impl Strategy<Value = Match> {
     let ns = text(&["a", "b", "ab", ""]);
     let id = text(&["td/ns/a/sa/a", "td/ns/b/sa/a", "td/", "/sa/b", "/sa/a"]);
     let account = proptest::sample::select(&[("a", "a"), ("a", "b"), ("b", "a")][..])
-        .prop_map(|(n, s)| (model::Str::from(n), model::Str::from(s)));
+        .prop_map(|(n, s)| (Str::from(n), Str::from(s)));
     let prefix = proptest::sample::select(
         &[
             "10.0.0.0/8",

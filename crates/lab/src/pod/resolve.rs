@@ -13,9 +13,9 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::lifecycle::Millis;
-pub(crate) use super::volumes::{FileContent, VolumeContent, VolumePlan};
-use super::volumes;
 use super::run::{ProcessRun, RootSource};
+use super::volumes;
+pub(crate) use super::volumes::{FileContent, VolumeContent, VolumePlan};
 
 /// What a pod is run with, as far as it does not depend on this machine's state.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -88,7 +88,10 @@ fn projected_files(volume: &ProjectedVolumeSource) -> Result<Vec<(String, FileCo
         } else if let Some(ConfigMapProjection { name, items, optional }) = &source.config_map {
             files.extend(config_map(name, items.as_deref(), *optional)?);
         } else {
-            return Err("of projected sources, serviceAccountToken and configMap are supported locally".to_owned());
+            return Err(
+                "of projected sources, serviceAccountToken and configMap are supported locally"
+                    .to_owned(),
+            );
         }
     }
     Ok(files)
@@ -120,7 +123,10 @@ fn config_map(
         if item.key == ROOT_KEY {
             Ok((file_path(&item.path)?, FileContent::Root))
         } else {
-            Err(format!("ConfigMap {ROOT_CONFIG_MAP} has the key {ROOT_KEY} only, not {:?}", item.key))
+            Err(format!(
+                "ConfigMap {ROOT_CONFIG_MAP} has the key {ROOT_KEY} only, not {:?}",
+                item.key
+            ))
         }
     };
     items.iter().map(file).collect()
@@ -128,7 +134,11 @@ fn config_map(
 
 fn file_path(path: &str) -> Result<String, String> {
     let good = !path.is_empty() && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
-    if good { Ok(path.to_owned()) } else { Err(format!("{path:?} is no path of a file in a volume")) }
+    if good {
+        Ok(path.to_owned())
+    } else {
+        Err(format!("{path:?} is no path of a file in a volume"))
+    }
 }
 
 /// Makes the folders of the volumes below `dir`.
@@ -263,9 +273,8 @@ mod tests {
         ];
         let place = dir.path().join("volumes");
         make(&volumes, &place).unwrap();
-        let mode = |name: &str| {
-            fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777
-        };
+        let mode =
+            |name: &str| fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode("v"), mode("e")), (0o755, 0o777));
         let credentials = Credentials { token: None, root: root.clone() };
         let why = format!("{:#}", fill(&volumes, &place, Some(&credentials)).unwrap_err());

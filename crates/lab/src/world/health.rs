@@ -59,8 +59,10 @@ pub(super) fn ask(status: &mut Status) {
                 let address = address.and_then(|n| n.addresses.first()?.parse().ok());
                 process.ready =
                     address.is_some_and(|a| get(a, READINESS_PORT, "/healthz/ready").is_ok());
-                let proxy =
-                    debug.as_ref().ok().and_then(|d| d.proxies.iter().find(|p| p.pod.is_none() && p.node == *node));
+                let proxy = debug
+                    .as_ref()
+                    .ok()
+                    .and_then(|d| d.proxies.iter().find(|p| p.pod.is_none() && p.node == *node));
                 process.config = proxy.and_then(|p| p.acked.clone());
             }
         }

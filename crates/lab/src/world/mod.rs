@@ -351,7 +351,8 @@ impl World {
 
 /// What images stand for: our own, unless the user has another for it, and the user's.
 fn images(config: &WorldConfig) -> BTreeMap<String, (PathBuf, bool)> {
-    let own = config.bin_dir.iter().map(|dir| (WaypointSettings::IMAGE.to_owned(), dir.join(WAYPOINT)));
+    let own =
+        config.bin_dir.iter().map(|dir| (WaypointSettings::IMAGE.to_owned(), dir.join(WAYPOINT)));
     let all = own.chain(config.images.iter().cloned());
     all.map(|(name, path)| (name, (path.clone(), path.is_dir()))).collect()
 }

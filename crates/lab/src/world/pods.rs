@@ -16,8 +16,8 @@ use crate::pod::lifecycle::{Millis, Phase};
 use crate::pod::resolve::{self, FileContent, Surroundings};
 use crate::pod::volumes::Credentials;
 use crate::pod::worker::{Ask, Report, Worker};
-use crate::registry::{PodNames, PodToken};
 use crate::reconcile::{self, Key, Present, Wanted};
+use crate::registry::{PodNames, PodToken};
 
 /// Asks that wait for a worker, which takes them at once.
 const QUEUE: usize = 16;

@@ -23,7 +23,10 @@ fn request(name: &str) -> Request {
 }
 
 /// What is written where, and what is said; or the error.
-fn planned(files: &[(&str, &str)], request: &Request) -> Result<(Vec<(String, String)>, String), String> {
+fn planned(
+    files: &[(&str, &str)],
+    request: &Request,
+) -> Result<(Vec<(String, String)>, String), String> {
     let (_dir, folder) = folder(files);
     let plan = plan(&folder, request).map_err(|e| format!("{e:#}"))?;
     let writes = plan.writes.into_iter().map(|w| (w.file, w.after)).collect();
@@ -114,11 +117,17 @@ fn labels_that_are_in_the_way() {
     enroll.enroll = true;
     let labelled = format!("{SHOP}    istio.io/use-waypoint: other\n");
     let error = planned(&[("shop.yaml", &labelled)], &enroll).unwrap_err();
-    assert!(error.contains("other at shop.yaml:6") && error.contains("Nothing was written"), "{error}");
+    assert!(
+        error.contains("other at shop.yaml:6") && error.contains("Nothing was written"),
+        "{error}"
+    );
     enroll.overwrite = true;
     let (writes, _) = planned(&[("shop.yaml", &labelled)], &enroll).unwrap();
     let changed = edit::diff(&labelled, &writes[1].1);
-    assert_eq!(changed, ["-    istio.io/use-waypoint: other", "+    istio.io/use-waypoint: waypoint"]);
+    assert_eq!(
+        changed,
+        ["-    istio.io/use-waypoint: other", "+    istio.io/use-waypoint: waypoint"]
+    );
     let elsewhere = format!("{SHOP}    istio.io/use-waypoint-namespace: edge\n");
     let error = planned(&[("shop.yaml", &elsewhere)], &enroll).unwrap_err();
     assert!(error.contains("use-waypoint-namespace: edge"), "{error}");

@@ -18,7 +18,10 @@ fn set(text: &str, want: &[&str]) {
     // And back; the text is the same, but for `labels` without labels.
     let back = edit("f.yaml", &edited, LABEL, Change::Remove).unwrap();
     let left = diff(text, &back);
-    assert!(left.iter().all(|l| l.contains("labels") || l.contains("waypoint")), "{left:?}\n{back}");
+    assert!(
+        left.iter().all(|l| l.contains("labels") || l.contains("waypoint")),
+        "{left:?}\n{back}"
+    );
 }
 
 #[test]
@@ -86,7 +89,9 @@ fn braces() {
 #[test]
 fn values() {
     let labelled = |value: &str| {
-        format!("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    istio.io/use-waypoint: {value} # which\n    a: b\n")
+        format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    istio.io/use-waypoint: {value} # which\n    a: b\n"
+        )
     };
     let check = |old: &str, new: &str, want: &str| {
         let text = labelled(old);
@@ -108,7 +113,10 @@ fn values() {
     assert!(removed.contains("-namespace: w") && !removed.contains("use-waypoint:"), "{removed}");
     let flow = "{apiVersion: v1, kind: Namespace, metadata: {labels: {a: b, istio.io/use-waypoint: w}, name: shop}}\n";
     let removed = edit("f.yaml", flow, LABEL, Change::Remove).unwrap();
-    assert_eq!(removed, "{apiVersion: v1, kind: Namespace, metadata: {labels: {a: b}, name: shop}}\n");
+    assert_eq!(
+        removed,
+        "{apiVersion: v1, kind: Namespace, metadata: {labels: {a: b}, name: shop}}\n"
+    );
 }
 
 #[test]
