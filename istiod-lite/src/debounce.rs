@@ -126,8 +126,7 @@ impl<P: Ord + Clone> Debounce<P> {
 
     /// When what is not held may be read.
     fn free_at(&self) -> Option<Instant> {
-        let settled =
-            self.pending.values().filter(|p| p.change == Change::Settled && !p.at_once);
+        let settled = self.pending.values().filter(|p| p.change == Change::Settled && !p.at_once);
         let free: Vec<Times> = settled.map(|p| p.times).chain(self.rescan).collect();
         let last = free.iter().map(|t| t.last).max()? + QUIET;
         let latest = free.iter().map(|t| (t.since + MAX).min(t.first + OPEN_MAX)).min()?;

@@ -179,9 +179,21 @@ pub const SHAPES: &[Shape] = &[
         PLAIN_AND_MESH,
     ),
     shape("waypoint-one", "Waypoint: requests, 1 connection", Kind::Requests, ONE, LAYERS),
-    shape("waypoint-requests", "Waypoint: requests, 16 connections", Kind::Requests, REQUESTS, LAYERS),
+    shape(
+        "waypoint-requests",
+        "Waypoint: requests, 16 connections",
+        Kind::Requests,
+        REQUESTS,
+        LAYERS,
+    ),
     shape("waypoint-many", "Waypoint: requests, 64 connections", Kind::Requests, MANY, LAYERS),
-    shape("waypoint-rate", "Waypoint: 1000 requests/s on 16 connections", Kind::Rate, STEADY, LAYERS),
+    shape(
+        "waypoint-rate",
+        "Waypoint: 1000 requests/s on 16 connections",
+        Kind::Rate,
+        STEADY,
+        LAYERS,
+    ),
     shape("pairs", "100 clients at once, 1 connection each", Kind::Requests, Work::Pairs, PAIRED),
 ];
 
@@ -249,7 +261,9 @@ impl<'w> Place<'w> {
         let (namespace, name) = server.split_once('/').context("NAMESPACE/POD")?;
         let all = self.status["services"].as_array().context("no services")?;
         let found = all.iter().find(|s| s["namespace"] == namespace && s["name"] == name);
-        let ips = found.and_then(|s| s["addresses"].as_array()).with_context(|| format!("no Service {server}"))?;
+        let ips = found
+            .and_then(|s| s["addresses"].as_array())
+            .with_context(|| format!("no Service {server}"))?;
         let ip = ips.iter().filter_map(Value::as_str).find(|ip| !ip.contains(':'));
         Ok(ip.with_context(|| format!("no IPv4 address of Service {server}"))?.to_owned())
     }
@@ -391,8 +405,9 @@ fn unready(status: &Value) -> Vec<String> {
         return vec!["no pod yet".to_owned()];
     }
     // A waypoint's own pod is not captured.
-    let is_waypoint =
-        |p: &Value| p["namespace"] == ROUTED && p["name"].as_str().is_some_and(|n| n.starts_with("waypoint-"));
+    let is_waypoint = |p: &Value| {
+        p["namespace"] == ROUTED && p["name"].as_str().is_some_and(|n| n.starts_with("waypoint-"))
+    };
     let belongs = |p: &Value| {
         (p["namespace"] != "plain" && !is_waypoint(p)) == p["captured"].as_bool().unwrap_or(false)
     };

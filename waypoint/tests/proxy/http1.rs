@@ -340,8 +340,7 @@ async fn idle_connections_are_closed_neither_by_requests_nor_by_pipelining() {
     let world = World::new(Protocol::Http);
     let _web = world.echo("web", "web").await;
     let mut io = world.connect().await;
-    let all: String =
-        (1..=3).map(|n| format!("GET /{n} HTTP/1.1\r\nhost: web\r\n\r\n")).collect();
+    let all: String = (1..=3).map(|n| format!("GET /{n} HTTP/1.1\r\nhost: web\r\n\r\n")).collect();
     io.write_all(all.as_bytes()).await.unwrap();
     let answers = until(&mut io, "GET /3 HTTP/1.1").await;
     for n in 1..=3 {
