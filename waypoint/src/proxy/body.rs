@@ -151,7 +151,7 @@ impl Body for RequestBody {
         match self {
             Self::Empty => SizeHint::with_exact(0),
             Self::Client(body) => body.incoming.size_hint(),
-            Self::Mirror(body) => body.hint.clone(),
+            Self::Mirror(body) => body.hint,
         }
     }
 }

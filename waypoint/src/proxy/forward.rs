@@ -50,7 +50,7 @@ async fn answer_parts(
     let mut exchange = Exchange::begin(client, &parts);
     let (plan, admission) = match decide(&mut exchange, &mut parts) {
         Ok(decided) => decided,
-        Err(answer) => return Ok(own(exchange, answer)),
+        Err(answer) => return Ok(own(exchange, *answer)),
     };
     let mut time = Time::of(&exchange, &plan);
     if let Some(delay) = plan.delay
@@ -83,19 +83,21 @@ async fn answer_parts(
 fn decide(
     exchange: &mut Exchange,
     parts: &mut request::Parts,
-) -> Result<(HttpPlan, Arc<Admission>), Answer> {
+) -> Result<(HttpPlan, Arc<Admission>), Box<Answer>> {
     let client = exchange.client.clone();
     let grpc = exchange.grpc;
     let ambiguous = client.progress.take_ambiguous();
-    let admission = client.call.admission().map_err(|refusal| refused(refusal, grpc))?;
+    let admission = client.call.admission().map_err(|refusal| Box::new(refused(refusal, grpc)))?;
     exchange.admission = Some(admission.clone());
     if ambiguous {
         let words = "the request has a content-length and a transfer-encoding";
-        return Err(refused(Refusal::new(Reason::BadHttp, words), grpc));
+        return Err(Box::new(refused(Refusal::new(Reason::BadHttp, words), grpc)));
     }
-    normalize(parts).map_err(|refusal| match refusal.reason {
-        Reason::Limit => answer_with(refusal, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE),
-        _ => refused(refusal, grpc),
+    normalize(parts).map_err(|refusal| {
+        Box::new(match refusal.reason {
+            Reason::Limit => answer_with(refusal, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE),
+            _ => refused(refusal, grpc),
+        })
     })?;
     name_request(exchange, parts);
     let snapshot = client.call.worker.shared.store.load();
