@@ -420,8 +420,7 @@ mod tests {
     #[test]
     fn a_mirror_that_falls_behind_is_cut_off() {
         let (send, frames) = mpsc::channel(MIRROR_FRAMES);
-        let behind = Arc::new(AtomicUsize::new(0));
-        let copies = Copies { send, behind: behind.clone() };
+        let copies = Copies { send, behind: Arc::default() };
         let large = Bytes::from(vec![0; 2 * MIRROR_BYTES]);
         let small = Bytes::from(vec![0; MIRROR_BYTES / 2]);
         assert!(copies.add(&large), "one frame is always taken");

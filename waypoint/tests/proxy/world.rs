@@ -121,7 +121,8 @@ struct Lines {
 
 impl std::io::Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.text.lock().unwrap().push_str(std::str::from_utf8(bytes).unwrap());
+        let mut text = self.text.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        text.push_str(&String::from_utf8_lossy(bytes));
         Ok(bytes.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {
