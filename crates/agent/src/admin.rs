@@ -30,8 +30,10 @@ use crate::logging::LogControl;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 
+mod certificates;
 mod dump;
 
+pub use certificates::certificates;
 pub use dump::{Certificate, CertificateInfo};
 
 /// Connections at once to one of the three servers: a few Prometheus servers, probes and people.
