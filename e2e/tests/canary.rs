@@ -77,7 +77,8 @@ fn deploy(lab: &Lab) -> Result<()> {
     lab.until("the canary to run", || {
         let pods = lab.status()?.pods;
         Ok(pods.iter().any(|p| p.name.starts_with("api-canary-") && p.ready))
-    })
+    })?;
+    Ok(())
 }
 
 /// Waits until the share of the canary is where it should be, then counts in earnest. `share` in percent.
@@ -124,7 +125,8 @@ fn on_the_way(lab: &Lab) -> Result<()> {
     count(lab, 1, &["-H", "x-marker:on-the-way"])?;
     lab.until("the waypoint's access-log line", || {
         Ok(waypoint_log(lab)?.get(before..).is_some_and(|new| new.contains("api-service")))
-    })
+    })?;
+    Ok(())
 }
 
 fn waypoint_log(lab: &Lab) -> Result<String> {

@@ -20,6 +20,7 @@ use agent::{flags, lifecycle, logging};
 use anyhow::Context as _;
 use model::{Reason, Refusal};
 use tokio::sync::{Notify, watch};
+use xds::Kind;
 
 use crate::config::Config;
 use crate::record::Recorder;
@@ -134,6 +135,7 @@ fn control_plane(config: &Config) -> ControlPlane {
         xds: own.clone(),
         ca: own,
         login: Login::Token(Token::File(config.token_file.clone())),
+        kinds: &Kind::OF_WAYPOINT,
         anchors: Anchors::RootFile,
         proxy: Proxy {
             node: config.node.clone(),
