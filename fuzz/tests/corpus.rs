@@ -70,8 +70,14 @@ fn names() {
 fn requests() {
     for (name, lines) in [
         ("plain", "1 GET /a/b/../b/c?q=1\nhost: Web:80\nx-one: a\nx-one: b"),
-        ("absolute", "1 POST http://web/x/y/%7Ez\ntransfer-encoding: chunked\nconnection: x-two, close\nx-two: 1"),
-        ("http2", "2 POST http://web/shop.Cart/Say\ncontent-type: application/grpc\nte: trailers\ncookie: a=1\ncookie: b=2"),
+        (
+            "absolute",
+            "1 POST http://web/x/y/%7Ez\ntransfer-encoding: chunked\nconnection: x-two, close\nx-two: 1",
+        ),
+        (
+            "http2",
+            "2 POST http://web/shop.Cart/Say\ncontent-type: application/grpc\nte: trailers\ncookie: a=1\ncookie: b=2",
+        ),
         ("upgrade", "1 GET /test\nhost: [fd00::1]:8080\nconnection: upgrade\nupgrade: websocket"),
         ("length", "0 PUT /exact\nhost: web\ncontent-length: 5\nx-ambit-reason: x"),
         ("query", "1 OPTIONS /?q=a+b&q=%63\nhost: web\norigin: https://a.com"),
