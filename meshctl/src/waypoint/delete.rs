@@ -130,11 +130,11 @@ mod tests {
     use super::*;
 
     fn planned(files: &[(&str, &str)], force: bool) -> Result<Plan, String> {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a folder");
         for (name, text) in files {
-            std::fs::write(dir.path().join(name), text).unwrap();
+            std::fs::write(dir.path().join(name), text).expect("a file");
         }
-        let folder = Folder::read(dir.path()).unwrap();
+        let folder = Folder::read(dir.path()).expect("a folder of YAML");
         plan(&folder, "shop", "waypoint", force).map_err(|e| format!("{e:#}"))
     }
 
