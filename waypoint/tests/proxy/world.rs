@@ -367,6 +367,7 @@ fn certs(ca: &Ca, dir: &std::path::Path) -> Arc<CertStore> {
         xds: server.clone(),
         ca: server,
         login: Login::Token(Token::Fixed("x".into())),
+        kinds: &xds::Kind::OF_WAYPOINT,
         anchors: Anchors::RootFile,
         proxy: Proxy::of_node("node-1"),
         cluster: "Kubernetes".into(),
