@@ -84,7 +84,7 @@ codes! {
     MatchesNothing = "matches_nothing",
     /// Several policies claim the same decision; the oldest wins.
     ConflictingPolicies = "conflicting_policies",
-    /// Routes of two kinds claim one port of a Service; one of them has it.
+    /// Routes of two kinds, or two VirtualServices, claim one port of a Service; one of them has it.
     RouteConflict = "route_conflict",
     /// A rule that has nowhere to send requests.
     NoBackend = "no_backend",

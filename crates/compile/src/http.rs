@@ -15,15 +15,18 @@ use model::http::{
     Audience, PortProtocol, Protocol, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes,
     Subset,
 };
-use model::{Provenance, ServiceKey, Str};
+use model::{Provenance, ServiceKey, Str, Workload};
 
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::object::Objects;
 use crate::services::{self, ByNamespace};
 
+pub(crate) mod destination_rule;
+mod faults;
 mod filters;
 mod gateway;
+mod hosts;
 mod matches;
 pub(crate) mod protocol;
 mod rules;
@@ -31,6 +34,7 @@ mod shape;
 mod status;
 mod targets;
 mod text;
+pub(crate) mod virtual_service;
 
 pub use status::{
     CONTROLLER_NAME, Condition, ConditionReason, ConditionType, ParentReference, RouteStatus,
@@ -66,7 +70,6 @@ pub(crate) struct Contribution {
 pub(crate) enum Api {
     GrpcRoute,
     HttpRoute,
-    #[allow(dead_code, reason = "its objects are not read yet")]
     VirtualService,
 }
 
@@ -114,13 +117,21 @@ pub(crate) enum PathForm {
     Prefix,
 }
 
-pub(crate) fn compile(objects: &Objects, services: &ByNamespace, cx: &mut Context<'_>) -> Compiled {
+pub(crate) fn compile(
+    objects: &Objects,
+    services: &ByNamespace,
+    workloads: &[Arc<Workload>],
+    cx: &mut Context<'_>,
+) -> Compiled {
+    faults::check(objects, cx);
+    let subsets = destination_rule::subsets(objects, services, workloads, cx);
     let mut contributions = Vec::new();
     let attached = gateway::contributions(objects, services, &mut contributions, cx);
+    contributions.extend(virtual_service::contributions(objects, services, &subsets, cx));
     let (routes, losses) = assemble(services, &contributions);
     let status = gateway::status(attached, &contributions, &losses, cx);
     tell_others(&contributions, &losses, cx);
-    Compiled { routes, subsets: Vec::new(), status }
+    Compiled { routes, subsets, status }
 }
 
 /// What status does not tell: that a VirtualService has no say on a port.
@@ -156,8 +167,11 @@ fn assemble(
     let mut routes = Vec::new();
     for service in services.values().flatten() {
         let mut sets = Vec::new();
-        for (audience, members) in of_service.remove(&service.service.key).unwrap_or_default() {
-            for (winners, ports) in by_port(service, contributions, &members, &mut losses) {
+        let audiences = of_service.remove(&service.service.key).unwrap_or_default();
+        let everybody = audiences.get(&Audience::Everybody).cloned().unwrap_or_default();
+        for (audience, members) in audiences {
+            let by_port = by_port(service, contributions, &members, &everybody, &mut losses);
+            for (winners, ports) in by_port {
                 let members = winners.iter().map(|i| &contributions[*i]);
                 sets.extend(set(audience.clone(), ports, members));
             }
@@ -180,11 +194,13 @@ fn protocols(service: &services::Compiled) -> Arc<[PortProtocol]> {
         .collect()
 }
 
-/// Which contributions decide, and on which ports: those of the winning API.
+/// Which contributions decide, and on which ports: those of the winning API. A VirtualService for the clients of one namespace
+/// does not get past Gateway API's routes for `everybody`: those are for its clients, too.
 fn by_port(
     service: &services::Compiled,
     contributions: &[Contribution],
     members: &[usize],
+    everybody: &[usize],
     losses: &mut Vec<Loss>,
 ) -> BTreeMap<Vec<usize>, Vec<u16>> {
     let mut ports: Vec<u16> = service.service.ports.iter().map(|p| p.service_port).collect();
@@ -195,6 +211,14 @@ fn by_port(
         let claims = |i: &&usize| contributions[**i].ports.binary_search(&port).is_ok();
         let claimants: Vec<usize> = members.iter().filter(claims).copied().collect();
         let Some(api) = claimants.iter().map(|i| contributions[*i].api).min() else { continue };
+        let stronger = |i: &&usize| claims(i) && contributions[**i].api != Api::VirtualService;
+        if api == Api::VirtualService
+            && let Some(winner) = everybody.iter().find(stronger)
+        {
+            let loss = |contribution| Loss { contribution, port, winner: *winner };
+            losses.extend(claimants.into_iter().map(loss));
+            continue;
+        }
         let (winners, losers): (Vec<usize>, Vec<usize>) =
             claimants.into_iter().partition(|i| contributions[*i].api == api);
         let winner = winners.first().copied().unwrap_or_default();

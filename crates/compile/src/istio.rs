@@ -1,6 +1,15 @@
 //! The Istio kinds we read, field by field. Unknown fields are reported by `parse`, not by serde, so
 //! that all of them are named at once.
 
+pub mod destination_rule;
+pub(crate) mod duration;
+pub mod fields;
+pub mod unserved;
+pub mod virtual_service;
+
+pub use destination_rule::DestinationRule;
+pub use virtual_service::VirtualService;
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;

@@ -1,5 +1,8 @@
 //! Which kinds exist, which of them this version handles, and what it means when one is not.
 
+use crate::ambit;
+use crate::istio::unserved;
+
 /// What this version does with objects of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Handling {
@@ -30,6 +33,9 @@ pub(crate) enum Kind {
     Gateway,
     GatewayClass,
     ReferenceGrant,
+    VirtualService,
+    DestinationRule,
+    HttpFault,
 }
 
 impl Kind {
@@ -39,8 +45,15 @@ impl Kind {
 
     /// A policy protects, and a match narrows, only when every word of it is understood.
     pub(crate) fn is_strict(self) -> bool {
-        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication)
-            || self.is_gateway_api()
+        let ours = matches!(
+            self,
+            Self::AuthorizationPolicy
+                | Self::PeerAuthentication
+                | Self::VirtualService
+                | Self::DestinationRule
+                | Self::HttpFault
+        );
+        ours || self.is_gateway_api()
     }
 
     pub(crate) fn is_gateway_api(self) -> bool {
@@ -56,11 +69,13 @@ impl Kind {
 }
 
 const NO_PODS: &str = "its pods are not started; use a Deployment or a Pod";
-const NO_WAYPOINT: &str = "there is no waypoint yet that could do this";
 
 /// `group` is empty for the core group.
 pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
     use Handling::{Foreign, Handled, Harmless, Missed, Slip};
+    if let Some(instead) = unserved::instead(group, kind) {
+        return Missed(instead);
+    }
     match (group, version, kind) {
         ("", "v1", "List") => Handled(Kind::List),
         ("", "v1", "Namespace") => Handled(Kind::Namespace),
@@ -76,6 +91,13 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
             Handled(Kind::PeerAuthentication)
         }
         ("gateway.networking.k8s.io", ..) => gateway_api(version, kind),
+        ("networking.istio.io", "v1" | "v1beta1" | "v1alpha3", "VirtualService") => {
+            Handled(Kind::VirtualService)
+        }
+        ("networking.istio.io", "v1" | "v1beta1" | "v1alpha3", "DestinationRule") => {
+            Handled(Kind::DestinationRule)
+        }
+        (ambit::GROUP, ambit::VERSION, "HTTPFault") => Handled(Kind::HttpFault),
         ("", "v1", "ReplicationController")
         | ("apps", "v1", "StatefulSet" | "DaemonSet" | "ReplicaSet")
         | ("batch", "v1", "Job" | "CronJob") => Missed(NO_PODS),
@@ -96,14 +118,18 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
             Missed("it is not enforced; use an AuthorizationPolicy")
         }
         ("networking.k8s.io", _, "Ingress") => Missed("nothing serves it"),
-        ("security.istio.io", "v1" | "v1beta1", "RequestAuthentication")
-        | ("networking.istio.io" | "telemetry.istio.io" | "extensions.istio.io", _, _) => {
-            Missed(NO_WAYPOINT)
-        }
         ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
-        ("" | "apps" | "batch" | "security.istio.io" | "discovery.k8s.io" | "extensions", ..) => {
-            Slip
-        }
+        (
+            ""
+            | "apps"
+            | "batch"
+            | "security.istio.io"
+            | "discovery.k8s.io"
+            | "extensions"
+            | ambit::GROUP,
+            ..,
+        ) => Slip,
+        (group, ..) if unserved::GROUPS.contains(&group) => Slip,
         (group, ..) if HARMLESS_GROUPS.contains(&group) => Harmless,
         _ => Foreign,
     }
@@ -153,6 +179,8 @@ pub(crate) fn served_version(kind: &str) -> Option<&'static str> {
         "HTTPRoute" | "GRPCRoute" | "Gateway" | "GatewayClass" | "ReferenceGrant" => {
             "gateway.networking.k8s.io/v1"
         }
+        "VirtualService" | "DestinationRule" => "networking.istio.io/v1",
+        "HTTPFault" => "ambit.io/v1alpha1",
         _ => return None,
     })
 }

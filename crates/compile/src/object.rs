@@ -12,8 +12,9 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use model::{Provenance, Str};
 
+use crate::ambit::HttpFault;
 use crate::gateway_api::{Gateway, GatewayClass, GrpcRoute, HttpRoute, ReferenceGrant};
-use crate::istio::{AuthorizationPolicy, PeerAuthentication};
+use crate::istio::{AuthorizationPolicy, DestinationRule, PeerAuthentication, VirtualService};
 use crate::waypoints::Programmed;
 use crate::yaml::{Node as YamlNode, Value};
 
@@ -142,6 +143,9 @@ pub enum Body {
     Gateway(Arc<Gateway>),
     GatewayClass(Arc<GatewayClass>),
     ReferenceGrant(Arc<ReferenceGrant>),
+    VirtualService(Arc<VirtualService>),
+    DestinationRule(Arc<DestinationRule>),
+    HttpFault(Arc<HttpFault>),
 }
 
 impl Body {
@@ -160,6 +164,9 @@ impl Body {
             Self::Gateway(_) => "Gateway",
             Self::GatewayClass(_) => "GatewayClass",
             Self::ReferenceGrant(_) => "ReferenceGrant",
+            Self::VirtualService(_) => "VirtualService",
+            Self::DestinationRule(_) => "DestinationRule",
+            Self::HttpFault(_) => "HTTPFault",
         }
     }
 }
@@ -229,6 +236,9 @@ pub struct Objects {
     pub gateways: Table<Gateway>,
     pub gateway_classes: Table<GatewayClass>,
     pub reference_grants: Table<ReferenceGrant>,
+    pub virtual_services: Table<VirtualService>,
+    pub destination_rules: Table<DestinationRule>,
+    pub http_faults: Table<HttpFault>,
     /// Waypoints that are known to have been ready, which stands in no file; those without a Gateway do not count.
     pub programmed: Programmed,
 }
@@ -252,6 +262,9 @@ impl Objects {
             Body::Gateway(v) => put(&mut self.gateways, key, v, origin),
             Body::GatewayClass(v) => put(&mut self.gateway_classes, key, v, origin),
             Body::ReferenceGrant(v) => put(&mut self.reference_grants, key, v, origin),
+            Body::VirtualService(v) => put(&mut self.virtual_services, key, v, origin),
+            Body::DestinationRule(v) => put(&mut self.destination_rules, key, v, origin),
+            Body::HttpFault(v) => put(&mut self.http_faults, key, v, origin),
         }
     }
 
@@ -312,6 +325,9 @@ meta!(
     Gateway = "Gateway",
     GatewayClass = "GatewayClass",
     ReferenceGrant = "ReferenceGrant",
+    VirtualService = "VirtualService",
+    DestinationRule = "DestinationRule",
+    HttpFault = "HTTPFault",
 );
 
 /// Which of several objects came first: by creation time where a cluster states it, else by place.

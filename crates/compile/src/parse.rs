@@ -14,13 +14,14 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 use crate::diagnostics::{Code, Diagnostic};
-use crate::gateway_api;
 use crate::istio::FIELD_NAMES;
+use crate::istio::fields::{self, Finding};
 use crate::kinds::{self, Handling, Kind};
 use crate::object::{Body, Meta, ORIGIN_ANNOTATION, Object, Origin, object_id};
 use crate::read::{Misfit, Reading, typed};
 use crate::validate;
 use crate::yaml::{self, Node, Value};
+use crate::{ambit, gateway_api};
 
 /// What a file holds.
 #[derive(Clone, Debug, Default)]
@@ -141,14 +142,46 @@ impl Reader<'_> {
             Kind::Gateway => Body::Gateway(self.decode(kind, &namespace)?),
             Kind::GatewayClass => Body::GatewayClass(self.decode(kind, &namespace)?),
             Kind::ReferenceGrant => Body::ReferenceGrant(self.decode(kind, &namespace)?),
+            Kind::VirtualService => Body::VirtualService(self.decode(kind, &namespace)?),
+            Kind::DestinationRule => Body::DestinationRule(self.decode(kind, &namespace)?),
+            Kind::HttpFault => Body::HttpFault(self.decode(kind, &namespace)?),
         };
+        let served = self.served_fields(kind);
         let mut problems = Vec::new();
         validate::body(&body, &mut |field, message| problems.push((field, message)));
         for (field, message) in &problems {
             self.lose(Code::InvalidField, field, message, "");
         }
         let origin = self.origin();
-        problems.is_empty().then_some(Object { namespace, name, origin, body })
+        (served && problems.is_empty()).then_some(Object { namespace, name, origin, body })
+    }
+
+    /// Names the fields that exist and are not served; false when the object cannot be taken with what stands in them.
+    fn served_fields(&mut self, kind: Kind) -> bool {
+        let root = match kind {
+            Kind::VirtualService => "VirtualService",
+            Kind::DestinationRule => "DestinationRule",
+            _ => return true,
+        };
+        let spec = self.node.get("spec").map_or(Json::Null, Node::to_json);
+        let mut findings = Vec::new();
+        if !spec.is_null() {
+            fields::walk(root, &spec, &mut |field, finding| findings.push((field, finding)));
+        }
+        let mut good = true;
+        for (field, finding) in findings {
+            match finding {
+                Finding::Unknown => good &= self.unknown_field(kind, &field),
+                Finding::WrongType(expected) => {
+                    good = false;
+                    self.lose(Code::InvalidField, &field, &format!("must be {expected}"), "");
+                }
+                Finding::Diagnosed { code, severity, why } => {
+                    self.skip(Diagnostic::new(severity, code, why).field(field));
+                }
+            }
+        }
+        good
     }
 
     /// Where the object comes from: generated objects say so themselves.
@@ -231,18 +264,22 @@ impl Reader<'_> {
                 if matches!(field.as_str(), "apiVersion" | "kind") || top == "status" {
                     continue;
                 }
-                good = false;
-                let known =
-                    if kind.is_gateway_api() { gateway_api::FIELD_NAMES } else { FIELD_NAMES };
-                let help = nearest(name, known).map(|near| format!("did you mean {near:?}?"));
-                let message = format!("unknown field {name:?}");
-                self.lose(Code::UnknownField, field, &message, &help.unwrap_or_default());
+                good &= self.unknown_field(kind, field);
             } else {
                 let message = format!("unknown field {name:?}; ignored");
                 self.skip(Diagnostic::warning(Code::UnknownField, message).field(field));
             }
         }
         good
+    }
+
+    /// Reports an unknown field of a kind that cannot be taken with it.
+    fn unknown_field(&mut self, kind: Kind, field: &str) -> bool {
+        let name = field.rsplit('.').next().unwrap_or(field);
+        let help = nearest(name, &known_names(kind)).map(|near| format!("did you mean {near:?}?"));
+        let message = format!("unknown field {name:?}");
+        self.lose(Code::UnknownField, field, &message, &help.unwrap_or_default());
+        false
     }
 
     /// An error that costs the object.
@@ -277,6 +314,16 @@ fn numbers_of_quantities(json: &mut Json, quantities: bool) {
         }
         Json::Array(items) => items.iter_mut().for_each(|i| numbers_of_quantities(i, false)),
         _ => {}
+    }
+}
+
+/// The names of a kind's fields.
+fn known_names(kind: Kind) -> Vec<&'static str> {
+    match kind {
+        Kind::VirtualService | Kind::DestinationRule => fields::names().collect(),
+        Kind::HttpFault => ambit::FIELD_NAMES.to_vec(),
+        kind if kind.is_gateway_api() => gateway_api::FIELD_NAMES.to_vec(),
+        _ => FIELD_NAMES.to_vec(),
     }
 }
 

@@ -12,12 +12,12 @@ use crate::authorization;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::enrolment::enrolment;
-use crate::labels;
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::pods::service_account;
 use crate::selection::ByLabel;
 use crate::services::ByNamespace;
 use crate::waypoints::binding::Bindings;
+use crate::{http, labels};
 
 /// Namespaces that every cluster has, or that the mesh brings.
 const BUILT_IN: [&str; 5] =
@@ -41,10 +41,14 @@ pub(crate) fn check(
     namespaces(&objects.grpc_routes, objects, cx);
     namespaces(&objects.gateways, objects, cx);
     namespaces(&objects.reference_grants, objects, cx);
+    namespaces(&objects.virtual_services, objects, cx);
+    namespaces(&objects.destination_rules, objects, cx);
+    namespaces(&objects.http_faults, objects, cx);
     accounts(&own, objects, cx);
     labels::check(objects, &own, bindings, cx);
     let selectable = Selectable::of(objects);
     service_selectors(objects, services, &selectable, cx);
+    subset_labels(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);
     policy_sources(objects, policies, cx);
 }
@@ -174,6 +178,34 @@ fn service_selectors(
             let message = "selects no pod: the Service has no endpoints";
             let d = Diagnostic::warning(Code::SelectsNothing, message).field("spec.selector");
             cx.report(&key, sourced, d.help("compare it with the labels of the pods"));
+        }
+    }
+}
+
+/// Subsets that no pod could ever be in.
+fn subset_labels(
+    objects: &Objects,
+    services: &ByNamespace,
+    selectable: &Selectable<'_>,
+    cx: &mut Context<'_>,
+) {
+    for (key, sourced) in &objects.destination_rules {
+        let Some(service) = http::destination_rule::service_of(key, &sourced.value, services, cx)
+        else {
+            continue;
+        };
+        for (i, subset) in sourced.value.spec.subsets.iter().enumerate() {
+            let namespace = Some(&*service.service.key.namespace);
+            let selector = http::destination_rule::selector(service, &subset.labels);
+            let found =
+                selector.is_some_and(|s| selectable.selected(namespace, &s).next().is_some());
+            if !found && !service.selector.is_empty() {
+                let message =
+                    "selects no pod of the Service: requests for the subset are answered with 503";
+                let d = Diagnostic::warning(Code::SelectsNothing, message)
+                    .field(format!("spec.subsets[{i}].labels"));
+                cx.report(key, sourced, d.help("compare them with the labels of the pods"));
+            }
         }
     }
 }

@@ -62,7 +62,7 @@ fn a_folder_becomes_a_mesh() {
 }
 
 /// Documents of every kind, good ones and such with small faults.
-const DOCUMENTS: [&str; 19] = [
+const DOCUMENTS: [&str; 23] = [
     "{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}}",
     "{apiVersion: v1, kind: Node, metadata: {name: node-1, labels: {topology.kubernetes.io/zone: z}}}",
     "{apiVersion: v1, kind: ServiceAccount, metadata: {name: sa, namespace: shop}}",
@@ -101,12 +101,25 @@ const DOCUMENTS: [&str; 19] = [
      {type: RequestRedirect, requestRedirect: {hostname: a.example, port: 81, statusCode: 301}}]}]}}",
     "{apiVersion: gateway.networking.k8s.io/v1, kind: GRPCRoute, metadata: {name: g, namespace: shop}, spec: {parentRefs: \
      [{group: '', kind: Service, name: web, port: 80}], rules: [{matches: [{method: {service: a.B, method: C}, headers: \
-     [{name: x, value: y}]}], filters: [{type: ExtensionRef, extensionRef: {group: a, kind: b, name: c}}], backendRefs: \
+     [{name: x, value: y}]}], filters: [{type: ExtensionRef, extensionRef: {group: ambit.io, kind: HTTPFault, name: c}}], backendRefs: \
      [{name: web2, port: 80, filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: a, value: b}]}}]}]}]}}",
     "{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {name: g, namespace: bank}, spec: {gatewayClassName: \
      istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}}",
     "{apiVersion: gateway.networking.k8s.io/v1beta1, kind: ReferenceGrant, metadata: {name: g, namespace: shop}, spec: {from: \
      [{group: a, kind: b, namespace: c}], to: [{group: '', kind: Service}]}}",
+    "{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: v, namespace: shop}, spec: {hosts: [web2], http: \
+     [{name: a, match: [{uri: {prefix: /a}, headers: {x: {exact: y}}, port: 80}, {uri: {regex: '/b.*'}}], rewrite: {uri: /c}, \
+     route: [{destination: {host: web2, subset: s}, weight: 3}, {destination: {host: web}, weight: 1}], timeout: 1s}, \
+     {redirect: {uri: /d, scheme: https}}]}}",
+    "{apiVersion: networking.istio.io/v1beta1, kind: VirtualService, metadata: {name: w, namespace: bank}, spec: {hosts: \
+     [web.shop.svc.cluster.local], exportTo: ['.'], http: [{match: [{sourceNamespace: bank}], fault: {delay: {fixedDelay: 1s, \
+     percentage: {value: 5}}}, corsPolicy: {allowOrigins: [{exact: '*'}], maxAge: 1h}, headers: {request: {set: {a: b}}}, mirror: \
+     {host: nobody}, directResponse: {status: 200, body: {string: x}}}]}}",
+    "{apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: d, namespace: shop}, spec: {host: web2, subsets: \
+     [{name: s, labels: {app: web}, trafficPolicy: {tls: {mode: SIMPLE}}}], trafficPolicy: {connectionPool: {tcp: \
+     {maxConnections: 1}}}}}",
+    "{apiVersion: ambit.io/v1alpha1, kind: HTTPFault, metadata: {name: c, namespace: shop}, spec: {abort: {percent: 1, httpStatus: \
+     503}, match: {headers: [{name: a, value: b}], source: {namespaces: [bank]}}, until: '2030-01-01T00:00:00Z'}}",
 ];
 
 /// What may stand where something else stood.

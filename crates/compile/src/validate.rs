@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::istio::{AuthorizationPolicySpec, PeerAuthenticationSpec, Source};
 use crate::kinds::Kind;
 use crate::object::Body;
-use crate::{addresses, authorization};
+use crate::{addresses, authorization, http};
 
 /// Takes a field path and what is wrong with the value there.
 pub(crate) type Report<'a> = &'a mut dyn FnMut(String, String);
@@ -46,7 +46,11 @@ pub(crate) fn body(body: &Body, report: Report<'_>) {
         | Body::GrpcRoute(_)
         | Body::Gateway(_)
         | Body::GatewayClass(_)
-        | Body::ReferenceGrant(_) => {}
+        | Body::ReferenceGrant(_)
+        // What is wrong with a fault ends it, and nothing else: see `http::faults`.
+        | Body::HttpFault(_) => {}
+        Body::VirtualService(service) => http::virtual_service::validate(&service.spec, report),
+        Body::DestinationRule(rule) => http::destination_rule::validate(&rule.spec, report),
     }
 }
 

@@ -43,6 +43,20 @@ fn reasons_page_is_current() {
 }
 
 #[test]
+fn the_page_of_istio_fields_is_current() {
+    let path = root().join("docs/istio-fields.md");
+    let want = compile::istio::fields::page();
+    if std::env::var_os("TIDY_WRITE").is_some() {
+        fs::write(&path, &want).expect("docs/istio-fields.md can be written");
+    }
+    let got = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        got == want,
+        "docs/istio-fields.md is not what crates/compile/src/istio/fields says: TIDY_WRITE=1 cargo test -p tidy --test docs"
+    );
+}
+
+#[test]
 fn paths_are_found_in_backticks() {
     let text = "`crates/model`, crates/engine and `ztunnel/src/main.rs:12`; not `a b/c`, `http://x/y`, `x/*`";
     assert_eq!(paths_in(text), ["crates/model", "ztunnel/src/main.rs"]);

@@ -14,7 +14,8 @@ use model::{Reason, Str};
 use super::rules::{Invalid, RuleCompiler};
 use super::shape::{self, PathModifier};
 use super::status::ConditionReason;
-use super::{targets, text};
+use super::{faults, targets, text};
+use crate::ambit;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::object::Objects;
 
@@ -38,11 +39,16 @@ pub(super) fn compile(
 
 /// The filter that an ExtensionRef names, of the route's own namespace.
 pub(crate) fn extension_filter(
-    _objects: &Objects,
-    _namespace: &str,
+    objects: &Objects,
+    namespace: &str,
     to: &shape::ExtensionRef<'_>,
+    trust_domain: &str,
 ) -> Result<Filter, String> {
-    Err(format!("{}/{} {:?} is no filter that we know", to.group, to.kind, to.name))
+    if (to.group, to.kind) != (ambit::GROUP, "HTTPFault") {
+        return Err(format!("{}/{} {:?} is no filter that we know", to.group, to.kind, to.name));
+    }
+    let fault = faults::filter(objects, namespace, to.name, trust_domain);
+    fault.ok_or_else(|| format!("there is no HTTPFault {namespace}/{}", to.name))
 }
 
 /// Filters of which one is enough, and those that exclude each other.
@@ -110,7 +116,8 @@ fn one(
 }
 
 fn extension(to: &shape::ExtensionRef<'_>, at: &str, c: &mut RuleCompiler<'_, '_>) -> Filter {
-    extension_filter(c.objects, c.namespace, to).unwrap_or_else(|message| {
+    let filter = extension_filter(c.objects, c.namespace, to, &c.cx.config.trust_domain);
+    filter.unwrap_or_else(|message| {
         let d = Diagnostic::error(Code::DanglingReference, message.clone()).field(at);
         c.bad_reference(ConditionReason::InvalidKind, d.help(ANSWERS));
         Filter::Fail { reason: Reason::BadFilter, message: message.into() }

@@ -48,7 +48,15 @@ fn kinds() {
     one("gateway.networking.x-k8s.io/v1alpha1", "XMesh", "warning unhandled_kind", true);
     one("gateway.networking.k8s.io/v1alpha2", "GRPCRoute", "error unknown_kind", false);
     one("gateway.networking.k8s.io/v1", "HttpRoute", "error unknown_kind", false);
-    one("networking.istio.io/v1", "VirtualService", "warning unhandled_kind", true);
+    one("networking.istio.io/v1alpha3", "EnvoyFilter", "warning unhandled_kind", true);
+    one("networking.istio.io/v1", "Sidecar", "warning unhandled_kind", true);
+    one("networking.istio.io/v1", "Gateway", "warning unhandled_kind", true);
+    one("extensions.istio.io/v1alpha1", "WasmPlugin", "warning unhandled_kind", true);
+    one("telemetry.istio.io/v1", "Telemetry", "warning unhandled_kind", true);
+    one("security.istio.io/v1", "RequestAuthentication", "warning unhandled_kind", true);
+    one("networking.istio.io/v1", "VirtualServise", "error unknown_kind", false);
+    one("networking.istio.io/v2", "VirtualService", "error unknown_kind", false);
+    one("ambit.io/v1", "HTTPFault", "error unknown_kind", false);
     one("rbac.authorization.k8s.io/v1", "Role", "info unhandled_kind", true);
     one("cert-manager.io/v1", "Certificate", "error unknown_kind", true);
     // Slips in what we do handle.
@@ -58,6 +66,8 @@ fn kinds() {
     one("security.istio.io/v1beat1", "AuthorizationPolicy", "error unknown_kind", false);
     let help = &parse_file("f", &object("v1", "Deployment")).diagnostics[0].help;
     assert_eq!(help, "Deployment is served as apps/v1");
+    let envoy = &parse_file("f", &object("networking.istio.io/v1alpha3", "EnvoyFilter"));
+    assert!(envoy.diagnostics[0].message.contains("there is no Envoy to patch"));
     for version in ["v1", "v1beta1"] {
         for kind in ["AuthorizationPolicy", "PeerAuthentication"] {
             check(&object(&format!("security.istio.io/{version}"), kind), &[]);

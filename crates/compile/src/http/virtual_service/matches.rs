@@ -1,0 +1,181 @@
+//! What a rule of a VirtualService matches.
+//!
+//! Invariant: a condition that cannot be read leaves its match wider, never narrower, and the match then leads to an error:
+//! whatever it was meant for does not slip past it to the next rule.
+
+use std::collections::BTreeMap;
+
+use model::http::{Audience, FieldMatch, PathMatch, RouteMatch, TextMatch};
+
+use super::super::text;
+use super::MESH;
+use super::rules::{Failure, Place, Reader};
+use crate::diagnostics::Code;
+use crate::istio::virtual_service::{HttpMatch, HttpRule, StringMatch};
+
+/// A match of a rule.
+#[derive(Debug, Default)]
+pub(super) struct Matched {
+    pub name: String,
+    pub matched: RouteMatch,
+    /// Set: a request that fits is answered with an error.
+    pub failure: Option<Failure>,
+}
+
+/// The matches that there are at a place, in order.
+pub(super) fn all(
+    rule: &HttpRule,
+    at: &str,
+    place: &Place<'_>,
+    reader: &mut Reader<'_>,
+) -> Vec<Matched> {
+    if rule.r#match.is_empty() {
+        return vec![Matched::default()];
+    }
+    let mut out = Vec::new();
+    for (i, m) in rule.r#match.iter().enumerate() {
+        let at = format!("{at}.match[{i}]");
+        for gateway in m.gateways.iter().filter(|g| *g != MESH) {
+            let message = format!(
+                "{gateway:.80?} is not served: nothing takes traffic from outside the mesh"
+            );
+            reader.warn(Code::Unsupported, format!("{at}.gateways"), message);
+        }
+        if m.port.is_some_and(|port| port > 65535) {
+            reader.invalid(format!("{at}.port"), "not a port (1-65535)");
+        }
+        if is_there(m, place) {
+            out.push(one(m, &at, reader));
+        }
+    }
+    out
+}
+
+/// Whether a match is for this port, these clients, and the mesh.
+fn is_there(m: &HttpMatch, place: &Place<'_>) -> bool {
+    let Place::At(there) = place else { return true };
+    let port = m.port.unwrap_or_default();
+    let source = m.source_namespace.as_str();
+    (m.gateways.is_empty() || m.gateways.iter().any(|g| g == MESH))
+        && (port == 0 || port == u32::from(there.port))
+        && match there.audience {
+            _ if source.is_empty() => true,
+            Audience::Everybody => false,
+            Audience::Namespace(namespace) => **namespace == *source,
+        }
+}
+
+fn one(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Matched {
+    let mut failures = Vec::new();
+    let mut matched = RouteMatch::default();
+    match path(m, at, reader) {
+        Ok(path) => matched.path = path,
+        Err(e) => failures.push(e),
+    }
+    for (field, wanted, slot) in [
+        ("scheme", &m.scheme, &mut matched.scheme),
+        ("method", &m.method, &mut matched.method),
+        ("authority", &m.authority, &mut matched.authority),
+    ] {
+        let Some(wanted) = wanted else { continue };
+        match value(wanted, &format!("{at}.{field}"), reader) {
+            Ok(value) => *slot = value,
+            Err(e) => failures.push(e),
+        }
+    }
+    matched.headers = headers(&m.headers, &format!("{at}.headers"), &mut failures, reader);
+    matched.without_headers =
+        headers(&m.without_headers, &format!("{at}.withoutHeaders"), &mut failures, reader);
+    for (name, wanted) in &m.query_params {
+        match value(wanted, &format!("{at}.queryParams.{name}"), reader) {
+            Ok(value) => matched.query.push(field(name, value)),
+            Err(e) => failures.push(e),
+        }
+    }
+    if !m.source_labels.is_empty() {
+        // Diagnosed by its field.
+        failures.push(format!("{at}.sourceLabels: labels of callers are not known"));
+    }
+    Matched { name: m.name.clone(), matched, failure: failures.into_iter().next() }
+}
+
+fn path(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Result<PathMatch, Failure> {
+    let Some(uri) = &m.uri else { return Ok(PathMatch::Any) };
+    let at = format!("{at}.uri");
+    let Some(value) = value(uri, &at, reader)? else { return Ok(PathMatch::Any) };
+    if let TextMatch::Exact(text) | TextMatch::Prefix(text) = &value
+        && !text.is_empty()
+        && !text.starts_with('/')
+    {
+        let message = format!("{text:.80?} does not begin with a slash: no path fits");
+        reader.warn(Code::MatchesNothing, at, message);
+    }
+    Ok(match (value, m.ignore_uri_case) {
+        (TextMatch::Exact(text), false) => PathMatch::Exact(text),
+        (TextMatch::Exact(text), true) => PathMatch::ExactIgnoringCase(text),
+        (TextMatch::Prefix(text), _) if text.is_empty() => PathMatch::Any,
+        (TextMatch::Prefix(text), false) => PathMatch::Prefix(text),
+        (TextMatch::Prefix(text), true) => PathMatch::PrefixIgnoringCase(text),
+        (TextMatch::Regex(pattern), _) => PathMatch::Regex(pattern),
+        // What is left is not made by `value`, or fits everything.
+        _ => PathMatch::Any,
+    })
+}
+
+/// `None`: whatever it is.
+pub(super) fn value(
+    wanted: &StringMatch,
+    at: &str,
+    reader: &mut Reader<'_>,
+) -> Result<Option<TextMatch>, Failure> {
+    match (&wanted.exact, &wanted.prefix, &wanted.regex) {
+        (None, None, None) => Ok(None),
+        (Some(text), None, None) => Ok(Some(TextMatch::Exact(text.as_str().into()))),
+        (None, Some(text), None) => Ok(Some(TextMatch::Prefix(text.as_str().into()))),
+        // No pattern, but what people write for "anything".
+        (None, None, Some(text)) if text == "*" => Ok(None),
+        (None, None, Some(text)) => match reader.pattern(text) {
+            Ok(pattern) => Ok(Some(TextMatch::Regex(pattern))),
+            Err(message) => Err(reader.invalid(format!("{at}.regex"), message)),
+        },
+        _ => Err(reader.invalid(at, "exact, prefix and regex exclude each other")),
+    }
+}
+
+fn headers(
+    wanted: &BTreeMap<String, StringMatch>,
+    at: &str,
+    failures: &mut Vec<Failure>,
+    reader: &mut Reader<'_>,
+) -> Vec<FieldMatch> {
+    let mut out: Vec<FieldMatch> = Vec::new();
+    for (name, wanted) in wanted {
+        let at = format!("{at}.{name}");
+        // Istio ignores these here: they are fields of the match.
+        if matches!(name.as_str(), "uri" | "scheme" | "method" | "authority") {
+            let message = format!("ignored, as in Istio: write it as the match's own field {name}");
+            reader.warn(Code::NoEffect, at, message);
+            continue;
+        }
+        let name = match name.as_str() {
+            ":authority" => Ok("host".to_owned()),
+            pseudo if pseudo.starts_with([':', '@']) => {
+                let message = "not handled: only headers can be matched, not what is made of them";
+                Err(reader.unsupported(at.clone(), message))
+            }
+            name => text::header_name(name).map_err(|e| reader.invalid(at.clone(), e)),
+        };
+        match name.and_then(|name| Ok((name, value(wanted, &at, reader)?))) {
+            Ok((name, _)) if out.iter().any(|h| *h.name == *name) => {
+                failures.push(reader.invalid(at, "is matched twice: case makes no difference"));
+            }
+            Ok((name, value)) => out.push(field(&name, value)),
+            Err(e) => failures.push(e),
+        }
+    }
+    out
+}
+
+fn field(name: &str, value: Option<TextMatch>) -> FieldMatch {
+    FieldMatch { name: name.into(), value: value.unwrap_or(TextMatch::Present) }
+}
