@@ -123,14 +123,14 @@ fn answers_every_request_with_an_error(routes: &ServiceRoutes) -> bool {
 }
 
 /// A waypoint asks for more than a node's proxy.
-fn client() -> Client {
+fn waypoint() -> Client {
     Client::new(Node::default(), defaults()).asking_for(&Kind::OF_WAYPOINT)
 }
 
 /// A stream of responses for the proxy's half and of requests for the server's. The first byte of a message says which,
 /// two more its length.
 pub fn delta(data: &[u8]) {
-    let mut client = client();
+    let mut client = waypoint();
     let mut server = Connection::new(Arc::new(desired()));
     let mut snapshot = Snapshot::default();
     let _ = client.connect();
@@ -195,7 +195,7 @@ fn request(server: &mut Connection, message: &[u8]) {
 /// What was in force comes back from the disk as it was.
 fn restart(client: &Client, snapshot: &Snapshot) {
     let saved: Vec<_> = client.held().save(snapshot).collect();
-    let mut next = client();
+    let mut next = waypoint();
     let (changes, unreadable) = next.restore(saved);
     let restored = Snapshot::default().with(changes);
     let closed = snapshot.workloads().filter(|w| w.protocol == TunnelProtocol::Unreadable).count();
