@@ -445,6 +445,9 @@ fn the_wire_loses_nothing() {
     ]);
     folders.push(all.path().to_owned());
     for dir in folders.iter().filter(|d| d.is_dir()) {
+        // An example that changes while it runs keeps what it begins with in a folder of its own.
+        let begin = Some(dir.join("mesh")).filter(|mesh| mesh.is_dir());
+        let dir = begin.as_ref().unwrap_or(dir);
         let objects = load::read(std::slice::from_ref(dir)).unwrap();
         let config = compile::local::LocalConfig::with_nodes(2);
         let plan =
