@@ -16,6 +16,8 @@ const TESTS: &[(&str, Test)] = &[
     ("the_same_in_istios_words", by_virtual_service),
 ];
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/canary");
+/// The step that brings a Deployment; all others bring a route.
+const DEPLOY: &str = "1-deploy-v2.yaml";
 const CLIENT: &str = "production/client";
 /// Requests that are counted per step.
 const COUNTED: usize = 500;
@@ -59,11 +61,12 @@ fn count(lab: &Lab, times: usize, more: &[&str]) -> Result<Counted> {
     Ok(Counted { stable, canary })
 }
 
-/// Copies a step's file into the running mesh's folder, under one name: each step takes the place of the one before.
-/// Others ask meanwhile, and none of them may fail.
+/// Copies a step's file into the running mesh's folder: each route takes the place of the one before. Others ask
+/// meanwhile, and none of them may fail.
 fn step(lab: &Lab, file: &str, checks: impl FnOnce() -> Result<()>) -> Result<()> {
     let load = load(lab)?;
-    lab.write("20-route.yaml", &read(file)?)?;
+    let to = if file == DEPLOY { "15-canary.yaml" } else { "20-route.yaml" };
+    lab.write(to, &read(file)?)?;
     checks().context(file.to_owned())?;
     flawless(load).context(file.to_owned())
 }
@@ -73,11 +76,7 @@ fn read(file: &str) -> Result<String> {
     std::fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-/// Deploys the canary for good: the steps after the first hold the route alone.
-fn deploy(lab: &Lab) -> Result<()> {
-    let first = read("1-deploy-v2.yaml")?;
-    let deployment = first.split("---\n").nth(1).context("the Deployment of step 1")?;
-    lab.write("15-canary.yaml", deployment)?;
+fn canary_runs(lab: &Lab) -> Result<()> {
     lab.until("the canary to run", || {
         let pods = lab.status()?.pods;
         Ok(pods.iter().any(|p| p.name.starts_with("api-canary-") && p.ready))
@@ -142,8 +141,8 @@ fn waypoint_log(lab: &Lab) -> Result<String> {
 }
 
 fn by_http_route(lab: &Lab) -> Result<()> {
-    step(lab, "1-deploy-v2.yaml", || {
-        deploy(lab)?;
+    step(lab, DEPLOY, || {
+        canary_runs(lab)?;
         check(lab, 0.0, &[])
     })?;
     step(lab, "2-header.yaml", || {
@@ -160,8 +159,7 @@ fn by_http_route(lab: &Lab) -> Result<()> {
 }
 
 fn by_virtual_service(lab: &Lab) -> Result<()> {
-    // Both write one file name; the route of step 6 keeps the canary out until then.
-    step(lab, "6-back.yaml", || deploy(lab))?;
+    step(lab, DEPLOY, || canary_runs(lab))?;
     step(lab, "virtual-service.yaml", || {
         check(lab, 100.0, &["-H", "x-canary:true"])?;
         check(lab, 10.0, &[])
