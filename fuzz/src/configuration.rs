@@ -42,6 +42,16 @@ pub fn objects(data: &[u8]) {
         assert_eq!(got, **p);
         planted::compiled(p);
     }
+    for r in &compiled.routes {
+        let wire = codec::encode_routes(r).encode_to_vec();
+        let got = codec::decode_routes(&codec::routes_name(r), &wire, interner);
+        assert_eq!(got.as_ref(), Ok(&**r));
+    }
+    for s in &compiled.subsets {
+        let wire = codec::encode_subset(s).encode_to_vec();
+        let got = codec::decode_subset(&codec::subset_name(s), &wire, interner);
+        assert_eq!(got.as_ref(), Ok(&**s));
+    }
 }
 
 /// The messages between a node's agent and its proxy: as one, and as a line of them, a length before each.

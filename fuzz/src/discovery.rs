@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use model::{Action, Rule, Service, Snapshot, TunnelProtocol, Workload};
+use model::http::{Filter, RouteMatch, ServiceRoutes, Subset, SubsetKey};
+use model::{Action, Reason, Rule, Service, ServiceKey, Snapshot, TunnelProtocol, Workload};
 use prost::Message;
 use xds::client::Client;
 use xds::codec::{self, Address, Defaults, Interner};
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use xds::server::{Connection, Resources};
-use xds::{security, workload as wire};
+use xds::{Kind, ambit, security, workload as wire};
 
 use crate::planted;
 
@@ -75,10 +76,61 @@ pub fn authorization(data: &[u8]) {
     }
 }
 
+/// What a waypoint knows about a Service: the bytes as routes, and as a subset.
+pub fn routes(data: &[u8]) {
+    let interner = &mut Interner::default();
+    let named = |service: Option<ambit::ServiceName>| match service {
+        Some(service) => format!("{}/{}", service.namespace, service.hostname),
+        None => "ns/name".to_owned(),
+    };
+    let name = ambit::Routes::decode(data).map_or_else(|_| named(None), |r| named(r.service));
+    match codec::decode_routes(&name, data, interner) {
+        Ok(routes) => {
+            let wire = codec::encode_routes(&routes).encode_to_vec();
+            assert_eq!(codec::decode_routes(&name, &wire, interner).as_ref(), Ok(&routes));
+            planted::routes(&routes);
+        }
+        Err(error) => {
+            assert!(error.to_string().len() < 16 << 10, "a control plane must not fill the log");
+            if let Some(closed) = codec::closed_routes(&name, interner) {
+                assert!(answers_every_request_with_an_error(&closed), "{closed:?}");
+            }
+        }
+    }
+    let name = ambit::Subset::decode(data).map_or_else(
+        |_| "ns/name/subset".to_owned(),
+        |s| format!("{}/{}", named(s.service), s.name),
+    );
+    match codec::decode_subset(&name, data, interner) {
+        Ok(subset) => {
+            let wire = codec::encode_subset(&subset).encode_to_vec();
+            assert_eq!(codec::decode_subset(&name, &wire, interner), Ok(subset));
+        }
+        Err(error) => {
+            assert!(error.to_string().len() < 16 << 10, "a control plane must not fill the log");
+            let closed = codec::closed_subset(&name, interner);
+            assert!(closed.is_none_or(|subset| subset.workloads.is_empty()));
+        }
+    }
+}
+
+fn answers_every_request_with_an_error(routes: &ServiceRoutes) -> bool {
+    let [set] = &routes.sets[..] else { return false };
+    let [rule] = &set.rules[..] else { return false };
+    set.ports.is_empty()
+        && set.matches[..] == [RouteMatch::default()]
+        && matches!(rule.filters[..], [Filter::Fail { reason: Reason::Unsupported, .. }])
+}
+
+/// A waypoint asks for more than a node's proxy.
+fn waypoint() -> Client {
+    Client::new(Node::default(), defaults()).asking_for(&Kind::OF_WAYPOINT)
+}
+
 /// A stream of responses for the proxy's half and of requests for the server's. The first byte of a message says which,
 /// two more its length.
 pub fn delta(data: &[u8]) {
-    let mut client = Client::new(Node::default(), defaults());
+    let mut client = waypoint();
     let mut server = Connection::new(Arc::new(desired()));
     let mut snapshot = Snapshot::default();
     let _ = client.connect();
@@ -93,7 +145,7 @@ pub fn delta(data: &[u8]) {
             0 | 1 => respond(&mut client, &mut snapshot, message),
             2 => request(&mut server, message),
             // A new stream.
-            _ => assert_eq!(client.connect().len(), xds::Kind::ALL.len()),
+            _ => assert_eq!(client.connect().len(), Kind::OF_WAYPOINT.len()),
         }
     }
     restart(&client, &snapshot);
@@ -101,8 +153,14 @@ pub fn delta(data: &[u8]) {
 
 fn desired() -> Resources {
     let workload = Workload::named("c//Pod/ns/w", "ns", "w");
+    let key = ServiceKey { namespace: "ns".into(), hostname: "s".into() };
+    let routes = ServiceRoutes { service: key.clone(), ports: Arc::new([]), sets: Arc::new([]) };
+    let subset = Subset {
+        key: SubsetKey { service: key.clone(), name: "v1".into() },
+        workloads: [workload.uid.clone()].into(),
+    };
     let service = Service {
-        key: model::ServiceKey { namespace: "ns".into(), hostname: "s".into() },
+        key,
         name: "s".into(),
         vips: Arc::new([]),
         ports: Arc::new([]),
@@ -111,7 +169,8 @@ fn desired() -> Resources {
         load_balancing: model::LoadBalancing::default(),
         families: model::FamilyPolicy::default(),
     };
-    Resources::new(model::ConfigVersion { epoch: 1, number: 1 }, [&workload], [&service], [])
+    let push = model::ConfigVersion { epoch: 1, number: 1 };
+    Resources::new(push, [&workload], [&service], [], [&routes], [&subset])
 }
 
 fn respond(client: &mut Client, snapshot: &mut Snapshot, message: &[u8]) {
@@ -136,7 +195,7 @@ fn request(server: &mut Connection, message: &[u8]) {
 /// What was in force comes back from the disk as it was.
 fn restart(client: &Client, snapshot: &Snapshot) {
     let saved: Vec<_> = client.held().save(snapshot).collect();
-    let mut next = Client::new(Node::default(), defaults());
+    let mut next = waypoint();
     let (changes, unreadable) = next.restore(saved);
     let restored = Snapshot::default().with(changes);
     let closed = snapshot.workloads().filter(|w| w.protocol == TunnelProtocol::Unreadable).count();
@@ -150,7 +209,10 @@ fn on_the_wire(snapshot: &Snapshot) -> Vec<Vec<u8>> {
     let workloads = snapshot.workloads().map(|w| codec::encode_workload(w).encode_to_vec());
     let services = snapshot.services().map(|s| codec::encode_service(s).encode_to_vec());
     let policies = snapshot.policies().map(|p| codec::encode_policy(p).encode_to_vec());
-    let mut all: Vec<_> = workloads.chain(services).chain(policies).collect();
+    let routes = snapshot.all_routes().map(|r| codec::encode_routes(r).encode_to_vec());
+    let subsets = snapshot.subsets().map(|s| codec::encode_subset(s).encode_to_vec());
+    let known = workloads.chain(services).chain(policies);
+    let mut all: Vec<_> = known.chain(routes).chain(subsets).collect();
     all.sort();
     all
 }

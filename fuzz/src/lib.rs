@@ -12,7 +12,7 @@ mod planted;
 mod request;
 
 pub use configuration::{objects, registry, zds};
-pub use discovery::{address, authorization, delta};
+pub use discovery::{address, authorization, delta, routes};
 pub use names::dns;
 pub use peer::{csr, headers, identity};
 pub use request::request;
@@ -25,6 +25,7 @@ pub const TARGETS: [(&str, fn(&[u8])); 11] = [
     ("registry", registry),
     ("address", address),
     ("authorization", authorization),
+    ("routes", routes),
     ("delta", delta),
     ("zds", zds),
     ("dns", dns),

@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 
 use http::request;
+use model::http::ServiceRoutes;
 use model::{Action, Change, Identity, Match, Policy, Scope, TunnelProtocol, Workload};
 use xds::zds::{WorkloadRequest, workload_request::Payload};
 
@@ -41,6 +42,14 @@ pub(crate) fn policy(p: &Policy) {
     bug(
         selector && p.action == Action::Deny && p.rules.is_empty(),
         "a selector DENY without rules",
+    );
+}
+
+pub(crate) fn routes(routes: &ServiceRoutes) {
+    let mut rules = routes.sets.iter().flat_map(|set| set.rules.iter());
+    bug(
+        rules.any(|rule| rule.filters.is_empty() && rule.backends.iter().any(|b| b.weight > 100)),
+        "a rule without filters and with a large weight",
     );
 }
 

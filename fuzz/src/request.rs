@@ -2,12 +2,15 @@
 
 use std::sync::{Arc, LazyLock};
 
-use engine::http::{Caller, HttpAction, HttpPlan, RequestFacts, answer, normal_path, normalize, route};
+use engine::http::{
+    Caller, HttpAction, HttpPlan, RequestFacts, answer, normal_path, normalize, route,
+};
 use http::header::{CONNECTION, CONTENT_LENGTH, HOST, LOCATION, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, request};
 use model::http::{
-    Audience, Backend, Filter, HeaderEdits, PathMatch, PathRewrite, Pattern, Redirect, RedirectPort,
-    Rewrite, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Target, TextMatch, Timeouts,
+    Audience, Backend, Filter, HeaderEdits, PathMatch, PathRewrite, Pattern, Redirect,
+    RedirectPort, Rewrite, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Target,
+    TextMatch, Timeouts,
 };
 use model::{
     Change, FamilyPolicy, LoadBalancing, Provenance, Reason, Service, ServiceKey, Snapshot,
@@ -110,9 +113,9 @@ static WORLD: LazyLock<(Service, Snapshot)> = LazyLock::new(|| {
         families: FamilyPolicy::default(),
     };
     let target = Target::Service { service: key.clone(), port: 80, subset: None };
-    let rules: Vec<_> = filters().into_iter().map(|filter| Arc::new(rule(filter, &target))).collect();
-    let matches: Vec<_> =
-        (0..).zip(matches()).map(|(rule, m)| RouteMatch { rule, ..m }).collect();
+    let rules: Vec<_> =
+        filters().into_iter().map(|filter| Arc::new(rule(filter, &target))).collect();
+    let matches: Vec<_> = (0..).zip(matches()).map(|(rule, m)| RouteMatch { rule, ..m }).collect();
     let ports = Arc::new([80]);
     let set =
         RouteSet::new(Audience::Everybody, ports, RouteKind::Http, rules.into(), matches.into());

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ambit_fuzz::TARGETS;
+use prost::Message;
 use rcgen::{CertificateParams, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519, SanType};
 
 fn folder(target: &str) -> PathBuf {
@@ -69,8 +70,14 @@ fn names() {
 fn requests() {
     for (name, lines) in [
         ("plain", "1 GET /a/b/../b/c?q=1\nhost: Web:80\nx-one: a\nx-one: b"),
-        ("absolute", "1 POST http://web/x/y/%7Ez\ntransfer-encoding: chunked\nconnection: x-two, close\nx-two: 1"),
-        ("http2", "2 POST http://web/shop.Cart/Say\ncontent-type: application/grpc\nte: trailers\ncookie: a=1\ncookie: b=2"),
+        (
+            "absolute",
+            "1 POST http://web/x/y/%7Ez\ntransfer-encoding: chunked\nconnection: x-two, close\nx-two: 1",
+        ),
+        (
+            "http2",
+            "2 POST http://web/shop.Cart/Say\ncontent-type: application/grpc\nte: trailers\ncookie: a=1\ncookie: b=2",
+        ),
         ("upgrade", "1 GET /test\nhost: [fd00::1]:8080\nconnection: upgrade\nupgrade: websocket"),
         ("length", "0 PUT /exact\nhost: web\ncontent-length: 5\nx-ambit-reason: x"),
         ("query", "1 OPTIONS /?q=a+b&q=%63\nhost: web\norigin: https://a.com"),
@@ -115,11 +122,14 @@ fn discovery() {
         ("workload", "address"),
         ("service", "address"),
         ("authorization", "authorization"),
+        ("routes", "routes"),
+        ("subset", "routes"),
         ("zds_add", "zds"),
     ] {
         seed(target, fixture, wire(fixture));
     }
     seed("authorization", "small", b"\x0a\x01p\x12\x01n\x18\x01\x20\x01");
+    seed("routes", "small", small_routes().encode_to_vec());
     seed("zds", "del", b"\x12\x04\x12\x02u1");
     seed("zds", "keep", b"\x2a\x04\x0a\x02u1");
     seed("zds", "ack", b"\x0a\x04\x0a\x02no");
@@ -146,6 +156,27 @@ fn discovery() {
     let mut gone = message(&response(b"", b"", Some(b"u")));
     gone[0] = 2;
     seed("delta", "removal", [message(&small), gone].concat());
+}
+
+/// One rule that sends everything to one backend: a change of a byte is another valid route.
+fn small_routes() -> xds::ambit::Routes {
+    use xds::ambit::*;
+    let service = |hostname: &str| {
+        Some(ServiceName { namespace: "n".to_owned(), hostname: hostname.to_owned() })
+    };
+    let to = ServiceTarget { service: service("b"), port: 80, subset: Some("v".to_owned()) };
+    let target = Some(Target { target: Some(target::Target::Service(to)) });
+    let backends = vec![Backend { weight: 9, target, filters: Vec::new() }];
+    Routes {
+        service: service("h"),
+        ports: Vec::new(),
+        sets: vec![RouteSet {
+            audience: Some(route_set::Audience::Everybody(())),
+            rules: vec![RouteRule { route: "r".to_owned(), backends, ..RouteRule::default() }],
+            matches: vec![RouteMatch::default()],
+            ..RouteSet::default()
+        }],
+    }
 }
 
 /// A response to the proxy, as the target reads it.

@@ -184,7 +184,7 @@ fn watch_folders(
     folders::start(config.dirs.clone(), move |update| {
         let latest = builder.update(update, Instant::now());
         if let Some(world) = &latest.world {
-            let [workloads, services, policies] = world.counts;
+            let [workloads, services, policies, routes, subsets] = world.counts;
             control.metrics.counted(&world.counts, &latest.diagnostics);
             if !last.as_ref().is_some_and(|last| Arc::ptr_eq(last, world)) {
                 control.metrics.compiled(world.compile_time.as_secs_f64());
@@ -192,7 +192,10 @@ fn watch_folders(
             if last.as_ref().map(|last| last.push()) != Some(world.push()) {
                 control.metrics.pushed();
                 let took = world.compile_time;
-                tracing::info!(push = %world.push(), workloads, services, policies, ?took, "new configuration");
+                tracing::info!(
+                    push = %world.push(), workloads, services, policies, routes, subsets, ?took,
+                    "new configuration"
+                );
             }
         }
         last = latest.world.clone();

@@ -98,7 +98,7 @@ pub enum Refused {
     )]
     NoPodOnNode { node: Str, requested: Identity },
     #[error("{pod} runs as {own}: its token is good for that identity only, not for {requested}")]
-    PodForOther { pod: Pod, own: Identity, requested: Identity },
+    PodForOther { pod: Box<Pod>, own: Identity, requested: Identity },
     #[error(
         "{pod} runs as service account {}, and no waypoint does: only node proxies and waypoints read the \
          configuration",
@@ -271,7 +271,8 @@ fn own_of_pod(
     }
     match requested {
         Some(requested) if *requested != own => {
-            Err(Refused::PodForOther { pod: pod.clone(), own, requested: requested.clone() })
+            let (pod, requested) = (Box::new(pod.clone()), requested.clone());
+            Err(Refused::PodForOther { pod, own, requested })
         }
         _ => Ok(Subject::Workload { identity: own }),
     }

@@ -149,9 +149,10 @@ impl Metrics {
         self.compile.observe(seconds);
     }
 
-    /// Workloads, services and policies; and what is wrong with them.
-    pub(crate) fn counted(&self, counts: &[usize; 3], found: &[Diagnostic]) {
-        for (kind, count) in ["workloads", "services", "policies"].into_iter().zip(counts) {
+    /// Workloads, services, policies, routes and subsets; and what is wrong with them.
+    pub(crate) fn counted(&self, counts: &[usize; 5], found: &[Diagnostic]) {
+        let kinds = ["workloads", "services", "policies", "routes", "subsets"];
+        for (kind, count) in kinds.into_iter().zip(counts) {
             let gauge = self.objects.get_or_create_owned(&Kind { kind: kind.into() });
             gauge.set(i64::try_from(*count).unwrap_or(i64::MAX));
         }

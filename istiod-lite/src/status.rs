@@ -103,12 +103,14 @@ fn ready(control: &Control) -> (StatusCode, String) {
 fn config(control: &Control) -> String {
     let latest = control.latest.borrow();
     let world = latest.world.as_ref().map(|world| {
-        let [workloads, services, policies] = world.counts;
+        let [workloads, services, policies, routes, subsets] = world.counts;
         json!({
             "push": world.push().to_string(),
             "workloads": workloads,
             "services": services,
             "policies": policies,
+            "routes": routes,
+            "subsets": subsets,
             "compile_ms": world.compile_time.as_secs_f64() * 1e3,
             "age_seconds": world.since.elapsed().as_secs(),
         })

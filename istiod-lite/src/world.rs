@@ -31,8 +31,8 @@ pub(crate) struct World {
     pub gateways: Vec<GatewayStatus>,
     /// What there is to say about each route at each of its parents.
     pub route_status: Vec<RouteStatus>,
-    /// Workloads, services, policies.
-    pub counts: [usize; 3],
+    /// Workloads, services, policies, services with routes, subsets.
+    pub counts: [usize; 5],
     pub compile_time: Duration,
     /// When this push number came to be.
     pub since: Instant,
@@ -133,8 +133,17 @@ impl Builder {
         let mut objects = self.folder.objects();
         objects.programmed.clone_from(&self.programmed);
         let compiled = compile::compile(&objects, &self.mesh);
-        let Compiled { workloads, services, policies, diagnostics, pods, route_status, .. } =
-            compiled;
+        let Compiled {
+            workloads,
+            services,
+            policies,
+            routes,
+            subsets,
+            diagnostics,
+            pods,
+            route_status,
+            ..
+        } = compiled;
         let (waypoints, gateways) = (compiled.waypoint_accounts, compiled.gateways);
         let mut of_content = self.folder.diagnostics();
         of_content.extend(diagnostics);
@@ -145,13 +154,15 @@ impl Builder {
             workloads.iter().map(|w| &**w),
             services.iter().map(|s| &**s),
             policies.iter().map(|p| &**p),
+            routes.iter().map(|r| &**r),
+            subsets.iter().map(|s| &**s),
         );
         let unchanged = last.filter(|last| last.resources.same_content(&resources));
         let (resources, since) = match unchanged {
             Some(last) => (last.resources.clone(), last.since),
             None => (Arc::new(resources), now),
         };
-        let counts = [workloads.len(), services.len(), policies.len()];
+        let counts = [workloads.len(), services.len(), policies.len(), routes.len(), subsets.len()];
         let compile_time = started.elapsed();
         let world = World {
             resources,
@@ -336,6 +347,6 @@ spec: {{clusterIP: 10.96.0.20, ports: [{{port: 80}}]}}
         assert!(play.set("s.yaml", SERVICE).world.is_none());
         play.complete = true;
         let latest = play.update(vec![]);
-        assert_eq!(latest.world.expect("complete").counts, [0, 1, 0]);
+        assert_eq!(latest.world.expect("complete").counts, [0, 1, 0, 0, 0]);
     }
 }

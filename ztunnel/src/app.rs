@@ -5,24 +5,26 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use agent::access_log::{self, AccessLog, Utc};
-use agent::admin::{AdminState, Certificate, CertificateInfo};
+use agent::access_log::AccessLog;
+use agent::admin::{self, AdminState};
 use agent::certs::CertStore;
 use agent::control_plane::{
     Anchors, CERTIFICATE_LIFETIME, ControlPlane, Login, Proxy, RootCert, Server,
 };
+use agent::flags;
+use agent::lifecycle;
 use agent::logging;
 use agent::metrics::Metrics;
 use agent::readiness::Readiness;
 use agent::store::ConfigStore;
 use agent::trace::{TraceSettings, Tracer};
 use agent::xds_client::{XdsPhase, XdsStatus, XdsView, run_xds};
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use model::{Reason, Refusal};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
+use xds::Kind;
 
 use crate::config::{Config, Waits};
 use crate::pages::Pages;
@@ -44,13 +46,14 @@ const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
 /// Runs `ztunnel proxy` until SIGTERM or SIGINT and the drain that follows.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    let log_format = match config.log_format.as_str() {
-        "text" => access_log::Format::Text,
-        "json" => access_log::Format::Json,
-        other => bail!("--log-format is text or json, not {other:?}"),
-    };
+    let log_format = flags::log_format(&config.log_format).map_err(anyhow::Error::msg)?;
     let log = logging::start(log_format, &config.log_level)?;
-    let traces = traces(&config)?;
+    let own = [
+        ("service.version", env!("CARGO_PKG_VERSION")),
+        ("k8s.node.name", &config.node),
+        ("k8s.cluster.name", &config.cluster),
+    ];
+    let traces = config.traces.settings("ztunnel", &own).map_err(anyhow::Error::msg)?;
     let files = net::socket::raise_open_files().context("reading the limit of open files")?;
     let token = config.token_fd.map(read_token).transpose()?;
     let ready = config.ready_fd.map(|fd| inherited("--ready-fd", fd)).transpose()?;
@@ -84,7 +87,8 @@ async fn serve(
     let metrics = Metrics::new("ztunnel", env!("CARGO_PKG_VERSION"));
     let certs = CertStore::new(control_plane.clone());
     certs.report_to(metrics.clone());
-    let lines = access_log(&config, &metrics)?;
+    let lines = flags::access_log(&config.access_log, metrics.access_log_dropped());
+    let lines = lines.map_err(anyhow::Error::msg)?;
     let status = Arc::new(XdsStatus::new(metrics.clone()));
     let shared = Arc::new(Shared {
         config: config.clone(),
@@ -121,14 +125,14 @@ async fn serve(
     tokio::spawn(run_xds(control_plane, store, certs, status.clone(), stopped));
     tokio::spawn(async move {
         // The sender lives in the status, which the stream's task holds.
-        let _ = status.subscribe().wait_for(is_configured).await;
+        let _ = status.subscribe().wait_for(XdsView::is_configured).await;
         drop(configured);
     });
     let hang_up = Arc::new(HangUp::default());
     tokio::spawn(take_pods(shared.clone(), pods, hang_up.clone()));
     tokio::spawn(say_ready(readiness, ready));
 
-    wait_for_end(&quit).await?;
+    lifecycle::told_to_end(&quit).await?;
     hang_up.now();
     pages.close();
     drain(&config, &commands, &shared, &quit).await?;
@@ -136,10 +140,6 @@ async fn serve(
     tracer.ended().await;
     lines.flush(LAST_LINES);
     Ok(())
-}
-
-fn is_configured(view: &XdsView) -> bool {
-    view.was_synced || view.phase == XdsPhase::FromDisk
 }
 
 /// Talks to the node agent, but not before there is a configuration: with the first pod come its listeners, and in them
@@ -207,6 +207,7 @@ fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPla
         xds: own.clone(),
         ca: own,
         login: Login::Certificate { bootstrap_token },
+        kinds: &Kind::OF_NODE,
         anchors: Anchors::RootFile,
         proxy: Proxy::of_node(&config.node),
         cluster: config.cluster.as_str().into(),
@@ -221,42 +222,12 @@ fn control_plane(config: &Config, bootstrap_token: Option<String>) -> ControlPla
         xds: seam.xds,
         ca: seam.ca,
         login: Login::Token(seam.token),
+        kinds: &Kind::OF_ISTIO,
         anchors: Anchors::CaAnswer,
         proxy: seam.proxy,
         certificate_lifetime: seam.certificate_lifetime,
         ..control_plane
     }
-}
-
-/// Where spans go and what they say of this proxy; `None` while tracing is off.
-fn traces(config: &Config) -> anyhow::Result<Option<TraceSettings>> {
-    let settings = config.traces.text().settings().map_err(anyhow::Error::msg)?;
-    Ok(settings.map(|mut settings| {
-        let own = [
-            ("service.version", env!("CARGO_PKG_VERSION")),
-            ("k8s.node.name", &config.node),
-            ("k8s.cluster.name", &config.cluster),
-        ];
-        for (key, value) in own {
-            // What the user says of it counts more.
-            if !settings.resource.iter().any(|(known, _)| known == key) {
-                settings.resource.push((key.to_owned(), value.to_owned()));
-            }
-        }
-        settings
-    }))
-}
-
-fn access_log(config: &Config, metrics: &Metrics) -> anyhow::Result<AccessLog> {
-    let format = match config.access_log.as_str() {
-        "off" => return Ok(AccessLog::off()),
-        "text" => access_log::Format::Text,
-        "json" => access_log::Format::Json,
-        other => bail!("--access-log is text, json or off, not {other:?}"),
-    };
-    let output = std::io::stdout();
-    AccessLog::start(format, output, metrics.access_log_dropped())
-        .context("starting the access log")
 }
 
 type Workers = (Vec<Arc<Worker>>, Vec<mpsc::Sender<Command>>);
@@ -301,7 +272,7 @@ fn admin_state(
         metrics,
         log,
         snapshot: Box::new(move || store.load_full()),
-        certificates: Box::new(move || certificates(&certs)),
+        certificates: Box::new(move || admin::certificates(&certs)),
         connections: Box::new(move || connections(&workers)),
         settings: serde_json::json!({
             "node": config.node,
@@ -315,30 +286,6 @@ fn admin_state(
         }),
         quit: Box::new(move || quit.notify_one()),
     }
-}
-
-fn certificates(certs: &CertStore) -> Vec<CertificateInfo> {
-    let time = |seconds| Utc(UNIX_EPOCH + Duration::from_secs(seconds)).to_string();
-    let info = |state: agent::certs::CertificateState| {
-        let leaf = (!state.serial.is_empty()).then(|| Certificate {
-            serial_number: state.serial.clone(),
-            valid_from: time(state.not_before),
-            expiration_time: time(state.not_after),
-        });
-        let words = match (&leaf, state.error) {
-            (Some(_), None) => "Available".to_owned(),
-            (Some(_), Some(error)) => format!("Available, renewal fails: {error}"),
-            (None, None) => "Initializing".to_owned(),
-            (None, Some(error)) => error,
-        };
-        CertificateInfo {
-            identity: state.identity,
-            state: words,
-            cert_chain: leaf.into_iter().collect(),
-            root_certs: Vec::new(),
-        }
-    };
-    certs.states().into_iter().map(info).collect()
 }
 
 fn connections(workers: &[Arc<Worker>]) -> serde_json::Value {
@@ -361,17 +308,6 @@ fn connections(workers: &[Arc<Worker>]) -> serde_json::Value {
     list.into()
 }
 
-async fn wait_for_end(quit: &Notify) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        () = quit.notified() => {}
-    }
-    Ok(())
-}
-
 /// Takes no more connections, waits for those that live as long as the configuration says, and ends what is left with
 /// its reason.
 async fn drain(
@@ -385,7 +321,7 @@ async fn drain(
     tracing::info!(connections = open(), seconds = config.drain_seconds, "draining");
     let (begun, limit) = (Instant::now(), Duration::from_secs(config.drain_seconds));
     let busy = || shared.busy.load(Ordering::Relaxed);
-    let mut told = std::pin::pin!(wait_for_end(quit));
+    let mut told = std::pin::pin!(lifecycle::told_to_end(quit));
     let why = loop {
         match engine::Drain::after(begun.elapsed(), limit, busy()) {
             engine::Drain::Done => return Ok(()),

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use agent::trace::TraceText;
+use agent::flags::Traces;
 use clap::Args;
 
 use crate::istio::Seam;
@@ -90,65 +90,6 @@ pub struct Config {
     /// Started the way Istio's DaemonSet starts its proxy: another login, and istio-cni's capture in the pods.
     #[arg(skip)]
     pub istio: Option<Box<Seam>>,
-}
-
-/// Spans of connections, by OTLP over gRPC. Off without an endpoint. The variables are OpenTelemetry's own.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Tracing")]
-pub struct Traces {
-    /// Collector: `http://HOST:4317`, or https with the certificate's root beside it.
-    #[arg(long = "otlp-endpoint", env = "OTEL_EXPORTER_OTLP_ENDPOINT", default_value = "")]
-    pub endpoint: String,
-    /// Only `grpc`.
-    #[arg(
-        long = "otlp-protocol",
-        env = "OTEL_EXPORTER_OTLP_PROTOCOL",
-        default_value = "",
-        hide = true
-    )]
-    pub protocol: String,
-    /// `key=value,key=value`, sent with each call.
-    #[arg(
-        long = "otlp-headers",
-        env = "OTEL_EXPORTER_OTLP_HEADERS",
-        default_value = "",
-        hide_env_values = true
-    )]
-    pub headers: String,
-    /// PEM file with the root of the collector's certificate.
-    #[arg(long = "otlp-certificate", env = "OTEL_EXPORTER_OTLP_CERTIFICATE", default_value = "")]
-    pub certificate: String,
-    /// `service.name` of the spans.
-    #[arg(long = "otlp-service-name", env = "OTEL_SERVICE_NAME", default_value = "ztunnel")]
-    pub service_name: String,
-    /// `key=value,key=value`: more about this proxy.
-    #[arg(long = "otlp-resource", env = "OTEL_RESOURCE_ATTRIBUTES", default_value = "")]
-    pub resource: String,
-    /// always_on, always_off or traceidratio, perhaps behind parentbased_.
-    #[arg(
-        long = "trace-sampler",
-        env = "OTEL_TRACES_SAMPLER",
-        default_value = "parentbased_always_on"
-    )]
-    pub sampler: String,
-    /// The part of all traces, for traceidratio: 0 to 1.
-    #[arg(long = "trace-sampler-arg", env = "OTEL_TRACES_SAMPLER_ARG", default_value = "")]
-    pub sampler_arg: String,
-}
-
-impl Traces {
-    pub fn text(&self) -> TraceText {
-        TraceText {
-            endpoint: self.endpoint.clone(),
-            protocol: self.protocol.clone(),
-            headers: self.headers.clone(),
-            certificate: self.certificate.clone(),
-            service_name: self.service_name.clone(),
-            resource: self.resource.clone(),
-            sampler: self.sampler.clone(),
-            sampler_arg: self.sampler_arg.clone(),
-        }
-    }
 }
 
 impl Config {

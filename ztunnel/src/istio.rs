@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent::control_plane::{CERTIFICATE_LIFETIME, Proxy, RootCert, Server, Token};
+use agent::flags::Traces;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 
-use crate::config::{Config, Traces};
+use crate::config::Config;
 pub use values::EnvError;
 use values::{duration, endpoint, truth, workers};
 
@@ -277,7 +278,7 @@ impl Env {
             protocol: own("OTEL_EXPORTER_OTLP_PROTOCOL"),
             headers: own("OTEL_EXPORTER_OTLP_HEADERS"),
             certificate: own("OTEL_EXPORTER_OTLP_CERTIFICATE"),
-            service_name: self.or("OTEL_SERVICE_NAME", "ztunnel").to_owned(),
+            service_name: own("OTEL_SERVICE_NAME"),
             resource: own("OTEL_RESOURCE_ATTRIBUTES"),
             sampler: own("OTEL_TRACES_SAMPLER"),
             sampler_arg: own("OTEL_TRACES_SAMPLER_ARG"),

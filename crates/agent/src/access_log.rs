@@ -1,4 +1,4 @@
-//! One line per connection on standard output: at its end, or at once when it is refused.
+//! One line per connection, and at a waypoint per request, on standard output: at its end, or at once when it is refused.
 //!
 //! Keys are Istio's (`src.addr`, `dst.workload`, `bytes_sent` and so on), then ours: `policy`, `rule`,
 //! `reason` and `config`. `bytes_sent` is what the reporting side's application sent: the request for
@@ -21,9 +21,11 @@ use std::time::{Duration, SystemTime};
 
 use model::{ConfigVersion, Identity, PolicyKey, Provenance, Reason, ServiceKey, Workload};
 
+mod http;
 mod line;
 mod time;
 
+pub use http::HttpRecord;
 pub use time::Utc;
 
 /// Bytes that wait for the writer: about 10,000 lines, one second of a busy node.
@@ -46,6 +48,8 @@ pub enum Format {
 pub enum Direction {
     Inbound,
     Outbound,
+    /// Between the two, at a waypoint.
+    Waypoint,
 }
 
 /// One end of a connection, as far as it is known.
@@ -139,6 +143,15 @@ impl AccessLog {
 
     /// Writes the line of one connection. Never waits for the output.
     pub fn log(&self, record: &ConnectionRecord<'_>) {
+        self.push(|line| line::connection(line, self.format, record));
+    }
+
+    /// The same for one request.
+    pub fn log_request(&self, record: &HttpRecord<'_>) {
+        self.push(|line| line::request(line, self.format, record));
+    }
+
+    fn push(&self, write: impl FnOnce(&mut String) -> fmt::Result) {
         thread_local! {
             /// The line being built; reused, so that a line costs no allocation.
             static LINE: RefCell<String> = const { RefCell::new(String::new()) };
@@ -147,10 +160,7 @@ impl AccessLog {
         LINE.with_borrow_mut(|line| {
             line.clear();
             // A String takes whatever is written to it.
-            let _: fmt::Result = match self.format {
-                Format::Text => line::text(line, record),
-                Format::Json => line::json(line, record),
-            };
+            let _: fmt::Result = write(line);
             line.push('\n');
             shared.push(line.as_bytes());
         });

@@ -30,8 +30,10 @@ use crate::logging::LogControl;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 
+mod certificates;
 mod dump;
 
+pub use certificates::certificates;
 pub use dump::{Certificate, CertificateInfo};
 
 /// Connections at once to one of the three servers: a few Prometheus servers, probes and people.
@@ -204,7 +206,7 @@ fn index(state: &AdminState) -> Answer {
     let pages = [
         (
             "GET  /config_dump",
-            "configuration, certificates and settings as JSON; ?namespace=NS, ?only=workloads|services|policies|certificates",
+            "configuration, certificates and settings as JSON; ?namespace=NS, ?only=workloads|services|policies|routes|subsets|certificates",
         ),
         ("GET  /connections", "live connections as JSON"),
         ("GET  /logging", "the log filter in force"),

@@ -14,6 +14,7 @@ use model::{Identity, Str};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
+use xds::Kind;
 
 use crate::channel::ChannelError;
 
@@ -33,6 +34,8 @@ pub struct ControlPlane {
     /// Signs certificates; often the same.
     pub ca: Server,
     pub login: Login,
+    /// What to ask of it, in this order: [`Kind::OF_NODE`], [`Kind::OF_WAYPOINT`] or [`Kind::OF_ISTIO`].
+    pub kinds: &'static [Kind],
     pub anchors: Anchors,
     pub proxy: Proxy,
     pub cluster: Str,

@@ -261,7 +261,7 @@ mod tests {
     fn held(number: u64) -> Job {
         let push = ConfigVersion { epoch: 1, number };
         let workload = Workload::named(format!("w{number}"), "ns", "w");
-        let desired = Arc::new(Resources::new(push, [&workload], [], []));
+        let desired = Arc::new(Resources::new(push, [&workload], [], [], [], []));
         let mut server = Connection::new(desired);
         let mut client = Client::new(Node::default(), Defaults { trust_domain: "td".into() });
         let mut snapshot = Snapshot::default();

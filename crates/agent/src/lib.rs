@@ -7,6 +7,8 @@ pub mod certs;
 pub mod channel;
 pub mod control_plane;
 pub mod disk;
+pub mod flags;
+pub mod lifecycle;
 pub mod logging;
 pub mod metrics;
 pub mod readiness;

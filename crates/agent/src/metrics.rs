@@ -19,11 +19,13 @@ use crate::trace::SpanCounts;
 
 mod dns;
 mod expose;
+mod http;
 mod labels;
 mod process;
 mod traffic;
 
 pub use dns::{DnsMetrics, DnsProtocol, DnsResult, dns_type_name};
+pub use http::{HttpInterner, HttpKey, HttpMetrics, HttpProtocol, Sample};
 pub use labels::{Reporter, Security, TrafficKey};
 pub use traffic::{Flushed, Interner, TcpMetrics};
 
@@ -44,6 +46,7 @@ struct Inner {
     component: &'static str,
     tag: String,
     traffic: Traffic,
+    http: http::Http,
     dns: dns::Dns,
     refusals: Arc<Refusals>,
     certificates: Mutex<BTreeMap<Identity, u64>>,
@@ -61,6 +64,7 @@ impl Metrics {
             component,
             tag: tag.into(),
             traffic: Traffic::new(refusals.clone()),
+            http: http::Http::default(),
             dns: dns::Dns::default(),
             refusals,
             certificates: Mutex::default(),
@@ -75,6 +79,16 @@ impl Metrics {
     /// ask an [`Interner`] instead.
     pub fn tcp(&self, key: &TrafficKey<'_>) -> Arc<TcpMetrics> {
         self.0.traffic.get(key)
+    }
+
+    /// The counters of one kind of requests. As dear as [`Self::tcp`]: data threads ask an [`HttpInterner`].
+    pub fn http(&self, key: &HttpKey<'_>) -> Arc<HttpMetrics> {
+        self.0.http.get(key)
+    }
+
+    /// Counts a request that was refused or lost; its labels are counted elsewhere.
+    pub fn failed(&self, reporter: Reporter, reason: Reason) {
+        self.0.refusals.count(reporter, reason);
     }
 
     /// The counters of DNS questions of a canonical service and revision; `None`: of pods that are not known yet.
@@ -125,10 +139,16 @@ impl Metrics {
 }
 
 /// Refusals by reason, which Istio's `response_flags` are too coarse for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Refusals {
     /// By reporter, then by the position of the reason in [`Reason::ALL`].
-    counts: [[AtomicU64; Reason::ALL.len()]; 2],
+    counts: [[AtomicU64; Reason::ALL.len()]; Reporter::ALL.len()],
+}
+
+impl Default for Refusals {
+    fn default() -> Self {
+        Self { counts: std::array::from_fn(|_| std::array::from_fn(|_| AtomicU64::new(0))) }
+    }
 }
 
 impl Refusals {

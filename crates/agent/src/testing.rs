@@ -109,6 +109,7 @@ pub(crate) fn control_plane(dir: &Path, ca: &TestCa, address: &str) -> ControlPl
         xds: server.clone(),
         ca: server,
         login: Login::Certificate { bootstrap_token: None },
+        kinds: &xds::Kind::OF_NODE,
         anchors: Anchors::RootFile,
         proxy: Proxy::of_node("node-1"),
         cluster: "Kubernetes".into(),
@@ -193,11 +194,19 @@ impl StandIn {
         Self { address, streams, tasks }
     }
 
-    /// The next stream that a proxy opens, its four subscriptions taken.
+    /// The next stream that a node's proxy opens, its subscriptions taken.
     pub(crate) async fn subscribed(&mut self) -> (Stream, Vec<DeltaDiscoveryRequest>) {
+        self.subscribed_to(&xds::Kind::OF_NODE).await
+    }
+
+    /// The same for a proxy that asks for these.
+    pub(crate) async fn subscribed_to(
+        &mut self,
+        kinds: &[xds::Kind],
+    ) -> (Stream, Vec<DeltaDiscoveryRequest>) {
         let mut stream = self.streams.recv().await.unwrap();
         let mut subscriptions = Vec::new();
-        for _ in xds::Kind::ALL {
+        for _ in kinds {
             subscriptions.push(stream.next().await);
         }
         (stream, subscriptions)

@@ -18,7 +18,6 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::{Code, Streaming};
 use tonic_prost::ProstCodec;
-use xds::Kind;
 use xds::client::Client;
 use xds::codec::Defaults;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -33,7 +32,7 @@ use crate::metrics::Termination;
 use crate::store::ConfigStore;
 pub use status::{Refused, XdsPhase, XdsStatus, XdsView};
 
-/// Requests that may wait for the wire: four types, each with an answer and a resynchronisation.
+/// Requests that may wait for the wire: six types at most, each with an answer and a resynchronisation.
 const REQUESTS: usize = 32;
 /// How long a control plane may take to answer the opening of a stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,12 +47,7 @@ pub fn run_xds(
     shutdown: watch::Receiver<bool>,
 ) -> impl Future<Output = ()> + Send + use<> {
     let defaults = Defaults { trust_domain: control_plane.trust_domain.clone() };
-    let client = Client::new(node(&control_plane), defaults);
-    let client = match control_plane.login {
-        Login::Certificate { .. } => client,
-        // Istio's control plane knows its own types only.
-        Login::Token(_) => client.asking_for(&[Kind::Authorization, Kind::Address]),
-    };
+    let client = Client::new(node(&control_plane), defaults).asking_for(control_plane.kinds);
     let trust_domain = control_plane.trust_domain.to_string();
     let saver = Saver::start(control_plane.state_dir.clone(), trust_domain);
     let mut session = Session { control_plane, store, certs, status, client, saver };

@@ -90,15 +90,7 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
         ("security.istio.io", "v1" | "v1beta1", "PeerAuthentication") => {
             Handled(Kind::PeerAuthentication)
         }
-        ("gateway.networking.k8s.io", "v1" | "v1beta1", "HTTPRoute") => Handled(Kind::HttpRoute),
-        ("gateway.networking.k8s.io", "v1", "GRPCRoute") => Handled(Kind::GrpcRoute),
-        ("gateway.networking.k8s.io", "v1" | "v1beta1", "Gateway") => Handled(Kind::Gateway),
-        ("gateway.networking.k8s.io", "v1" | "v1beta1", "GatewayClass") => {
-            Handled(Kind::GatewayClass)
-        }
-        ("gateway.networking.k8s.io", "v1" | "v1beta1", "ReferenceGrant") => {
-            Handled(Kind::ReferenceGrant)
-        }
+        ("gateway.networking.k8s.io", ..) => gateway_api(version, kind),
         ("networking.istio.io", "v1" | "v1beta1" | "v1alpha3", "VirtualService") => {
             Handled(Kind::VirtualService)
         }
@@ -126,12 +118,7 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
             Missed("it is not enforced; use an AuthorizationPolicy")
         }
         ("networking.k8s.io", _, "Ingress") => Missed("nothing serves it"),
-        (
-            "gateway.networking.k8s.io",
-            _,
-            "TCPRoute" | "TLSRoute" | "UDPRoute" | "ListenerSet" | "BackendTLSPolicy",
-        )
-        | ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
+        ("gateway.networking.x-k8s.io", ..) => Missed("nothing serves it"),
         (
             ""
             | "apps"
@@ -139,32 +126,48 @@ pub(crate) fn handling(group: &str, version: &str, kind: &str) -> Handling {
             | "security.istio.io"
             | "discovery.k8s.io"
             | "extensions"
-            | "gateway.networking.k8s.io"
             | ambit::GROUP,
             ..,
         ) => Slip,
         (group, ..) if unserved::GROUPS.contains(&group) => Slip,
-        (
-            "networking.k8s.io"
-            | "policy"
-            | "autoscaling"
-            | "rbac.authorization.k8s.io"
-            | "storage.k8s.io"
-            | "scheduling.k8s.io"
-            | "coordination.k8s.io"
-            | "apiextensions.k8s.io"
-            | "admissionregistration.k8s.io"
-            | "apiregistration.k8s.io"
-            | "certificates.k8s.io"
-            | "events.k8s.io"
-            | "flowcontrol.apiserver.k8s.io"
-            | "node.k8s.io"
-            | "resource.k8s.io"
-            | "metrics.k8s.io",
-            ..,
-        ) => Harmless,
+        (group, ..) if HARMLESS_GROUPS.contains(&group) => Harmless,
         _ => Foreign,
     }
+}
+
+/// What of them is not handled above changes nothing for the mesh.
+const HARMLESS_GROUPS: [&str; 16] = [
+    "networking.k8s.io",
+    "policy",
+    "autoscaling",
+    "rbac.authorization.k8s.io",
+    "storage.k8s.io",
+    "scheduling.k8s.io",
+    "coordination.k8s.io",
+    "apiextensions.k8s.io",
+    "admissionregistration.k8s.io",
+    "apiregistration.k8s.io",
+    "certificates.k8s.io",
+    "events.k8s.io",
+    "flowcontrol.apiserver.k8s.io",
+    "node.k8s.io",
+    "resource.k8s.io",
+    "metrics.k8s.io",
+];
+
+fn gateway_api(version: &str, kind: &str) -> Handling {
+    let kind = match (version, kind) {
+        ("v1" | "v1beta1", "HTTPRoute") => Kind::HttpRoute,
+        ("v1", "GRPCRoute") => Kind::GrpcRoute,
+        ("v1" | "v1beta1", "Gateway") => Kind::Gateway,
+        ("v1" | "v1beta1", "GatewayClass") => Kind::GatewayClass,
+        ("v1" | "v1beta1", "ReferenceGrant") => Kind::ReferenceGrant,
+        (_, "TCPRoute" | "TLSRoute" | "UDPRoute" | "ListenerSet" | "BackendTLSPolicy") => {
+            return Handling::Missed("nothing serves it");
+        }
+        _ => return Handling::Slip,
+    };
+    Handling::Handled(kind)
 }
 
 /// The `apiVersion` a handled kind should have been written with.

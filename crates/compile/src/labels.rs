@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use model::{MESH_PORTS, Str};
 
 use crate::context::Context;
-use crate::diagnostics::{Code, Diagnostic};
+use crate::diagnostics::{Code, Diagnostic, Severity};
 use crate::enrolment::{DATAPLANE_MODE, Enrolment, enrolment};
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
@@ -114,7 +114,10 @@ fn waypoint<T: Meta>(
                 TrafficFor::None => "no calls",
             };
             let message = format!("{name} is for {takes}: {direct}");
-            Diagnostic::error(Code::UnsupportedTrafficType, message)
+            // A waypoint that is for nothing was made so on purpose, and the namespace named with it.
+            let whole = traffic == Traffic::Any;
+            let severity = if whole { Severity::Warning } else { Severity::Error };
+            Diagnostic::new(severity, Code::UnsupportedTrafficType, message)
                 .help(format!("change its label {WAYPOINT_FOR}"))
         }
     };

@@ -36,7 +36,7 @@ pub use answer::{answer, answer_with, grpc_status, http_status, is_grpc};
 pub use destination::{backend_protocol, destination};
 pub use normalize::{MAX_HEAD, MAX_HEADERS, normalize, strip_hop_by_hop};
 pub use path::normal_path;
-pub use route::route;
+pub use route::{route, to_pod};
 
 /// What is known of a request.
 #[derive(Clone, Debug)]

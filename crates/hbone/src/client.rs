@@ -77,13 +77,17 @@ pub struct TunnelStream {
 impl TunnelStream {
     /// The two directions, and the guard that keeps the stream counted.
     pub fn split(self) -> (SendStream<Bytes>, RecvStream, impl Sized) {
+        self.into_parts()
+    }
+
+    pub(crate) fn into_parts(self) -> (SendStream<Bytes>, RecvStream, Slot) {
         (self.send, self.receive, self._slot)
     }
 }
 
 /// Counts a stream while it lives.
 #[derive(Debug)]
-struct Slot(Arc<TunnelState>);
+pub(crate) struct Slot(Arc<TunnelState>);
 
 impl Drop for Slot {
     fn drop(&mut self) {

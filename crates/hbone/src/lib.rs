@@ -11,18 +11,22 @@ mod client;
 pub mod clock;
 mod error;
 mod headers;
+mod io;
 mod pool;
 mod relay;
 mod server;
+mod splice;
 mod stream;
 mod tls;
 
 pub use client::{Dialed, Tunnel, TunnelStream};
 pub use error::TunnelError;
 pub use headers::{Authority, CLIENT_IDENTITY, ConnectHeaders};
+pub use io::TunnelIo;
 pub use pool::{Pool, PoolKey, PoolLimits, PoolStats};
 pub use relay::{Ended, EndedBy, Transfer, relay_tcp, relay_tunnel};
 pub use server::{Incoming, ServerTunnel};
+pub use splice::relay_streams;
 pub use stream::{FlushHandle, TlsStream};
 pub use tls::{Credentials, CredentialsError, peer_identity};
 

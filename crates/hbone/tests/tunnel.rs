@@ -1,6 +1,8 @@
 //! Tunnels over real loopback sockets: bytes, half-close, resets, identities, the pool.
 #![allow(clippy::unwrap_used, reason = "test")]
 
+mod support;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,56 +13,10 @@ use hbone::{
 };
 use http::StatusCode;
 use model::{Identity, Reason, WorkloadUid};
-use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
-};
-use rustls_pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    root: rustls_pki_types::CertificateDer<'static>,
-}
-
-impl Ca {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).unwrap().der().clone();
-        Self { issuer: Issuer::new(params, key), root }
-    }
-
-    fn credentials(&self, id: &Identity) -> Arc<Credentials> {
-        self.with_times(id, -3600, 3600)
-    }
-
-    fn with_times(&self, id: &Identity, from: i64, to: i64) -> Arc<Credentials> {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.subject_alt_names = vec![SanType::URI(id.to_string().try_into().unwrap())];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let now = std::time::SystemTime::now();
-        let at = |s: i64| {
-            let d = std::time::Duration::from_secs(s.unsigned_abs());
-            if s < 0 { (now - d).into() } else { (now + d).into() }
-        };
-        params.not_before = at(from);
-        params.not_after = at(to);
-        let cert = params.signed_by(&key, &self.issuer).unwrap();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Arc::new(
-            Credentials::new(id.clone(), vec![cert.der().clone()], key, vec![self.root.clone()])
-                .unwrap(),
-        )
-    }
-}
-
-fn id(sa: &str) -> Identity {
-    Identity::new("cluster.local", "shop", sa)
-}
+use support::{Ca, id};
 
 /// An HBONE server that connects every CONNECT to its authority. Counts tunnels.
 async fn server(credentials: Arc<Credentials>, refuse: bool) -> (SocketAddr, Arc<AtomicUsize>) {

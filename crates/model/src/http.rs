@@ -58,7 +58,7 @@ pub enum Protocol {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteSet {
     pub audience: Audience,
-    /// The Service's own ports; ascending, never empty.
+    /// The Service's own ports, ascending. Empty: all of them, as where a route that cannot be read is closed.
     pub ports: Arc<[u16]>,
     pub kind: RouteKind,
     pub rules: Arc<[Arc<RouteRule>]>,

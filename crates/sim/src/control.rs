@@ -30,6 +30,8 @@ impl Compiled {
             mesh.workloads.iter().map(|w| &**w),
             mesh.services.iter().map(|s| &**s),
             mesh.policies.iter().map(|p| &**p),
+            mesh.routes.iter().map(|r| &**r),
+            mesh.subsets.iter().map(|s| &**s),
         );
         let pods = mesh.pods.clone();
         Self { content, pods, mesh, resources }

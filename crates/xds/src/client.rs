@@ -6,37 +6,36 @@
 //!
 //! Invariants:
 //! - A resource that cannot be read is refused by name; the rest of its response is in force. Its last
-//!   readable version stays; a new policy is replaced by one that is closed
-//!   ([`codec::closed_stand_in`]).
+//!   readable version stays; what was never readable is replaced by something closed
+//!   ([`codec::closed_stand_in`], [`codec::closed_address`], [`codec::closed_routes`]).
 //! - Across reconnects nothing is forgotten: the server learns what is held and sends the difference.
 //! - What a marker says should be held is compared with what was received; a type that differs is asked
 //!   for once more from scratch, without giving up what is held meanwhile.
 
 mod held;
+mod marker;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::{Change, ConfigVersion, Policy, Str};
+use model::{Change, Policy, Str};
 use prost::Message;
 use rustc_hash::FxHashMap;
 
 use crate::any::Any;
 use crate::codec::{self, Address, DecodeError, Defaults, Interner};
-use crate::digest::{self, Sum};
+use crate::digest;
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status};
-use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit};
+use crate::{Kind, REFUSED_TYPE, ambit};
 pub use held::{Entry, Held, Saved, What};
 use held::{Origins, Table, remove_value};
+pub use marker::Mismatch;
 
 /// gRPC's INVALID_ARGUMENT, the code of every refusal.
 const INVALID_ARGUMENT: i32 = 3;
 /// Refused resources that the text of a refusal explains; the names of all travel beside it.
 const MAX_EXPLAINED: usize = 5;
-/// Attempts to get a type from scratch before only a reconnect tries again: a server whose sums are
-/// wrong must not make us fetch the mesh forever.
-const MAX_RESYNCS: u32 = 3;
 /// First and longest pause between streams. Short at first, as most breaks are restarts of the control
 /// plane; long in the end, so that a fleet does not hammer one that is down.
 const BACKOFF_MIN_MS: u64 = 10;
@@ -49,7 +48,8 @@ pub struct Client {
     /// What to ask for, in this order.
     kinds: &'static [Kind],
     interner: Interner,
-    tables: [Table; 3],
+    /// One for each type of configuration. Empty for what is not asked for.
+    tables: [Table; Kind::CONFIGURATION.len()],
     /// Policies as they are in force, to complete them when their origin arrives after them.
     policies: FxHashMap<Str, Arc<Policy>>,
     origins: Origins,
@@ -84,24 +84,6 @@ impl Receipt {
     }
 }
 
-/// A type of which the proxy holds something else than the control plane believes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mismatch {
-    pub kind: Kind,
-    pub push: ConfigVersion,
-    pub want: Sum,
-    pub have: Sum,
-    /// Whether it is being fetched from scratch; not after several attempts in vain.
-    pub resync: bool,
-}
-
-impl std::fmt::Display for Mismatch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { kind, push, want, have, .. } = self;
-        write!(f, "push {push}: the control plane says {want} of {kind}; received were {have}")
-    }
-}
-
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let sizes = self.tables.each_ref().map(|table| table.entries.size());
@@ -110,11 +92,12 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
+    /// Asks for what a node's proxy needs.
     pub fn new(node: Node, defaults: Defaults) -> Self {
         Self {
             node,
             defaults,
-            kinds: &Kind::ALL,
+            kinds: &Kind::OF_NODE,
             interner: Interner::default(),
             tables: std::array::from_fn(|_| Table::default()),
             policies: FxHashMap::default(),
@@ -124,21 +107,24 @@ impl Client {
         }
     }
 
-    /// Asks for these only, of a control plane that knows no others. Policies and addresses must be among them.
+    /// Asks for these, in this order. Policies and addresses must be among them.
     pub fn asking_for(self, kinds: &'static [Kind]) -> Self {
         Self { kinds, ..self }
     }
 
     /// Takes in the last good configuration, before the first [`Self::connect`]. What it cannot read (another
-    /// version wrote it) is closed as far as that goes, until the control plane sends it again.
+    /// version wrote it) is closed as far as that goes, until the control plane sends it again. What is not asked for
+    /// is left out: nobody would ever change it.
     pub fn restore(
         &mut self,
         saved: impl IntoIterator<Item = Saved>,
     ) -> (Vec<Change>, Vec<DecodeError>) {
         let (mut changes, mut unreadable) = (Vec::new(), Vec::new());
         // Origins first, so that each policy is made once.
-        let (origins, others): (Vec<_>, Vec<_>) =
-            saved.into_iter().partition(|saved| saved.kind == Kind::Origin);
+        let (origins, others): (Vec<_>, Vec<_>) = saved
+            .into_iter()
+            .filter(|saved| self.kinds.contains(&saved.kind))
+            .partition(|saved| saved.kind == Kind::Origin);
         for saved in origins.into_iter().chain(others) {
             match self.decode(saved.kind, &saved.name, &saved.value, &mut changes) {
                 Ok(what) => {
@@ -178,10 +164,11 @@ impl Client {
             .collect()
     }
 
-    /// Whether policies and addresses have been answered on this stream: from then on what is held is
+    /// Whether everything that decides has been answered on this stream: from then on what is held is
     /// what the control plane wants, and not only what the disk remembered.
     pub fn is_synced(&self) -> bool {
-        [Kind::Authorization, Kind::Address].iter().all(|kind| self.tables[kind.index()].answered)
+        let decides = |kind: &&Kind| !matches!(kind, Kind::Origin | Kind::Marker);
+        self.kinds.iter().filter(decides).all(|kind| self.tables[kind.index()].answered)
     }
 
     /// Why resources are refused at present.
@@ -191,9 +178,9 @@ impl Client {
 
     /// Names and versions of what is held, to write it to disk together with the snapshot of this moment.
     pub fn held(&self) -> Held {
-        let kinds = [Kind::Origin, Kind::Authorization, Kind::Address].into_iter();
+        let tables = Kind::CONFIGURATION.into_iter().zip(&self.tables);
         Held {
-            tables: kinds.map(|k| (k, self.tables[k.index()].entries.clone())).collect(),
+            tables: tables.map(|(kind, table)| (kind, table.entries.clone())).collect(),
             origins: self.origins.clone(),
         }
     }
@@ -212,7 +199,8 @@ impl Client {
     pub fn handle(&mut self, response: DeltaDiscoveryResponse) -> Batch {
         self.failures = 0;
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
-        let batch = match Kind::from_type_url(&type_url) {
+        let kind = Kind::from_type_url(&type_url).filter(|kind| self.kinds.contains(kind));
+        let batch = match kind {
             Some(Kind::Marker) => self.marker(&nonce, &resources),
             Some(kind) => self.update(kind, &nonce, resources, &removed_resources),
             None => {
@@ -291,7 +279,9 @@ impl Client {
                 let fresh = old.as_ref().is_none_or(|old| old.version.is_empty());
                 let mut entry = old.unwrap_or_else(Entry::unknown);
                 entry.received = hash;
-                if fresh && any.type_url == kind.type_url() {
+                // Routes and subsets are closed by their name, whatever was sent under it.
+                let named = matches!(kind, Kind::Routes | Kind::Subset);
+                if fresh && (named || any.type_url == kind.type_url()) {
                     // An older stand-in stays when this version does not even allow a new one.
                     if let Some(what) = self.stand_in(kind, &name, &any.value, changes) {
                         if entry.what != what {
@@ -342,6 +332,16 @@ impl Client {
                 }
                 Ok(What::Origin)
             }
+            Kind::Routes => {
+                let routes = codec::decode_routes(name, value, &mut self.interner)?;
+                changes.push(Change::SetRoutes(Arc::new(routes)));
+                Ok(What::Routes)
+            }
+            Kind::Subset => {
+                let subset = codec::decode_subset(name, value, &mut self.interner)?;
+                changes.push(Change::SetSubset(Arc::new(subset)));
+                Ok(What::Subset)
+            }
             Kind::Marker => Err(DecodeError {
                 resource: name.to_owned(),
                 field: "type".to_owned(),
@@ -385,6 +385,16 @@ impl Client {
                 changes.push(change);
                 Some(what)
             }
+            Kind::Routes => {
+                let routes = codec::closed_routes(name, &mut self.interner)?;
+                changes.push(Change::SetRoutes(Arc::new(routes)));
+                Some(What::Routes)
+            }
+            Kind::Subset => {
+                let subset = codec::closed_subset(name, &mut self.interner)?;
+                changes.push(Change::SetSubset(Arc::new(subset)));
+                Some(What::Subset)
+            }
             Kind::Origin | Kind::Marker => None,
         }
     }
@@ -402,7 +412,7 @@ impl Client {
             Kind::Authorization => {
                 self.policies.remove(name);
             }
-            Kind::Address | Kind::Marker => {}
+            Kind::Address | Kind::Subset | Kind::Routes | Kind::Marker => {}
         }
         remove_value(entry.what, name, changes);
     }
@@ -417,68 +427,6 @@ impl Client {
         table.sum.add(entry.received);
         table.entries.insert_mut(name.clone(), entry);
         name
-    }
-
-    fn marker(&mut self, nonce: &str, resources: &[Resource]) -> Batch {
-        let marker = resources.iter().find(|resource| resource.name == MARKER_NAME);
-        let Some(marker) = marker.and_then(|m| m.resource.as_ref()) else {
-            // A removal, or a first answer of a server that has no push yet.
-            return Batch::new(Vec::new(), Vec::new(), vec![acknowledgement(Kind::Marker, nonce)]);
-        };
-        let marker = match ambit::PushMarker::decode(marker.value.clone()) {
-            Ok(marker) => marker,
-            Err(e) => {
-                let error = DecodeError {
-                    resource: MARKER_NAME.to_owned(),
-                    field: "PushMarker".to_owned(),
-                    problem: e.to_string(),
-                };
-                let names = vec![MARKER_NAME.to_owned()];
-                let answer = refusal(Kind::Marker.type_url(), nonce, error.to_string(), names);
-                return Batch::new(Vec::new(), vec![error], vec![answer]);
-            }
-        };
-        let push = ConfigVersion { epoch: marker.epoch, number: marker.number };
-        let mismatches = self.compare(push, &marker.holdings);
-        let mut words: Vec<_> = mismatches.iter().map(ToString::to_string).collect();
-        words.extend(self.tables.iter().any(|t| t.resyncing).then(|| "fetching again".to_owned()));
-        if words.is_empty() {
-            let answers = vec![acknowledgement(Kind::Marker, nonce)];
-            return Batch::new(vec![Change::SetVersion(push)], Vec::new(), answers);
-        }
-        let mut answers =
-            vec![refusal(Kind::Marker.type_url(), nonce, words.join("; "), Vec::new())];
-        for mismatch in mismatches.iter().filter(|mismatch| mismatch.resync) {
-            answers.push(DeltaDiscoveryRequest {
-                type_url: mismatch.kind.type_url().to_owned(),
-                resource_names_subscribe: vec!["*".to_owned()],
-                // Without versions: send everything, and tell what must go.
-                initial_resource_versions: self.tables[mismatch.kind.index()].versions(true),
-                ..Default::default()
-            });
-        }
-        Batch { mismatches, ..Batch::new(Vec::new(), Vec::new(), answers) }
-    }
-
-    fn compare(&mut self, push: ConfigVersion, holdings: &[ambit::Holding]) -> Vec<Mismatch> {
-        let mut mismatches = Vec::new();
-        for holding in holdings {
-            let Some(kind) = Kind::from_type_url(&holding.type_url) else { continue };
-            let Some(table) = self.tables.get_mut(kind.index()) else { continue };
-            let (want, have) = (Sum { count: holding.count, sum: holding.sum }, table.sum);
-            if table.resyncing {
-                continue;
-            }
-            if want == have {
-                table.resyncs = 0;
-                continue;
-            }
-            let resync = table.resyncs < MAX_RESYNCS;
-            table.resyncs += u32::from(resync);
-            table.resyncing = resync;
-            mismatches.push(Mismatch { kind, push, want, have, resync });
-        }
-        mismatches
     }
 }
 

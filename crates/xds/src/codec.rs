@@ -7,13 +7,17 @@
 //! For policies they are refused too: a matcher that this proxy cannot read would make an ALLOW match more
 //! than its author wrote. [`closed_stand_in`] is what stands in until the policy can be read, and
 //! [`closed_address`] for workloads and services: an address that nobody knows is passed through in
-//! plaintext, so what cannot be read must not become unknown.
+//! plaintext, so what cannot be read must not become unknown. Routes and subsets are our own types and refused for
+//! anything that is not understood ([`decode_routes`]).
 
+mod context;
 mod decode;
 mod encode;
+mod routes;
 
+use model::http::{Pattern, PatternError};
 use model::{Service, ServicePort, Str, Workload};
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::sync::Arc;
 
 pub use decode::{
@@ -23,6 +27,10 @@ pub use decode::{
 pub use encode::{
     encode_policy, encode_service, encode_workload, policy_name, policy_origin, service_name,
     workload_name,
+};
+pub use routes::{
+    closed_routes, closed_subset, decode_routes, decode_subset, encode_routes, encode_subset,
+    routes_name, subset_name,
 };
 
 /// A tunnel protocol that nobody will ever define: how [`model::TunnelProtocol::Unreadable`] is written down.
@@ -54,11 +62,13 @@ pub struct DecodeError {
 }
 
 /// Shares equal strings and port lists among the values of one configuration: 100,000 workloads repeat
-/// a few hundred namespaces, services and nodes.
+/// a few hundred namespaces, services and nodes. A pattern is compiled once, however often its routes are sent.
 #[derive(Debug, Default)]
 pub struct Interner {
     strings: FxHashSet<Str>,
     ports: FxHashSet<Arc<[ServicePort]>>,
+    /// By their text, which each pattern shares with all its clones.
+    patterns: FxHashMap<Str, Pattern>,
     /// Size after the last sweep.
     swept: usize,
 }
@@ -82,6 +92,15 @@ impl Interner {
         new
     }
 
+    fn pattern(&mut self, text: &str) -> Result<Pattern, PatternError> {
+        if let Some(known) = self.patterns.get(text) {
+            return Ok(known.clone());
+        }
+        let new = Pattern::new(text)?;
+        self.patterns.insert(new.text().clone(), new.clone());
+        Ok(new)
+    }
+
     /// Forgets what nobody uses any more. Call it after each batch: it does something only when the
     /// tables have doubled, so its cost is spread over the insertions.
     pub fn sweep(&mut self) {
@@ -91,11 +110,13 @@ impl Interner {
         }
         self.strings.retain(|s| Arc::strong_count(s) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
+        // Ours are the key and the pattern itself.
+        self.patterns.retain(|text, _| Arc::strong_count(text) > 2);
         self.swept = self.len();
     }
 
     fn len(&self) -> usize {
-        self.strings.len() + self.ports.len()
+        self.strings.len() + self.ports.len() + self.patterns.len()
     }
 }
 

@@ -2,8 +2,9 @@
 //! stream that works out what to send next.
 //!
 //! Invariants:
-//! - Additions travel Origin, Authorization, Address; removals the other way round: no proxy ever holds a
-//!   reference to a policy that was not sent, nor loses a policy that something still refers to.
+//! - Additions travel Origin, Authorization, Address, Subset, Routes; removals the other way round: no proxy ever holds
+//!   a reference to a policy, a workload or a subset that was not sent, nor loses one that something still refers to.
+//!   Who did not subscribe to routes is sent all changes of addresses at once, since then nothing refers to them.
 //! - One response per type is in flight. What changes meanwhile is sent as one difference afterwards.
 //! - The marker comes last, once per push, and only to who asked for it.
 //! - A push costs a settled connection what changed: differences between two meshes are worked out once
@@ -11,140 +12,27 @@
 //! - A connection always ends up with the newest [`Resources`], wherever it started from.
 
 mod changes;
+mod resources;
 mod sent;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use model::{ConfigVersion, Policy, Service, Str, Workload};
+use model::{ConfigVersion, Str};
 use prost::Message;
 
 use crate::any::Any;
-use crate::digest::{self, Sum};
+use crate::digest::Sum;
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
-use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit, codec};
+use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit};
 pub use changes::Changes;
-use changes::{Memo, TypeChanges};
+pub use resources::{Encoded, Resources};
 use sent::{Difference, Sent};
 
 /// Names kept of a refusal: enough to start looking.
 const MAX_REFUSED_NAMES: usize = 100;
 /// Bytes kept of a proxy's words: they end up in logs and on a page.
 const MAX_MESSAGE_BYTES: usize = 4096;
-
-/// One resource, encoded once for every connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Encoded {
-    /// Equal versions mean equal bytes.
-    pub version: Str,
-    pub hash: u64,
-    pub value: Bytes,
-}
-
-impl Encoded {
-    pub fn new(name: &str, value: Vec<u8>) -> Self {
-        let hash = digest::resource(name, &value);
-        Self { version: digest::version(hash).into(), hash, value: value.into() }
-    }
-}
-
-/// Everything a proxy should hold after one push.
-#[derive(Clone, Debug, Default)]
-pub struct Resources {
-    push: ConfigVersion,
-    origins: Table,
-    authorizations: Table,
-    addresses: Table,
-    memo: Memo,
-}
-
-/// The resources of one type by name, and their sum.
-#[derive(Clone, Debug, Default)]
-struct Table {
-    by_name: BTreeMap<Str, Encoded>,
-    sum: Sum,
-}
-
-impl Resources {
-    /// Encodes a whole mesh. Of several values with one name the last one counts.
-    pub fn new<'a>(
-        push: ConfigVersion,
-        workloads: impl IntoIterator<Item = &'a Workload>,
-        services: impl IntoIterator<Item = &'a Service>,
-        policies: impl IntoIterator<Item = &'a Policy>,
-    ) -> Self {
-        let mut all = Self { push, ..Self::default() };
-        for w in workloads {
-            all.addresses.set(codec::workload_name(w), codec::encode_workload(w).encode_to_vec());
-        }
-        for s in services {
-            all.addresses.set(codec::service_name(s), codec::encode_service(s).encode_to_vec());
-        }
-        for p in policies {
-            let name = codec::policy_name(p);
-            all.authorizations.set(name.clone(), codec::encode_policy(p).encode_to_vec());
-            all.origins.set(name, codec::policy_origin(p).encode_to_vec());
-        }
-        all
-    }
-
-    pub fn push(&self) -> ConfigVersion {
-        self.push
-    }
-
-    /// The same mesh under another push number.
-    pub fn with_push(mut self, push: ConfigVersion) -> Self {
-        self.push = push;
-        self
-    }
-
-    /// Whether both say the same, whatever their push numbers: then there is nothing to push.
-    pub fn same_content(&self, other: &Self) -> bool {
-        [Kind::Origin, Kind::Authorization, Kind::Address]
-            .into_iter()
-            .all(|kind| self.table(kind).by_name == other.table(kind).by_name)
-    }
-
-    /// Name and encoding of each resource of a type, ordered by name.
-    pub fn iter(&self, kind: Kind) -> impl Iterator<Item = (&Str, &Encoded)> {
-        self.table(kind).by_name.iter()
-    }
-
-    /// Count and sum of a type.
-    pub fn sum(&self, kind: Kind) -> Sum {
-        self.table(kind).sum
-    }
-
-    /// What turns `old` into this. Worked out once, however many connections ask.
-    pub fn changes_since(&self, old: &Arc<Self>) -> Arc<Changes> {
-        self.memo.get(old, || Changes {
-            types: [Kind::Origin, Kind::Authorization, Kind::Address]
-                .map(|kind| TypeChanges::new(&old.table(kind).by_name, &self.table(kind).by_name)),
-        })
-    }
-
-    fn table(&self, kind: Kind) -> &Table {
-        static EMPTY: Table = Table { by_name: BTreeMap::new(), sum: Sum { count: 0, sum: 0 } };
-        match kind {
-            Kind::Origin => &self.origins,
-            Kind::Authorization => &self.authorizations,
-            Kind::Address => &self.addresses,
-            // Depends on the connection's subscriptions: made when it is sent.
-            Kind::Marker => &EMPTY,
-        }
-    }
-}
-
-impl Table {
-    fn set(&mut self, name: Str, value: Vec<u8>) {
-        let new = Encoded::new(&name, value);
-        self.sum.add(new.hash);
-        if let Some(old) = self.by_name.insert(name, new) {
-            self.sum.remove(old.hash);
-        }
-    }
-}
 
 /// What a request meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,11 +120,13 @@ impl Connection {
     pub fn is_settled(&self) -> bool {
         let done = |kind: &Kind| {
             let s = &self.types[kind.index()];
-            let removed = s.removed || self.must_keep(*kind, Part::Removed);
-            !s.active || (s.added && removed && s.in_flight.is_none() && !s.answer_due)
+            let added = s.added || self.must_wait(*kind, Part::Added);
+            let removed = s.removed || self.must_wait(*kind, Part::Removed);
+            let answered = !s.answer_due || self.must_wait(*kind, Part::Both);
+            !s.active || (added && removed && answered && s.in_flight.is_none())
         };
         let marker = &self.types[Kind::Marker.index()];
-        [Kind::Origin, Kind::Authorization, Kind::Address].iter().all(done)
+        Kind::CONFIGURATION.iter().all(done)
             && (!marker.active || (!self.marker_due && marker.in_flight.is_none()))
     }
 
@@ -274,15 +164,20 @@ impl Connection {
     pub fn next_response(&mut self) -> Option<DeltaDiscoveryResponse> {
         // What refers must not overtake what it refers to: the first step that has something to send
         // and must wait holds back all later ones.
+        let routes = self.types[Kind::Routes.index()].active;
         let steps = [
             (Kind::Origin, Part::Added),
             (Kind::Authorization, Part::Added),
-            (Kind::Address, Part::Both),
+            (Kind::Address, if routes { Part::Added } else { Part::Both }),
+            (Kind::Subset, Part::Added),
+            (Kind::Routes, Part::Both),
+            (Kind::Subset, Part::Removed),
+            (Kind::Address, Part::Removed),
             (Kind::Authorization, Part::Removed),
             (Kind::Origin, Part::Removed),
         ];
         for (kind, part) in steps {
-            if self.must_keep(kind, part) {
+            if self.must_wait(kind, part) {
                 continue;
             }
             let (resources, removed) = self.difference(kind, part);
@@ -298,12 +193,19 @@ impl Connection {
         self.next_marker()
     }
 
-    /// A proxy that comes back subscribes type by type: until it has named its addresses, they may still
-    /// refer to a policy that is gone.
-    fn must_keep(&self, kind: Kind, part: Part) -> bool {
-        part == Part::Removed
-            && self.types[kind.index()].resumed
-            && !self.types[Kind::Address.index()].active
+    /// A proxy subscribes type by type. Until it has named its addresses, they may still refer to a policy that is gone;
+    /// and what refers to addresses waits for them.
+    fn must_wait(&self, kind: Kind, part: Part) -> bool {
+        if self.types[Kind::Address.index()].active {
+            return false;
+        }
+        match kind {
+            Kind::Origin | Kind::Authorization => {
+                part == Part::Removed && self.types[kind.index()].resumed
+            }
+            Kind::Subset | Kind::Routes => true,
+            Kind::Address | Kind::Marker => false,
+        }
     }
 
     /// Settles the response that this request answers, if it does.
@@ -395,10 +297,10 @@ impl Connection {
             return None;
         }
         self.marker_due = false;
-        let subscribed = |kind: &Kind| self.types[kind.index()].active;
-        let kinds =
-            [Kind::Origin, Kind::Authorization, Kind::Address].into_iter().filter(subscribed);
-        let push = self.desired.push;
+        let sent =
+            |kind: &Kind| self.types[kind.index()].active && !self.must_wait(*kind, Part::Added);
+        let kinds = Kind::CONFIGURATION.into_iter().filter(sent);
+        let push = self.desired.push();
         let message = ambit::PushMarker {
             epoch: push.epoch,
             number: push.number,
@@ -423,7 +325,7 @@ impl Connection {
     ) -> DeltaDiscoveryResponse {
         self.last_nonce += 1;
         let nonce = self.last_nonce.to_string();
-        let push = self.desired.push;
+        let push = self.desired.push();
         self.types[kind.index()].in_flight = Some(InFlight { nonce: nonce.clone(), names, push });
         DeltaDiscoveryResponse {
             system_version_info: push.to_string(),

@@ -4,9 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use model::http::{
+    Audience, Backend, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes, Subset,
+    SubsetKey, Target, Timeouts,
+};
 use model::{
     Action, ConfigVersion, Policy, PolicyKey, Provenance, Rule, Scope, Service, ServiceKey,
-    Snapshot, Workload,
+    Snapshot, Workload, WorkloadUid,
 };
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
@@ -16,18 +20,30 @@ use xds::codec::Defaults;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use xds::server::{Connection, Event, Resources};
 
-/// A small mesh: index to variant. Workload `i` of variant `v` is selected by policy `v`, which exists.
+/// A small mesh: index to variant. Workload `i` of variant `v` is selected by policy `v`, the subset of service `i` has
+/// workload `v`, and the routes of service `i` go to service `v`, to its subset if it has one. All of these exist.
 #[derive(Clone, Debug, Default)]
 struct Mesh {
     workloads: BTreeMap<u8, u8>,
     services: BTreeMap<u8, u8>,
     policies: BTreeMap<u8, u8>,
+    subsets: BTreeMap<u8, u8>,
+    routes: BTreeMap<u8, u8>,
 }
 
 fn mesh() -> impl Strategy<Value = Mesh> {
     let some = || btree_map(0..5_u8, 0..4_u8, 0..5);
-    (some(), some(), some()).prop_map(|(workloads, services, policies)| {
-        let mut mesh = Mesh { workloads, services, policies };
+    let all = (some(), some(), some(), some(), some());
+    all.prop_map(|(workloads, services, policies, subsets, routes)| {
+        let mut mesh = Mesh { workloads, services, policies, subsets, routes };
+        for (index, variant) in &mesh.subsets {
+            mesh.services.entry(*index).or_insert(0);
+            mesh.workloads.entry(*variant).or_insert(0);
+        }
+        for (index, variant) in &mesh.routes {
+            mesh.services.entry(*index).or_insert(0);
+            mesh.services.entry(*variant).or_insert(0);
+        }
         for variant in mesh.workloads.values() {
             mesh.policies.entry(*variant).or_insert(0);
         }
@@ -66,7 +82,7 @@ impl Mesh {
 
     fn services(&self) -> Vec<Service> {
         let one = |(index, variant): (&u8, &u8)| Service {
-            key: ServiceKey { namespace: "ns".into(), hostname: format!("s{index}").into() },
+            key: Self::service_key(*index),
             name: format!("variant{variant}").into(),
             vips: [].into(),
             ports: [].into(),
@@ -82,13 +98,50 @@ impl Mesh {
         self.policies.iter().map(|(index, variant)| Self::policy(*index, *variant)).collect()
     }
 
+    fn service_key(index: u8) -> ServiceKey {
+        ServiceKey { namespace: "ns".into(), hostname: format!("s{index}").into() }
+    }
+
+    fn subsets(&self) -> Vec<Subset> {
+        let one = |(index, variant): (&u8, &u8)| Subset {
+            key: SubsetKey { service: Self::service_key(*index), name: "v".into() },
+            workloads: [WorkloadUid(format!("c//Pod/ns/w{variant}").into())].into(),
+        };
+        self.subsets.iter().map(one).collect()
+    }
+
+    fn routes(&self) -> Vec<ServiceRoutes> {
+        let one = |(index, variant): (&u8, &u8)| {
+            let subset = self.subsets.contains_key(variant).then(|| "v".into());
+            let target = Target::Service { service: Self::service_key(*variant), port: 80, subset };
+            let rule = RouteRule {
+                route: "HTTPRoute/ns/r".into(),
+                name: "rules[0]".into(),
+                provenance: Provenance::default(),
+                filters: Vec::new(),
+                backends: vec![Backend { weight: 1, target, filters: Vec::new() }],
+                timeouts: Timeouts::default(),
+            };
+            let (rules, matches) = ([Arc::new(rule)].into(), [RouteMatch::default()].into());
+            let ports = [80].into();
+            let set = RouteSet::new(Audience::Everybody, ports, RouteKind::Http, rules, matches);
+            ServiceRoutes {
+                service: Self::service_key(*index),
+                ports: [].into(),
+                sets: [Arc::new(set.expect("its matches refer to its rule"))].into(),
+            }
+        };
+        self.routes.iter().map(one).collect()
+    }
+
     fn resources(&self, number: u64) -> Arc<Resources> {
         let push = ConfigVersion { epoch: 7, number };
         let (w, s, p) = (self.workloads(), self.services(), self.policies());
-        Arc::new(Resources::new(push, &w, &s, &p))
+        Arc::new(Resources::new(push, &w, &s, &p, &self.routes(), &self.subsets()))
     }
 
-    fn assert_held(&self, snapshot: &Snapshot) {
+    /// What a proxy holds that asks for these.
+    fn assert_held(&self, snapshot: &Snapshot, kinds: &[Kind]) {
         fn sorted<T: Clone + std::fmt::Debug>(all: impl Iterator<Item = T>) -> BTreeSet<String> {
             all.map(|one| format!("{one:?}")).collect()
         }
@@ -104,11 +157,21 @@ impl Mesh {
             sorted(snapshot.policies().map(|a| (**a).clone())),
             sorted(self.policies().into_iter())
         );
+        let waypoint = kinds.contains(&Kind::Routes);
+        assert_eq!(
+            sorted(snapshot.all_routes().map(|a| (**a).clone())),
+            sorted(self.routes().into_iter().filter(|_| waypoint))
+        );
+        assert_eq!(
+            sorted(snapshot.subsets().map(|a| (**a).clone())),
+            sorted(self.subsets().into_iter().filter(|_| waypoint))
+        );
     }
 }
 
 /// A proxy, a control plane and the wires between them.
 struct World {
+    kinds: &'static [Kind],
     client: Client,
     snapshot: Snapshot,
     server: Connection,
@@ -121,11 +184,11 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
-        let node = Node { id: "node-1".to_owned(), ..Default::default() };
+    fn new(kinds: &'static [Kind]) -> Self {
         let desired = Arc::new(Resources::default());
         let mut world = Self {
-            client: Client::new(node, defaults()),
+            kinds,
+            client: client(kinds),
             snapshot: Snapshot::default(),
             server: Connection::new(desired.clone()),
             desired,
@@ -200,13 +263,44 @@ impl World {
         panic!("never settles");
     }
 
-    /// No workload ever refers to a policy that is not there.
+    /// No workload ever refers to a policy that is not there, no subset to a workload, no route to a service or a
+    /// subset.
     fn assert_closed(&self) {
-        for workload in self.snapshot.workloads().filter(|_| !self.lossy) {
+        if self.lossy {
+            return;
+        }
+        for workload in self.snapshot.workloads() {
             let missing = self.snapshot.policies_of(workload).missing;
             assert!(missing.is_empty(), "{} misses {missing:?}", workload.uid);
         }
+        for subset in self.snapshot.subsets() {
+            let mut missing = subset.workloads.iter();
+            let missing = missing.find(|uid| self.snapshot.workload(uid).is_none());
+            assert_eq!(missing, None, "{}", subset.key);
+        }
+        for routes in self.snapshot.all_routes() {
+            assert!(self.snapshot.service(&routes.service).is_some(), "{}", routes.service);
+            let rules = routes.sets.iter().flat_map(|set| set.rules.iter());
+            for backend in rules.flat_map(|rule| &rule.backends) {
+                let Target::Service { service, subset, .. } = &backend.target else { continue };
+                let to = &backend.target;
+                assert!(self.snapshot.service(service).is_some(), "{} to {to}", routes.service);
+                let Some(name) = subset else { continue };
+                let key = SubsetKey { service: service.clone(), name: name.clone() };
+                assert!(self.snapshot.subset(&key).is_some(), "{} to {to}", routes.service);
+            }
+        }
     }
+}
+
+fn client(kinds: &'static [Kind]) -> Client {
+    let node = Node { id: "node-1".to_owned(), ..Default::default() };
+    Client::new(node, defaults()).asking_for(kinds)
+}
+
+/// What a node's proxy asks for, or a waypoint.
+fn kinds() -> impl Strategy<Value = &'static [Kind]> {
+    prop_oneof![Just(&Kind::OF_NODE[..]), Just(&Kind::OF_WAYPOINT[..])]
 }
 
 fn defaults() -> Defaults {
@@ -240,8 +334,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn ends_where_the_server_wants(steps in vec(step(), 0..60)) {
-        let mut world = World::new();
+    fn ends_where_the_server_wants(kinds in kinds(), steps in vec(step(), 0..60)) {
+        let mut world = World::new(kinds);
         let mut wanted = Mesh::default();
         let mut number = 1;
         for step in steps {
@@ -262,7 +356,7 @@ proptest! {
             }
         }
         world.settle();
-        wanted.assert_held(&world.snapshot);
+        wanted.assert_held(&world.snapshot, kinds);
         prop_assert_eq!(&world.mismatches, &[]);
         prop_assert_eq!(world.snapshot.version(), world.desired.push());
         prop_assert_eq!(world.server.acked(), Some(world.desired.push()));
@@ -270,14 +364,16 @@ proptest! {
     }
 
     #[test]
-    fn lost_updates_are_found_and_repaired(before in mesh(), lost in mesh(), after in mesh()) {
-        let mut world = World::new();
+    fn lost_updates_are_found_and_repaired(
+        kinds in kinds(), before in mesh(), lost in mesh(), after in mesh()
+    ) {
+        let mut world = World::new(kinds);
         world.push(before.resources(1));
         world.settle();
         world.push(lost.resources(2));
-        let responses = world.down.len();
-        // All but the marker.
-        for _ in 1..responses {
+        // All but the marker, which comes last.
+        let marker = |r: &&DeltaDiscoveryResponse| r.type_url == Kind::Marker.type_url();
+        for _ in 0..world.down.len() - world.down.iter().filter(marker).count() {
             world.lose();
         }
         world.settle();
@@ -285,10 +381,10 @@ proptest! {
         // may need the next push.
         world.push(after.resources(3));
         world.settle();
-        after.assert_held(&world.snapshot);
+        after.assert_held(&world.snapshot, kinds);
         prop_assert_eq!(world.snapshot.version(), ConfigVersion { epoch: 7, number: 3 });
-        let lossless = [Kind::Origin, Kind::Authorization, Kind::Address].into_iter().all(|kind| {
-            let changes = lost.resources(2).changes_since(&before.resources(1));
+        let changes = lost.resources(2).changes_since(&before.resources(1));
+        let lossless = kinds.iter().copied().all(|kind| {
             changes.of(kind).set.is_empty() && changes.of(kind).removed.is_empty()
         });
         prop_assert_eq!(world.mismatches.is_empty(), lossless);
@@ -315,8 +411,7 @@ proptest! {
 fn restart(world: &mut World) {
     let held = world.client.held();
     let saved: Vec<Saved> = held.save(&world.snapshot).collect();
-    let node = Node { id: "node-1".to_owned(), ..Default::default() };
-    world.client = Client::new(node, defaults());
+    world.client = client(world.kinds);
     let (changes, unreadable) = world.client.restore(saved);
     assert_eq!(unreadable, []);
     world.snapshot = Snapshot::default().with(changes);
@@ -326,8 +421,8 @@ fn restart(world: &mut World) {
 
 #[test]
 fn a_push_without_changes_costs_a_marker_and_nothing_else() {
-    let mut world = World::new();
-    let mesh = Mesh { workloads: [(1, 1)].into(), policies: [(1, 2)].into(), ..Mesh::default() };
+    let mut world = World::new(&Kind::OF_NODE);
+    let mesh = small();
     world.push(mesh.resources(1));
     world.settle();
     let markers = world.markers;
@@ -340,11 +435,16 @@ fn a_push_without_changes_costs_a_marker_and_nothing_else() {
 
 #[test]
 fn an_unchanged_mesh_is_not_sent_again_after_a_reconnect() {
-    let mut world = World::new();
-    let mesh = Mesh { workloads: [(1, 1)].into(), policies: [(1, 2)].into(), ..Mesh::default() };
-    world.push(mesh.resources(1));
-    world.settle();
-    for restart_too in [false, true] {
+    for (kinds, restart_too) in [
+        (&Kind::OF_NODE[..], false),
+        (&Kind::OF_NODE, true),
+        (&Kind::OF_WAYPOINT, false),
+        (&Kind::OF_WAYPOINT, true),
+    ] {
+        let mut world = World::new(kinds);
+        let mesh = small();
+        world.push(mesh.resources(1));
+        world.settle();
         if restart_too {
             restart(&mut world)
         } else {
@@ -356,8 +456,32 @@ fn an_unchanged_mesh_is_not_sent_again_after_a_reconnect() {
         let sizes: Vec<_> =
             world.down.iter().map(|r| (r.resources.len(), r.removed_resources.len())).collect();
         // Each type is answered, and only the marker says something.
-        assert_eq!(sizes, [(0, 0), (0, 0), (0, 0), (1, 0)]);
+        let mut want = vec![(0, 0); kinds.len()];
+        want[kinds.len() - 1] = (1, 0);
+        assert_eq!(sizes, want);
         world.settle();
-        mesh.assert_held(&world.snapshot);
+        mesh.assert_held(&world.snapshot, kinds);
+    }
+}
+
+/// A proxy that was something else before: what it does not ask for does not come back from the disk.
+#[test]
+fn what_is_not_asked_for_is_not_restored() {
+    let mut world = World::new(&Kind::OF_WAYPOINT);
+    let mesh = small();
+    world.push(mesh.resources(1));
+    world.settle();
+    world.kinds = &Kind::OF_NODE;
+    restart(&mut world);
+    mesh.assert_held(&world.snapshot, &Kind::OF_NODE);
+}
+
+fn small() -> Mesh {
+    Mesh {
+        workloads: [(1, 1)].into(),
+        services: [(1, 1)].into(),
+        policies: [(1, 2)].into(),
+        subsets: [(1, 1)].into(),
+        routes: [(1, 1)].into(),
     }
 }

@@ -24,6 +24,9 @@ use xds::any::Any;
 use xds::codec::{self, Address, DecodeError, Defaults, Interner};
 use xds::{ca, discovery, zds};
 
+#[path = "wire/routes.rs"]
+mod routes;
+
 /// Reads a fixture: hex bytes, text in quotes, comments behind `#`.
 fn bytes(fixture: &str) -> Vec<u8> {
     let mut out = Vec::new();

@@ -4,7 +4,7 @@ use crate::client::*;
 use tonic::Code;
 use xds::Kind;
 
-const ALL: [Kind; 4] = Kind::ALL;
+const ALL: [Kind; 4] = Kind::OF_NODE;
 
 async fn shop() -> World {
     World::start(&[

@@ -31,7 +31,7 @@ async fn shop() -> World {
 }
 
 fn tell(w: &World, line: &str) {
-    w.running.register_token(line).unwrap();
+    w.running.register_token(line).expect("a line of the registry");
 }
 
 #[track_caller]

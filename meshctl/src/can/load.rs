@@ -162,5 +162,17 @@ pub(super) fn through_the_wire(
             Address::Service(s) => Change::SetService(s),
         });
     }
+    for subset in &compiled.subsets {
+        let bytes = codec::encode_subset(subset).encode_to_vec();
+        let name = codec::subset_name(subset);
+        let received = codec::decode_subset(&name, &bytes, &mut interner)?;
+        changes.push(Change::SetSubset(Arc::new(received)));
+    }
+    for routes in &compiled.routes {
+        let bytes = codec::encode_routes(routes).encode_to_vec();
+        let name = codec::routes_name(routes);
+        let received = codec::decode_routes(&name, &bytes, &mut interner)?;
+        changes.push(Change::SetRoutes(Arc::new(received)));
+    }
     Ok(Snapshot::default().with(changes))
 }

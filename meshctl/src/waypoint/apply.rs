@@ -142,7 +142,7 @@ fn place(
     let dir = match (folder, lab) {
         (None, Some(lab)) => lab.dir.clone(),
         (folder, lab) => {
-            let dir = std::fs::canonicalize(folder.unwrap_or(Path::new(".")))
+            let dir = std::fs::canonicalize(folder.unwrap_or_else(|| Path::new(".")))
                 .with_context(|| format!("no folder for --out {}", out.display()))?;
             if let Some(lab) = lab.filter(|lab| lab.dir != dir) {
                 bail!(

@@ -129,13 +129,16 @@ pub(super) fn plan(folder: &Folder, namespace: &str, name: &str, force: bool) ->
 mod tests {
     use super::*;
 
-    fn planned(files: &[(&str, &str)], force: bool) -> Result<Plan, String> {
+    fn folder(files: &[(&str, &str)]) -> Folder {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        let folder = Folder::read(dir.path()).unwrap();
-        plan(&folder, "shop", "waypoint", force).map_err(|e| format!("{e:#}"))
+        Folder::read(dir.path()).unwrap()
+    }
+
+    fn planned(files: &[(&str, &str)], force: bool) -> Result<Plan, String> {
+        plan(&folder(files), "shop", "waypoint", force).map_err(|e| format!("{e:#}"))
     }
 
     const SHOP: &str = "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: shop\n  labels:\n    istio.io/use-waypoint: waypoint\n    a: b\n";

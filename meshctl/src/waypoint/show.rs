@@ -130,8 +130,10 @@ pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode> {
         all = args.scope.find(&lab, args.name.as_deref())?;
     }
     if all.is_empty() {
-        let which =
-            args.name.as_ref().map_or("no waypoints".to_owned(), |n| format!("no waypoint {n:?}"));
+        let which = args
+            .name
+            .as_ref()
+            .map_or_else(|| "no waypoints".to_owned(), |n| format!("no waypoint {n:?}"));
         bail!("{which} {}: make one with `meshctl waypoint apply`", args.scope.words());
     }
     match args.output {

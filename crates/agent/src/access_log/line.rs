@@ -1,29 +1,65 @@
 //! The two forms of a line.
 
 use std::fmt::{self, Display, Write};
+use std::time::SystemTime;
 
+use super::http::HttpRecord;
 use super::time::Utc;
-use super::{ConnectionRecord, Direction, Outcome, Party};
+use super::{ConnectionRecord, Direction, Format, Outcome, Party};
 
 /// Characters of a value that comes from outside; the rest is cut, so that a line stays a line.
 const MAX_VALUE: usize = 1_024;
 
-pub(super) fn text(out: &mut String, record: &ConnectionRecord<'_>) -> fmt::Result {
-    let (level, message) = headline(record);
-    write!(out, "{}\t{level}\taccess\t{message}\t", Utc(record.start + record.duration))?;
-    let mut fields = Text { out, first: true };
-    fill(&mut fields, record)
+/// What every line begins with.
+struct Line {
+    level: &'static str,
+    message: &'static str,
+    /// When it ended.
+    time: SystemTime,
 }
 
-pub(super) fn json(out: &mut String, record: &ConnectionRecord<'_>) -> fmt::Result {
+pub(super) fn connection(
+    out: &mut String,
+    format: Format,
+    record: &ConnectionRecord<'_>,
+) -> fmt::Result {
     let (level, message) = headline(record);
-    let time = Utc(record.start + record.duration);
+    let line = Line { level, message, time: record.start + record.duration };
+    match format {
+        Format::Text => fill(&mut text(out, &line)?, record),
+        Format::Json => {
+            fill(&mut json(out, &line)?, record)?;
+            out.write_char('}')
+        }
+    }
+}
+
+pub(super) fn request(out: &mut String, format: Format, record: &HttpRecord<'_>) -> fmt::Result {
+    let (level, message) = record.headline();
+    let line = Line { level, message, time: record.start + record.duration };
+    match format {
+        Format::Text => record.fill(&mut text(out, &line)?),
+        Format::Json => {
+            record.fill(&mut json(out, &line)?)?;
+            out.write_char('}')
+        }
+    }
+}
+
+fn text<'a>(out: &'a mut String, line: &Line) -> Result<Text<'a>, fmt::Error> {
+    let Line { level, message, time } = line;
+    write!(out, "{}\t{level}\taccess\t{message}\t", Utc(*time))?;
+    Ok(Text { out, first: true })
+}
+
+fn json<'a>(out: &'a mut String, line: &Line) -> Result<Json<'a>, fmt::Error> {
+    let Line { level, message, time } = line;
+    let time = Utc(*time);
     write!(
         out,
         "{{\"level\":\"{level}\",\"time\":\"{time}\",\"scope\":\"access\",\"message\":\"{message}\""
     )?;
-    fill(&mut Json { out }, record)?;
-    out.write_char('}')
+    Ok(Json { out })
 }
 
 fn headline(record: &ConnectionRecord<'_>) -> (&'static str, &'static str) {
@@ -34,7 +70,7 @@ fn headline(record: &ConnectionRecord<'_>) -> (&'static str, &'static str) {
 }
 
 /// Where fields go: the same fields in the same order in both forms.
-trait Fields {
+pub(super) trait Fields {
     /// A value that needs no quotes in text: addresses, words.
     fn plain(&mut self, name: &str, value: impl Display) -> fmt::Result;
     /// A value that may hold anything.
@@ -61,6 +97,7 @@ fn fill(f: &mut impl Fields, r: &ConnectionRecord<'_>) -> fmt::Result {
     let (direction, sent, received) = match r.direction {
         Direction::Inbound => ("inbound", r.from_server, r.from_client),
         Direction::Outbound => ("outbound", r.from_client, r.from_server),
+        Direction::Waypoint => ("waypoint", r.from_server, r.from_client),
     };
     f.quoted("direction", direction)?;
     if r.same_node {
@@ -86,7 +123,7 @@ fn fill(f: &mut impl Fields, r: &ConnectionRecord<'_>) -> fmt::Result {
 }
 
 /// The fields of one end, in Istio's order; `after_address` adds what stands between.
-fn party<F: Fields>(
+pub(super) fn party<F: Fields>(
     f: &mut F,
     [address, workload, namespace, identity, cluster]: [&str; 5],
     party: &Party<'_>,

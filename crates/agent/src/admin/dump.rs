@@ -21,6 +21,8 @@ use tokio::sync::mpsc;
 
 use super::{AdminState, Answer, parameter, plain};
 
+mod routes;
+
 /// One piece of the response.
 const CHUNK: usize = 64 << 10;
 /// Pieces that wait for the client; then the dump waits too.
@@ -47,7 +49,7 @@ pub struct Certificate {
     pub expiration_time: String,
 }
 
-const PARTS: [&str; 4] = ["workloads", "services", "policies", "certificates"];
+const PARTS: [&str; 6] = ["workloads", "services", "policies", "routes", "subsets", "certificates"];
 
 pub(super) fn config_dump(query: Option<&str>, state: &Arc<AdminState>) -> Answer {
     let only = parameter(query, "only");
@@ -133,6 +135,20 @@ impl Serialize for Dump<'_> {
                 self.snapshot.policies().filter(|p| self.shows(&p.key.namespace)).collect();
             all.sort_unstable_by(|a, b| a.key.cmp(&b.key));
             map.serialize_entry("policies", &Each(all, PolicyView::new))?;
+        }
+        // A node's proxy has none of these: there they are only shown to who asks for them.
+        let has = |part: &str, any: bool| wanted(part) && (any || self.only.is_some());
+        let mut all: Vec<_> =
+            self.snapshot.all_routes().filter(|r| self.shows(&r.service.namespace)).collect();
+        if has("routes", !all.is_empty()) {
+            all.sort_unstable_by(|a, b| a.service.cmp(&b.service));
+            map.serialize_entry("routes", &Each(all, routes::routes))?;
+        }
+        let mut all: Vec<_> =
+            self.snapshot.subsets().filter(|s| self.shows(&s.key.service.namespace)).collect();
+        if has("subsets", !all.is_empty()) {
+            all.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+            map.serialize_entry("subsets", &Each(all, routes::subset))?;
         }
         if wanted("certificates") {
             map.serialize_entry("certificates", &(self.state.certificates)())?;

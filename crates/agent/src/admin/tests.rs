@@ -2,6 +2,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use model::http::{
+    Audience, Backend, Filter, HeaderEdits, PathMatch, PortProtocol, Protocol, RouteKind,
+    RouteMatch, RouteRule, RouteSet, ServiceRoutes, Subset, SubsetKey, Target, TextMatch, Timeouts,
+};
 use model::{
     Change, ConfigVersion, Match, Policy, PolicyKey, Rule, Scope, ServiceKey, StringMatch, Workload,
 };
@@ -224,6 +228,70 @@ async fn config_dump() {
     assert!(only.get("workloads").is_none() && only.get("certificates").is_none());
     assert_eq!(only["policies"].as_array().unwrap().len(), 1);
     assert_eq!(ask(at, "GET /config_dump?only=secrets").await.0, 400);
+}
+
+#[tokio::test]
+async fn config_dump_of_a_waypoint() {
+    let service = ServiceKey { namespace: "shop".into(), hostname: "web".into() };
+    let target = Target::Service { service: service.clone(), port: 80, subset: Some("v2".into()) };
+    let edits = HeaderEdits { remove: vec!["x-a".into()], ..HeaderEdits::default() };
+    let rule = RouteRule {
+        route: "HTTPRoute/shop/web".into(),
+        name: "rules[0]".into(),
+        provenance: model::Provenance {
+            object: "HTTPRoute/shop/web".into(),
+            field: "spec.rules[0]".into(),
+            origin: "a.yaml:1".into(),
+        },
+        filters: vec![
+            Filter::RequestHeaders(edits),
+            Filter::Fail { reason: model::Reason::BadFilter, message: "no such filter".into() },
+        ],
+        backends: vec![Backend { weight: 3, target, filters: Vec::new() }],
+        timeouts: Timeouts { request: Some(Duration::from_millis(1500)), backend_request: None },
+    };
+    let one = RouteMatch {
+        path: PathMatch::Segments("/a".into()),
+        method: Some(TextMatch::Exact("GET".into())),
+        ..RouteMatch::default()
+    };
+    let (rules, matches) = (Arc::new([Arc::new(rule)]), Arc::new([one]));
+    let set =
+        RouteSet::new(Audience::Everybody, Arc::new([]), RouteKind::Http, rules, matches).unwrap();
+    let routes = ServiceRoutes {
+        service: service.clone(),
+        ports: Arc::new([PortProtocol { service_port: 80, protocol: Protocol::Http }]),
+        sets: Arc::new([Arc::new(set)]),
+    };
+    let subset = Subset {
+        key: SubsetKey { service, name: "v2".into() },
+        workloads: [model::WorkloadUid("uid".into())].into(),
+    };
+    let changes = [Change::SetRoutes(Arc::new(routes)), Change::SetSubset(Arc::new(subset))];
+    let w = world(snapshot().with(changes));
+    let at = server(Page::Admin, &w.state).await;
+    let dump = async |query: &str| -> serde_json::Value {
+        let (status, text) = ask(at, &format!("GET /config_dump{query}")).await;
+        assert_eq!(status, 200, "{text}");
+        serde_json::from_str(&text).unwrap()
+    };
+    let all = dump("").await;
+    let routes = &all["routes"][0];
+    assert_eq!((&routes["hostname"], &routes["protocols"]["80"]), (&"web".into(), &"Http".into()));
+    let set = &routes["sets"][0];
+    assert_eq!(set["ports"], "all");
+    assert_eq!(set["matches"][0]["all"], serde_json::json!(["path /a/*", "method is GET"]));
+    let rule = &set["rules"][0];
+    assert_eq!(rule["provenance"], "HTTPRoute/shop/web spec.rules[0] (a.yaml:1)");
+    assert_eq!(rule["backends"][0]["to"], "shop/web:80 subset v2");
+    assert_eq!(rule["requestTimeoutSeconds"], 1.5);
+    let filters = ["request headers: remove x-a", "fail bad_filter: no such filter"];
+    assert_eq!(rule["filters"], serde_json::json!(filters));
+    assert_eq!(all["subsets"][0]["workloads"], serde_json::json!(["uid"]));
+    let bank = dump("?namespace=bank").await;
+    assert!(bank.get("routes").is_none() && bank.get("subsets").is_none());
+    assert_eq!(dump("?only=subsets&namespace=bank").await["subsets"], serde_json::json!([]));
+    assert!(dump("?only=routes").await.get("subsets").is_none());
 }
 
 #[tokio::test]

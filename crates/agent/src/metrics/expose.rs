@@ -16,6 +16,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::dns::Row;
+use super::http::{self, Shown};
 use super::labels::{Flagged, Labels, Reporter, label};
 use super::process::Process;
 use super::traffic::{FLAGS, Values};
@@ -34,6 +35,15 @@ pub(super) fn render(metrics: &Metrics, now: Instant) -> String {
     page
 }
 
+/// Name, help and values of the histograms of requests.
+type HttpHistogram = (&'static str, &'static str, fn(&http::Values) -> &http::Counted);
+
+const HTTP_HISTOGRAMS: [HttpHistogram; 3] = [
+    ("istio_request_duration_milliseconds", "How long requests took", |v| &v.duration),
+    ("istio_request_bytes", "Bytes of the bodies of requests", |v| &v.request_bytes),
+    ("istio_response_bytes", "Bytes of the bodies of responses", |v| &v.response_bytes),
+];
+
 #[derive(Debug)]
 struct Page {
     metrics: Metrics,
@@ -43,6 +53,7 @@ struct Page {
 impl Collector for Page {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.traffic(&mut encoder)?;
+        self.http(&mut encoder)?;
         self.refusals(&mut encoder)?;
         self.dns(&mut encoder)?;
         self.spans(&mut encoder)?;
@@ -77,17 +88,53 @@ impl Page {
             "Connections refused, not made or broken",
             failed,
         )?;
-        let open = Reporter::ALL.map(|reporter| {
+        let open = Reporter::of(self.metrics.0.component).iter().map(|&reporter| {
             let of = rows.iter().filter(|(labels, _)| labels.reporter == reporter);
             let open: u64 = of.map(|(_, v)| v.opened.saturating_sub(v.closed)).sum();
             (One("reporter", reporter.as_str()), open)
         });
-        gauges(encoder, "istio_tcp_sockets_open", "Open connections", open.into_iter())
+        gauges(encoder, "istio_tcp_sockets_open", "Open connections", open)
+    }
+
+    fn http(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let rows = self.metrics.0.http.scrape(self.now);
+        let requests = rows.iter().map(|(labels, values)| (Shown(labels), values.requests()));
+        counters(encoder, "istio_requests", "Requests", requests)?;
+        for (name, help, get) in HTTP_HISTOGRAMS {
+            let mut filled = rows.iter().filter(|(_, values)| values.requests() > 0).peekable();
+            if filled.peek().is_none() {
+                return Ok(());
+            }
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (labels, values) in filled {
+                let histogram = get(values);
+                metric.encode_family(&Shown(labels))?.encode_histogram::<One<&str>>(
+                    histogram.sum,
+                    histogram.count(),
+                    &histogram.buckets,
+                    None,
+                )?;
+            }
+        }
+        let messages = |get: fn(&http::Values) -> u64| {
+            let some = rows.iter().map(move |(labels, values)| (Shown(labels), get(values)));
+            some.filter(|(_, n)| *n > 0)
+        };
+        let help = "gRPC messages of clients";
+        counters(encoder, "istio_request_messages", help, messages(|v| v.request_messages))?;
+        let help = "gRPC messages of servers";
+        counters(encoder, "istio_response_messages", help, messages(|v| v.response_messages))?;
+        let help = "Times a new combination of labels of a request had to be counted as unknown";
+        let overflowed = self.metrics.0.http.overflowed();
+        if overflowed > 0 {
+            counter(encoder, "ambit_http_series_overflow", help, overflowed)?;
+        }
+        Ok(())
     }
 
     fn refusals(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let counts = &self.metrics.0.refusals.counts;
-        let rows = Reporter::ALL.into_iter().flat_map(|reporter| {
+        let rows = Reporter::of(self.metrics.0.component).iter().flat_map(|&reporter| {
             let of = Reason::ALL.iter().zip(&counts[reporter as usize]);
             of.map(move |(reason, n)| {
                 (Two("reason", reason.code(), "reporter", reporter.as_str()), get(n))

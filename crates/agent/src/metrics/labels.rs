@@ -1,4 +1,4 @@
-//! The labels of a TCP connection, as Istio names them. They describe deployments, not pods: all pods of
+//! The labels of a connection or a request, as Istio names them. They describe deployments, not pods: all pods of
 //! one Deployment share a series.
 
 use std::fmt::{self, Write};
@@ -12,15 +12,23 @@ use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder};
 pub enum Reporter {
     Source,
     Destination,
+    /// The HTTP proxy between the two.
+    Waypoint,
 }
 
 impl Reporter {
-    pub(super) const ALL: [Self; 2] = [Self::Source, Self::Destination];
+    pub(super) const ALL: [Self; 3] = [Self::Source, Self::Destination, Self::Waypoint];
+
+    /// Those that a program can be.
+    pub(super) fn of(component: &str) -> &'static [Self] {
+        if component == "waypoint" { &[Self::Waypoint] } else { &[Self::Source, Self::Destination] }
+    }
 
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Source => "source",
             Self::Destination => "destination",
+            Self::Waypoint => "waypoint",
         }
     }
 }
@@ -208,14 +216,25 @@ pub(super) struct Flagged<'a> {
 
 impl EncodeLabelSet for Flagged<'_> {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        let l = self.labels;
-        label(encoder, "reporter", l.reporter.as_str())?;
-        l.source.encode(encoder, &SOURCE)?;
+        self.labels.encode(encoder, "tcp", self.flags)
+    }
+}
+
+impl Labels {
+    /// What TCP and HTTP have in common.
+    pub(super) fn encode(
+        &self,
+        encoder: &mut LabelSetEncoder<'_>,
+        protocol: &'static str,
+        flags: &'static str,
+    ) -> fmt::Result {
+        label(encoder, "reporter", self.reporter.as_str())?;
+        self.source.encode(encoder, &SOURCE)?;
         // Istio has no such label: left out where no waypoint names a client.
-        if let Some(client) = &l.client {
+        if let Some(client) = &self.client {
             label(encoder, "client_principal", client)?;
         }
-        let service = l.service.as_ref();
+        let service = self.service.as_ref();
         label(encoder, "destination_service", service.map(|s| &*s.0).unwrap_or_default())?;
         label(
             encoder,
@@ -223,10 +242,10 @@ impl EncodeLabelSet for Flagged<'_> {
             service.map(|s| &*s.1).unwrap_or_default(),
         )?;
         label(encoder, "destination_service_name", service.map(|s| &*s.2).unwrap_or_default())?;
-        l.destination.encode(encoder, &DESTINATION)?;
-        label(encoder, "request_protocol", "tcp")?;
-        label(encoder, "response_flags", self.flags)?;
-        let policy = match l.security {
+        self.destination.encode(encoder, &DESTINATION)?;
+        label(encoder, "request_protocol", protocol)?;
+        label(encoder, "response_flags", flags)?;
+        let policy = match self.security {
             Security::MutualTls => "mutual_tls",
             Security::Plaintext => "unknown",
             Security::SameNode => "none",

@@ -388,3 +388,68 @@ fn the_documents_list_every_metric() {
     listed.retain(|name| name != "response_flags");
     assert_eq!(shown, listed);
 }
+
+fn request<'a>(traffic: TrafficKey<'a>, code: u16) -> HttpKey<'a> {
+    HttpKey { traffic, protocol: HttpProtocol::Http, code, flags: "-", grpc_status: None }
+}
+
+#[test]
+fn requests_have_istios_names_and_labels() {
+    let metrics = Metrics::new("waypoint", "0");
+    let (client, web, service) = (workload("client"), workload("web"), service());
+    let traffic = TrafficKey { reporter: Reporter::Waypoint, ..key(&client, &web, &service) };
+    let mut interner = HttpInterner::default();
+    for (code, millis, bytes) in [(200, 3, 10), (200, 70_000, 20_000_000), (503, 1, 0)] {
+        let sample = Sample {
+            duration: Duration::from_millis(millis),
+            response_bytes: bytes,
+            ..Sample::default()
+        };
+        interner.get(&metrics, &request(traffic, code)).add(&sample);
+    }
+    let grpc = HttpKey {
+        protocol: HttpProtocol::Grpc,
+        grpc_status: Some(14),
+        flags: "UT",
+        ..request(traffic, 200)
+    };
+    interner.get(&metrics, &grpc).add(&Sample { request_messages: 2, ..Sample::default() });
+    let (page, _) = metrics.render();
+    let value = |name: &str, words: &[&str]| {
+        let fits = |l: &&str| l.starts_with(name) && words.iter().all(|word| l.contains(word));
+        let [line] = page.lines().filter(fits).collect::<Vec<_>>()[..] else {
+            panic!("{name} {words:?} in\n{page}")
+        };
+        line.rsplit(' ').next().unwrap_or_default().to_owned()
+    };
+    let http = "request_protocol=\"http\"";
+    assert_eq!(value("istio_requests_total", &["response_code=\"200\"", http]), "2");
+    assert_eq!(value("istio_requests_total", &["response_code=\"503\""]), "1");
+    let rpc = ["grpc_response_status=\"14\"", "response_flags=\"UT\"", "reporter=\"waypoint\""];
+    assert_eq!(value("istio_requests_total", &rpc), "1");
+    assert_eq!(value("istio_request_messages_total", &[]), "2");
+    let of_200 = |more| ["response_code=\"200\"", http, more];
+    let bucket = "istio_request_duration_milliseconds_bucket";
+    assert_eq!(value(bucket, &of_200("le=\"5.0\"")), "1");
+    assert_eq!(value(bucket, &of_200("le=\"60000.0\"")), "1");
+    assert_eq!(value(bucket, &of_200("le=\"+Inf\"")), "2");
+    assert_eq!(value("istio_request_duration_milliseconds_sum", &of_200("")), "70003.0");
+    assert_eq!(value("istio_response_bytes_sum", &of_200("")), "20000010.0");
+    assert!(!page.contains("reporter=\"source\""), "a waypoint is neither end");
+}
+
+#[test]
+fn too_many_kinds_of_requests_are_counted_as_unknown() {
+    let metrics = Metrics::new("waypoint", "0");
+    let (client, web, service) = (workload("client"), workload("web"), service());
+    let traffic = TrafficKey { reporter: Reporter::Waypoint, ..key(&client, &web, &service) };
+    for code in 0..1_100 {
+        metrics.http(&request(traffic, code)).add(&Sample::default());
+    }
+    let (page, _) = metrics.render();
+    let rows = lines(&page, "istio_requests_total");
+    assert_eq!(rows.len(), 1_001);
+    let sum: u64 = rows.iter().filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum();
+    assert_eq!(sum, 1_100, "no request is lost");
+    assert!(page.contains("ambit_http_series_overflow_total 100\n"));
+}

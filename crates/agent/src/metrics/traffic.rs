@@ -21,9 +21,21 @@ pub(super) const IDLE_SERIES: Duration = Duration::from_secs(15 * 60);
 /// Combinations one data thread remembers; more than a thread sees in a while, 100 bytes each.
 const MAX_INTERNED: usize = 1_024;
 
-/// Istio's values of `response_flags` for failed connections that one of our reasons maps to.
-pub(super) const FLAGS: [&str; 6] =
-    ["-", "DENY", "CONNECT", "TLS_FAILURE", "H2_HANDSHAKE_FAILURE", "IDENTITY_ERROR"];
+/// Istio's values of `response_flags` that one of our reasons maps to.
+pub(super) const FLAGS: [&str; 12] = [
+    "-",
+    "DENY",
+    "CONNECT",
+    "TLS_FAILURE",
+    "H2_HANDSHAKE_FAILURE",
+    "IDENTITY_ERROR",
+    "NR",
+    "NC",
+    "FI",
+    "UT",
+    "UC",
+    "DPE",
+];
 
 /// The counters of one combination of labels.
 #[derive(Debug)]
@@ -128,7 +140,7 @@ impl Flushed {
 pub(super) struct Traffic {
     series: Mutex<HashMap<Arc<Labels>, Series>>,
     /// For what exceeds [`MAX_SERIES`], by reporter.
-    overflow: [(Arc<Labels>, Arc<TcpMetrics>); 2],
+    overflow: [(Arc<Labels>, Arc<TcpMetrics>); Reporter::ALL.len()],
     overflowed: AtomicU64,
     refusals: Arc<Refusals>,
 }
@@ -260,7 +272,10 @@ impl Interner {
     }
 }
 
-fn as_its_workload(workload: Option<&Arc<Workload>>, identity: Option<&Identity>) -> bool {
+pub(super) fn as_its_workload(
+    workload: Option<&Arc<Workload>>,
+    identity: Option<&Identity>,
+) -> bool {
     match (workload, identity) {
         (_, None) => true,
         (None, Some(_)) => false,
@@ -272,6 +287,6 @@ fn as_its_workload(workload: Option<&Arc<Workload>>, identity: Option<&Identity>
     }
 }
 
-fn address<T>(value: Option<&Arc<T>>) -> usize {
+pub(super) fn address<T>(value: Option<&Arc<T>>) -> usize {
     value.map_or(0, |v| Arc::as_ptr(v) as usize)
 }

@@ -1,4 +1,4 @@
-//! W3C trace context: the header `traceparent`, which a peer writes and we read.
+//! Trace context: W3C's header `traceparent` and Zipkin's `b3`, which a peer writes and we read.
 //!
 //! Invariant: parsing is total; what is not exactly a trace context is none.
 
@@ -37,6 +37,25 @@ impl SpanContext {
         }
         let [flags] = hex(own.get(53..55)?)?;
         Self::new(hex(own.get(3..35)?)?, hex(own.get(36..52)?)?, flags & 1 == 1)
+    }
+
+    /// Reads Zipkin's header `b3`: trace, span, then perhaps whether it is sampled and the parent. A trace may have half
+    /// the digits. Who leaves the decision to us has not sampled it.
+    pub fn parse_b3(header: &[u8]) -> Option<Self> {
+        let mut words = header.split(|b| *b == b'-');
+        let (trace, span) = (words.next()?, words.next()?);
+        let sampled = matches!(words.next(), Some(b"1" | b"d"));
+        let trace_id = match hex::<8>(trace) {
+            Some(half) => {
+                let mut whole = [0; 16];
+                whole[8..].copy_from_slice(&half);
+                whole
+            }
+            None => hex(trace)?,
+        };
+        // The parent's span.
+        let _ = words.next();
+        words.next().is_none().then(|| Self::new(trace_id, hex(span)?, sampled)).flatten()
     }
 }
 

@@ -55,6 +55,13 @@ pub struct XdsView {
     pub updated_at: u64,
 }
 
+impl XdsView {
+    /// There is a configuration to serve with: from the control plane or from disk.
+    pub fn is_configured(&self) -> bool {
+        self.was_synced || self.phase == XdsPhase::FromDisk
+    }
+}
+
 /// A resource that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Refused {
@@ -75,8 +82,7 @@ impl XdsStatus {
 
     /// Whether there is a configuration to serve with: from the control plane or from disk.
     pub fn is_ready(&self) -> bool {
-        let view = self.view.borrow();
-        view.was_synced || view.phase == XdsPhase::FromDisk
+        self.view.borrow().is_configured()
     }
 
     /// Wakes when something changed.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use model::http::{ServiceRoutes, Subset, SubsetKey};
 use model::{ConfigVersion, Workload, WorkloadUid};
 use tokio::task::JoinHandle;
 use xds::any::Any;
@@ -22,7 +23,12 @@ struct Proxy {
 
 impl Proxy {
     fn start(dir: &Path, ca: &TestCa, address: &str) -> Self {
+        Self::asking_for(&Kind::OF_NODE, dir, ca, address)
+    }
+
+    fn asking_for(kinds: &'static [Kind], dir: &Path, ca: &TestCa, address: &str) -> Self {
         let mut cp = control_plane(dir, ca, address);
+        cp.kinds = kinds;
         cp.login = Login::Certificate { bootstrap_token: Some("token".to_owned()) };
         let cp = Arc::new(cp);
         let (store, status) = (Arc::new(ConfigStore::default()), Arc::new(XdsStatus::default()));
@@ -110,7 +116,7 @@ async fn serve(
 fn mesh(number: u64, names: &[&str]) -> Arc<Resources> {
     let workloads: Vec<_> = names.iter().map(|name| Workload::named(*name, "ns", *name)).collect();
     let push = ConfigVersion { epoch: 9, number };
-    Arc::new(Resources::new(push, &workloads, [], []))
+    Arc::new(Resources::new(push, &workloads, [], [], [], []))
 }
 
 #[tokio::test]
@@ -120,7 +126,7 @@ async fn acknowledged_means_in_force_and_a_bad_resource_refuses_only_itself() {
     let proxy = Proxy::start(dir.path(), &ca, &server.address);
     let (mut stream, subscriptions) = server.subscribed().await;
     let types: Vec<_> = subscriptions.iter().map(|s| s.type_url.as_str()).collect();
-    assert_eq!(types, Kind::ALL.map(Kind::type_url));
+    assert_eq!(types, Kind::OF_NODE.map(Kind::type_url));
     assert!(subscriptions[0].node.as_ref().unwrap().id.contains("node-1"));
     assert!(proxy.status.view().connected);
 
@@ -219,4 +225,35 @@ async fn a_damaged_disk_does_not_stop_the_proxy() {
     proxy.wait_for("a").await;
     proxy.stop().await;
     serving.await.unwrap();
+}
+
+/// A waypoint fetches routes, serves with them, and has them after a restart without its control plane.
+#[tokio::test]
+async fn a_waypoint_has_its_routes_from_the_control_plane_and_from_disk() {
+    let (ca, dir) = (TestCa::new(), tempfile::tempdir().unwrap());
+    let mut server = stand_in(&ca).await;
+    let proxy = Proxy::asking_for(&Kind::OF_WAYPOINT, dir.path(), &ca, &server.address);
+    let (stream, subscriptions) = server.subscribed_to(&Kind::OF_WAYPOINT).await;
+    let types: Vec<_> = subscriptions.iter().map(|s| s.type_url.as_str()).collect();
+    assert_eq!(types, Kind::OF_WAYPOINT.map(Kind::type_url));
+    let service = model::ServiceKey { namespace: "ns".into(), hostname: "web".into() };
+    let key = SubsetKey { service: service.clone(), name: "v1".into() };
+    let routes = ServiceRoutes { service: service.clone(), ports: [].into(), sets: [].into() };
+    let subset = Subset { key: key.clone(), workloads: Default::default() };
+    let push = ConfigVersion { epoch: 9, number: 1 };
+    let desired = Arc::new(Resources::new(push, [], [], [], [&routes], [&subset]));
+    let serving = tokio::spawn(serve(stream, subscriptions, desired));
+    let mut view = proxy.status.subscribe();
+    let view = view.wait_for(|view| view.version == "9.1").await.unwrap().clone();
+    assert_eq!((view.phase, view.mismatches), (XdsPhase::Synced, 0));
+    assert_eq!(proxy.store.load().routes(&service).map(|r| &**r), Some(&routes));
+    proxy.stop().await;
+    serving.await.unwrap();
+
+    drop(server);
+    let proxy = Proxy::asking_for(&Kind::OF_WAYPOINT, dir.path(), &ca, "https://127.0.0.1:1");
+    let snapshot = proxy.store.load();
+    assert_eq!(snapshot.routes(&service).map(|r| &**r), Some(&routes));
+    assert_eq!(snapshot.subset(&key).map(|s| &**s), Some(&subset));
+    proxy.stop().await;
 }

@@ -51,6 +51,14 @@ pub fn route(snapshot: &Snapshot, facts: &RequestFacts<'_>, rand: u64) -> HttpPl
     walk.run()
 }
 
+/// The plan for a request to a pod by its own address: routes belong to Services.
+pub fn to_pod(request: &http::request::Parts) -> HttpPlan {
+    let grpc = answer::is_grpc(&request.headers);
+    // Where it goes is known already; whoever asks for a destination all the same gets none.
+    let target = Target::Invalid { message: "a pod was called by its own address".into() };
+    HttpPlan { action: HttpAction::Forward { target, http2: grpc }, ..empty(grpc) }
+}
+
 /// The way through a rule.
 struct Walk<'a> {
     facts: &'a RequestFacts<'a>,

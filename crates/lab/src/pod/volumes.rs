@@ -217,9 +217,12 @@ mod tests {
     use serde_json::{Value, json};
 
     fn planned(volume: Value) -> Result<VolumeContent, String> {
-        let mut volume = volume;
+        content(&named(volume))
+    }
+
+    fn named(mut volume: Value) -> Volume {
         volume["name"] = json!("v");
-        content(&serde_json::from_value(volume).unwrap())
+        serde_json::from_value(volume).unwrap()
     }
 
     #[test]

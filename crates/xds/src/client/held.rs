@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use model::http::SubsetKey;
 use model::{Change, PolicyKey, ServiceKey, Snapshot, Str, WorkloadUid};
 use prost::Message;
 use rpds::HashTrieMapSync;
@@ -47,6 +48,8 @@ pub enum What {
     Service,
     Policy,
     Origin,
+    Routes,
+    Subset,
     /// Never readable so far.
     Unknown,
 }
@@ -110,6 +113,12 @@ impl Held {
                 codec::encode_policy(snapshot.policy(&policy_key(name)?)?).encode_to_vec()
             }
             What::Origin => self.origins.get(name)?.encode_to_vec(),
+            What::Routes => {
+                codec::encode_routes(snapshot.routes(&service_key(name)?)?).encode_to_vec()
+            }
+            What::Subset => {
+                codec::encode_subset(snapshot.subset(&subset_key(name)?)?).encode_to_vec()
+            }
             What::Unknown => return None,
         })
     }
@@ -121,6 +130,8 @@ pub(super) fn remove_value(what: What, name: &str, changes: &mut Vec<Change>) {
         What::Workload => changes.push(Change::RemoveWorkload(WorkloadUid(name.into()))),
         What::Service => changes.extend(service_key(name).map(Change::RemoveService)),
         What::Policy => changes.extend(policy_key(name).map(Change::RemovePolicy)),
+        What::Routes => changes.extend(service_key(name).map(Change::RemoveRoutes)),
+        What::Subset => changes.extend(subset_key(name).map(Change::RemoveSubset)),
         What::Origin | What::Unknown => {}
     }
 }
@@ -128,6 +139,11 @@ pub(super) fn remove_value(what: What, name: &str, changes: &mut Vec<Change>) {
 fn service_key(name: &str) -> Option<ServiceKey> {
     let (namespace, hostname) = name.split_once('/')?;
     Some(ServiceKey { namespace: namespace.into(), hostname: hostname.into() })
+}
+
+fn subset_key(name: &str) -> Option<SubsetKey> {
+    let (service, name) = name.rsplit_once('/')?;
+    Some(SubsetKey { service: service_key(service)?, name: name.into() })
 }
 
 fn policy_key(name: &str) -> Option<PolicyKey> {

@@ -1,7 +1,9 @@
 //! The client's half of the delta protocol: what is in force, what is refused, what is reported.
 
+use super::marker::MAX_RESYNCS;
 use super::*;
-use crate::security;
+use crate::{MARKER_NAME, security};
+use model::http::{ServiceRoutes, Subset, SubsetKey};
 use model::{Action, Scope, Snapshot, Workload};
 
 fn client() -> Client {
@@ -202,8 +204,91 @@ fn markers_are_compared_with_what_was_received() {
     }
 }
 
+fn waypoint() -> Client {
+    let mut client = client().asking_for(&Kind::OF_WAYPOINT);
+    let _ = client.connect();
+    client
+}
+
+/// A request whose routes nobody can read must not be sent as if there were none.
+#[test]
+fn unreadable_new_routes_and_subsets_are_closed() {
+    let mut client = waypoint();
+    let routes = ServiceRoutes { service: service_key("ns/h"), ports: [].into(), sets: [].into() };
+    let readable = codec::encode_routes(&routes).encode_to_vec();
+    let key = SubsetKey { service: service_key("ns/h"), name: "v1".into() };
+    let subset = Subset { key, workloads: [model::WorkloadUid("w".into())].into() };
+    let one = |version: &str, value: &[u8]| {
+        let one = resource(Kind::Routes, "ns/h", version, value.to_vec());
+        response(Kind::Routes, vec![one], &[])
+    };
+    let closed = |changes: &[Change]| matches!(changes, [Change::SetRoutes(r)] if r.sets.len() == 1 && r.sets[0].ports.is_empty());
+    // Also what is of another type is closed: the name says what it is for.
+    let mut odd = one("1", &readable);
+    odd.resources[0].resource = None;
+    for response in [odd, one("1", &[0xff])] {
+        let batch = waypoint().handle(response);
+        assert!(closed(&batch.changes) && batch.refused.len() == 1, "{batch:?}");
+    }
+    let batch = client.handle(one("1", &[0xff]));
+    let mut snapshot = Snapshot::default().with(batch.changes);
+    let bad = resource(Kind::Subset, "ns/h/v1", "1", vec![0xff]);
+    let batch = client.handle(response(Kind::Subset, vec![bad], &[]));
+    assert!(matches!(&batch.changes[..], [Change::SetSubset(s)] if s.workloads.is_empty()));
+    snapshot = snapshot.with(batch.changes);
+
+    // They stay closed over a restart, and the control plane is asked for them again.
+    let mut next = waypoint();
+    let (changes, unreadable) = next.restore(client.held().save(&snapshot));
+    assert_eq!((changes.len(), unreadable.len()), (2, 0));
+    let requests = next.connect();
+    let asked = |kind: Kind, name: &str| {
+        let of = requests.iter().find(|r| r.type_url == kind.type_url()).unwrap();
+        of.initial_resource_versions[name].clone()
+    };
+    assert_eq!((asked(Kind::Routes, "ns/h"), asked(Kind::Subset, "ns/h/v1")), Default::default());
+
+    // A readable version opens them; then an unreadable one changes nothing; a removal takes them away.
+    for client in [&mut client, &mut next] {
+        let batch = client.handle(one("2", &readable));
+        assert!(matches!(&batch.changes[..], [Change::SetRoutes(r)] if **r == routes));
+        assert_eq!(client.handle(one("3", &[0xff])).changes.len(), 0);
+        let batch = client.handle(response(Kind::Routes, Vec::new(), &["ns/h"]));
+        assert!(matches!(&batch.changes[..], [Change::RemoveRoutes(k)] if *k == routes.service));
+        let value = codec::encode_subset(&subset).encode_to_vec();
+        let good = resource(Kind::Subset, "ns/h/v1", "2", value);
+        let batch = client.handle(response(Kind::Subset, vec![good], &[]));
+        assert!(matches!(&batch.changes[..], [Change::SetSubset(s)] if **s == subset));
+        let batch = client.handle(response(Kind::Subset, Vec::new(), &["ns/h/v1"]));
+        assert!(matches!(&batch.changes[..], [Change::RemoveSubset(k)] if *k == subset.key));
+    }
+}
+
+#[test]
+fn synced_is_when_everything_that_decides_was_answered() {
+    let check = |kinds: &'static [Kind], decides: &[Kind]| {
+        let mut client = client().asking_for(kinds);
+        let _ = client.connect();
+        for kind in decides {
+            assert!(!client.is_synced(), "{kinds:?} before {kind}");
+            let _ = client.handle(response(*kind, Vec::new(), &[]));
+        }
+        assert!(client.is_synced(), "{kinds:?}");
+    };
+    check(&Kind::OF_ISTIO, &Kind::OF_ISTIO);
+    check(&Kind::OF_NODE, &[Kind::Authorization, Kind::Address]);
+    let decides = [Kind::Authorization, Kind::Routes, Kind::Subset, Kind::Address];
+    check(&Kind::OF_WAYPOINT, &decides);
+}
+
 #[test]
 fn foreign_types_are_refused() {
+    // A node's proxy asks for no routes.
+    let batch = client().handle(response(Kind::Routes, Vec::new(), &[]));
+    assert_eq!(
+        batch.refused[0].to_string(),
+        "response: type_url: \"type.googleapis.com/ambit.v1.Routes\" was not asked for"
+    );
     let mut client = client();
     let foreign = DeltaDiscoveryResponse {
         type_url: "x/y".to_owned(),

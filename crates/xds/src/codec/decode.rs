@@ -1,9 +1,7 @@
 //! Wire messages to model values. See the module above for what is strict and why.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use model::{
     Action, AppProtocol, ApplicationTunnel, FamilyPolicy, GatewayAddress, GatewayDestination,
     Health, HealthPolicy, IpPrefix, LoadBalancing, Locality, LocalityScope, Match, NetworkAddress,
@@ -12,6 +10,7 @@ use model::{
 };
 use prost::Message;
 
+use super::context::Cx;
 use super::{Address, DecodeError, Defaults, Interner};
 use crate::{ambit, security, workload as wire};
 
@@ -160,33 +159,7 @@ pub fn attach_origin(policy: &mut Policy, origin: &ambit::Origin, interner: &mut
 /// The services of a workload, with the ports it serves there.
 type Memberships = Arc<[(ServiceKey, Arc<[ServicePort]>)]>;
 
-/// The resource at hand, so that every error names it.
-struct Cx<'a> {
-    resource: &'a str,
-    interner: &'a mut Interner,
-}
-
 impl Cx<'_> {
-    fn error(&self, field: impl Into<String>, problem: impl ToString) -> DecodeError {
-        DecodeError {
-            // The control plane's names are short; a broken one must not flood the log.
-            resource: self.resource.chars().take(256).collect(),
-            field: field.into(),
-            problem: problem.to_string(),
-        }
-    }
-
-    fn str(&mut self, s: &str) -> Str {
-        self.interner.str(s)
-    }
-
-    fn named(&self, field: &str, says: &str) -> Result<(), DecodeError> {
-        if says == self.resource && !says.is_empty() {
-            return Ok(());
-        }
-        Err(self.error(field, format!("says {says:?}, the resource is named otherwise")))
-    }
-
     fn workload(
         &mut self,
         w: wire::Workload,
@@ -522,32 +495,5 @@ impl Cx<'_> {
                 H::AllowAll => HealthPolicy::AllowAll,
             },
         })
-    }
-
-    fn known<T: TryFrom<i32>>(&self, field: &str, value: i32) -> Result<T, DecodeError> {
-        T::try_from(value)
-            .map_err(|_| self.error(field, format!("the value {value} is not known to this proxy")))
-    }
-
-    fn ip(&self, field: &str, bytes: &Bytes) -> Result<IpAddr, DecodeError> {
-        if let Ok(v4) = <[u8; 4]>::try_from(&bytes[..]) {
-            return Ok(v4.into());
-        }
-        if let Ok(v6) = <[u8; 16]>::try_from(&bytes[..]) {
-            return Ok(v6.into());
-        }
-        Err(self.error(field, format!("{} bytes are not an IP address", bytes.len())))
-    }
-
-    fn prefix_length(&self, field: &str, ip: IpAddr, length: u32) -> Result<u8, DecodeError> {
-        let width = if ip.is_ipv4() { 32 } else { 128 };
-        match u8::try_from(length) {
-            Ok(length) if length <= width => Ok(length),
-            _ => Err(self.error(field, format!("/{length} is no prefix length for {ip}"))),
-        }
-    }
-
-    fn port(&self, field: &str, port: u32) -> Result<u16, DecodeError> {
-        u16::try_from(port).map_err(|_| self.error(field, format!("{port} is not a port")))
     }
 }

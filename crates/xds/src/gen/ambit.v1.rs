@@ -45,6 +45,433 @@ pub struct Provenance {
     #[prost(string, tag = "3")]
     pub origin: ::prost::alloc::string::String,
 }
+/// The resource of type.googleapis.com/ambit.v1.Routes, name = namespace/hostname of a Service: what a waypoint does
+/// with HTTP to that Service. A field or a kind of match that a waypoint does not know makes it refuse the resource: half a
+/// route would send requests where nobody meant them to go.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Routes {
+    #[prost(message, optional, tag = "1")]
+    pub service: ::core::option::Option<ServiceName>,
+    /// What its ports speak, as declared.
+    #[prost(message, repeated, tag = "2")]
+    pub ports: ::prost::alloc::vec::Vec<PortProtocol>,
+    #[prost(message, repeated, tag = "3")]
+    pub sets: ::prost::alloc::vec::Vec<RouteSet>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceName {
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub hostname: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortProtocol {
+    #[prost(uint32, tag = "1")]
+    pub service_port: u32,
+    #[prost(enumeration = "Protocol", tag = "2")]
+    pub protocol: i32,
+}
+/// The routes of one kind for some ports of the Service.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RouteSet {
+    /// Ascending. Empty: all of them.
+    #[prost(uint32, repeated, tag = "3")]
+    pub ports: ::prost::alloc::vec::Vec<u32>,
+    #[prost(enumeration = "RouteKind", tag = "4")]
+    pub kind: i32,
+    #[prost(message, repeated, tag = "5")]
+    pub rules: ::prost::alloc::vec::Vec<RouteRule>,
+    /// The first that fits decides.
+    #[prost(message, repeated, tag = "6")]
+    pub matches: ::prost::alloc::vec::Vec<RouteMatch>,
+    #[prost(oneof = "route_set::Audience", tags = "1, 2")]
+    pub audience: ::core::option::Option<route_set::Audience>,
+}
+/// Nested message and enum types in `RouteSet`.
+pub mod route_set {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Audience {
+        #[prost(message, tag = "1")]
+        Everybody(()),
+        /// Clients of this namespace.
+        #[prost(string, tag = "2")]
+        Namespace(::prost::alloc::string::String),
+    }
+}
+/// Everything that is set must fit.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RouteMatch {
+    /// Index into the rules of the set.
+    #[prost(uint32, tag = "1")]
+    pub rule: u32,
+    /// Not set: any.
+    #[prost(message, optional, tag = "2")]
+    pub path: ::core::option::Option<PathMatch>,
+    #[prost(message, optional, tag = "3")]
+    pub method: ::core::option::Option<TextMatch>,
+    #[prost(message, optional, tag = "4")]
+    pub scheme: ::core::option::Option<TextMatch>,
+    #[prost(message, optional, tag = "5")]
+    pub authority: ::core::option::Option<TextMatch>,
+    #[prost(message, repeated, tag = "6")]
+    pub headers: ::prost::alloc::vec::Vec<FieldMatch>,
+    #[prost(message, repeated, tag = "7")]
+    pub without_headers: ::prost::alloc::vec::Vec<FieldMatch>,
+    #[prost(message, repeated, tag = "8")]
+    pub query: ::prost::alloc::vec::Vec<FieldMatch>,
+    /// Not set: anybody.
+    #[prost(message, optional, tag = "9")]
+    pub source: ::core::option::Option<SourceMatch>,
+}
+/// A header or a query parameter by name.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FieldMatch {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub value: ::core::option::Option<TextMatch>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TextMatch {
+    #[prost(oneof = "text_match::Text", tags = "1, 2, 3, 4, 5, 6")]
+    pub text: ::core::option::Option<text_match::Text>,
+}
+/// Nested message and enum types in `TextMatch`.
+pub mod text_match {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Text {
+        #[prost(string, tag = "1")]
+        Exact(::prost::alloc::string::String),
+        #[prost(string, tag = "2")]
+        ExactIgnoringCase(::prost::alloc::string::String),
+        #[prost(string, tag = "3")]
+        Prefix(::prost::alloc::string::String),
+        #[prost(string, tag = "4")]
+        PrefixIgnoringCase(::prost::alloc::string::String),
+        #[prost(string, tag = "5")]
+        Regex(::prost::alloc::string::String),
+        #[prost(message, tag = "6")]
+        Present(()),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PathMatch {
+    #[prost(oneof = "path_match::Path", tags = "1, 2, 3, 4, 5, 6, 7")]
+    pub path: ::core::option::Option<path_match::Path>,
+}
+/// Nested message and enum types in `PathMatch`.
+pub mod path_match {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Path {
+        #[prost(string, tag = "1")]
+        Exact(::prost::alloc::string::String),
+        /// Whole segments, without a slash at the end.
+        #[prost(string, tag = "2")]
+        Segments(::prost::alloc::string::String),
+        #[prost(string, tag = "3")]
+        Prefix(::prost::alloc::string::String),
+        #[prost(string, tag = "4")]
+        ExactIgnoringCase(::prost::alloc::string::String),
+        #[prost(string, tag = "5")]
+        PrefixIgnoringCase(::prost::alloc::string::String),
+        #[prost(string, tag = "6")]
+        Regex(::prost::alloc::string::String),
+        /// A method of any gRPC service.
+        #[prost(string, tag = "7")]
+        GrpcMethod(::prost::alloc::string::String),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SourceMatch {
+    #[prost(string, repeated, tag = "1")]
+    pub namespaces: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// SPIFFE names.
+    #[prost(string, repeated, tag = "2")]
+    pub identities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RouteRule {
+    /// Kind/namespace/name.
+    #[prost(string, tag = "1")]
+    pub route: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub provenance: ::core::option::Option<Provenance>,
+    #[prost(message, repeated, tag = "4")]
+    pub filters: ::prost::alloc::vec::Vec<Filter>,
+    #[prost(message, repeated, tag = "5")]
+    pub backends: ::prost::alloc::vec::Vec<Backend>,
+    #[prost(message, optional, tag = "6")]
+    pub timeouts: ::core::option::Option<Timeouts>,
+}
+/// In nanoseconds. Not set: no limit.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Timeouts {
+    #[prost(uint64, optional, tag = "1")]
+    pub request_ns: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "2")]
+    pub backend_request_ns: ::core::option::Option<u64>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Backend {
+    #[prost(uint32, tag = "1")]
+    pub weight: u32,
+    #[prost(message, optional, tag = "2")]
+    pub target: ::core::option::Option<Target>,
+    #[prost(message, repeated, tag = "3")]
+    pub filters: ::prost::alloc::vec::Vec<Filter>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Target {
+    #[prost(oneof = "target::Target", tags = "1, 2")]
+    pub target: ::core::option::Option<target::Target>,
+}
+/// Nested message and enum types in `Target`.
+pub mod target {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Target {
+        #[prost(message, tag = "1")]
+        Service(super::ServiceTarget),
+        /// What is wrong with what the route names.
+        #[prost(string, tag = "2")]
+        Invalid(::prost::alloc::string::String),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceTarget {
+    #[prost(message, optional, tag = "1")]
+    pub service: ::core::option::Option<ServiceName>,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    #[prost(string, optional, tag = "3")]
+    pub subset: ::core::option::Option<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Filter {
+    #[prost(oneof = "filter::Filter", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    pub filter: ::core::option::Option<filter::Filter>,
+}
+/// Nested message and enum types in `Filter`.
+pub mod filter {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Filter {
+        #[prost(message, tag = "1")]
+        RequestHeaders(super::HeaderEdits),
+        #[prost(message, tag = "2")]
+        ResponseHeaders(super::HeaderEdits),
+        #[prost(message, tag = "3")]
+        Rewrite(super::Rewrite),
+        #[prost(message, tag = "4")]
+        Redirect(super::Redirect),
+        #[prost(message, tag = "5")]
+        Mirror(super::Mirror),
+        #[prost(message, tag = "6")]
+        Cors(super::Cors),
+        #[prost(message, tag = "7")]
+        Fault(super::Fault),
+        #[prost(message, tag = "8")]
+        Respond(super::FixedResponse),
+        #[prost(message, tag = "9")]
+        Fail(super::Failure),
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HeaderEdits {
+    #[prost(string, repeated, tag = "1")]
+    pub remove: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, repeated, tag = "2")]
+    pub set: ::prost::alloc::vec::Vec<Header>,
+    #[prost(message, repeated, tag = "3")]
+    pub add: ::prost::alloc::vec::Vec<Header>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Header {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rewrite {
+    #[prost(string, optional, tag = "1")]
+    pub host: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "2")]
+    pub path: ::core::option::Option<PathRewrite>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PathRewrite {
+    #[prost(oneof = "path_rewrite::Rewrite", tags = "1, 2, 3, 4")]
+    pub rewrite: ::core::option::Option<path_rewrite::Rewrite>,
+}
+/// Nested message and enum types in `PathRewrite`.
+pub mod path_rewrite {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Rewrite {
+        #[prost(string, tag = "1")]
+        Full(::prost::alloc::string::String),
+        #[prost(string, tag = "2")]
+        Segments(::prost::alloc::string::String),
+        #[prost(string, tag = "3")]
+        Text(::prost::alloc::string::String),
+        #[prost(message, tag = "4")]
+        Regex(super::RegexRewrite),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegexRewrite {
+    #[prost(string, tag = "1")]
+    pub pattern: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub substitution: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Redirect {
+    #[prost(string, optional, tag = "1")]
+    pub scheme: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "2")]
+    pub host: ::core::option::Option<::prost::alloc::string::String>,
+    /// Not set: derived from the scheme and the request.
+    #[prost(uint32, optional, tag = "3")]
+    pub port: ::core::option::Option<u32>,
+    #[prost(message, optional, tag = "4")]
+    pub path: ::core::option::Option<PathRewrite>,
+    #[prost(uint32, tag = "5")]
+    pub status: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Mirror {
+    #[prost(message, optional, tag = "1")]
+    pub target: ::core::option::Option<Target>,
+    #[prost(message, optional, tag = "2")]
+    pub share: ::core::option::Option<Share>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Share {
+    #[prost(uint32, tag = "1")]
+    pub numerator: u32,
+    #[prost(uint32, tag = "2")]
+    pub denominator: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Cors {
+    #[prost(message, repeated, tag = "1")]
+    pub allow_origins: ::prost::alloc::vec::Vec<OriginMatch>,
+    #[prost(string, repeated, tag = "2")]
+    pub allow_methods: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "3")]
+    pub allow_headers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "4")]
+    pub expose_headers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(bool, tag = "5")]
+    pub allow_credentials: bool,
+    /// Seconds.
+    #[prost(uint32, optional, tag = "6")]
+    pub max_age: ::core::option::Option<u32>,
+    #[prost(bool, tag = "7")]
+    pub forward_unmatched_preflights: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OriginMatch {
+    #[prost(oneof = "origin_match::Origin", tags = "1, 2, 3, 4, 5")]
+    pub origin: ::core::option::Option<origin_match::Origin>,
+}
+/// Nested message and enum types in `OriginMatch`.
+pub mod origin_match {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Origin {
+        #[prost(message, tag = "1")]
+        Any(()),
+        #[prost(string, tag = "2")]
+        Exact(::prost::alloc::string::String),
+        #[prost(message, tag = "3")]
+        Wildcard(super::WildcardOrigin),
+        #[prost(string, tag = "4")]
+        Prefix(::prost::alloc::string::String),
+        #[prost(string, tag = "5")]
+        Regex(::prost::alloc::string::String),
+    }
+}
+/// What stands before and after the star.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WildcardOrigin {
+    #[prost(string, tag = "1")]
+    pub before: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub after: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Fault {
+    #[prost(message, optional, tag = "1")]
+    pub delay: ::core::option::Option<Delay>,
+    #[prost(message, optional, tag = "2")]
+    pub abort: ::core::option::Option<Abort>,
+    #[prost(message, repeated, tag = "3")]
+    pub headers: ::prost::alloc::vec::Vec<FieldMatch>,
+    /// Not set: anybody.
+    #[prost(message, optional, tag = "4")]
+    pub source: ::core::option::Option<SourceMatch>,
+    /// Seconds since 1970.
+    #[prost(uint64, optional, tag = "5")]
+    pub until: ::core::option::Option<u64>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Delay {
+    #[prost(message, optional, tag = "1")]
+    pub share: ::core::option::Option<Share>,
+    #[prost(uint64, tag = "2")]
+    pub duration_ns: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Abort {
+    #[prost(message, optional, tag = "1")]
+    pub share: ::core::option::Option<Share>,
+    #[prost(oneof = "abort::How", tags = "2, 3, 4")]
+    pub how: ::core::option::Option<abort::How>,
+}
+/// Nested message and enum types in `Abort`.
+pub mod abort {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum How {
+        /// An HTTP status.
+        #[prost(uint32, tag = "2")]
+        Http(u32),
+        /// A gRPC status code.
+        #[prost(uint32, tag = "3")]
+        Grpc(u32),
+        #[prost(message, tag = "4")]
+        Reset(()),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FixedResponse {
+    #[prost(uint32, tag = "1")]
+    pub status: u32,
+    #[prost(string, tag = "2")]
+    pub body: ::prost::alloc::string::String,
+}
+/// A filter that cannot be applied: the request is answered with an error.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Failure {
+    /// A code of the closed list of reasons.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+}
+/// The resource of type.googleapis.com/ambit.v1.Subset, name = namespace/hostname/subset: endpoints of a Service that belong
+/// to a named part of it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Subset {
+    #[prost(message, optional, tag = "1")]
+    pub service: ::core::option::Option<ServiceName>,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Uids.
+    #[prost(string, repeated, tag = "3")]
+    pub workloads: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// In the details of a refusal (google.rpc.Status): the names of the resources that were refused. The rest of
 /// the response is in force.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -78,4 +505,65 @@ pub struct SavedResource {
     pub hash: u64,
     #[prost(bytes = "bytes", tag = "5")]
     pub value: ::prost::bytes::Bytes,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Protocol {
+    Undeclared = 0,
+    Http = 1,
+    Http2 = 2,
+    Grpc = 3,
+    Opaque = 4,
+}
+impl Protocol {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Undeclared => "PROTOCOL_UNDECLARED",
+            Self::Http => "PROTOCOL_HTTP",
+            Self::Http2 => "PROTOCOL_HTTP2",
+            Self::Grpc => "PROTOCOL_GRPC",
+            Self::Opaque => "PROTOCOL_OPAQUE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "PROTOCOL_UNDECLARED" => Some(Self::Undeclared),
+            "PROTOCOL_HTTP" => Some(Self::Http),
+            "PROTOCOL_HTTP2" => Some(Self::Http2),
+            "PROTOCOL_GRPC" => Some(Self::Grpc),
+            "PROTOCOL_OPAQUE" => Some(Self::Opaque),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RouteKind {
+    Http = 0,
+    Grpc = 1,
+}
+impl RouteKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Http => "ROUTE_KIND_HTTP",
+            Self::Grpc => "ROUTE_KIND_GRPC",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROUTE_KIND_HTTP" => Some(Self::Http),
+            "ROUTE_KIND_GRPC" => Some(Self::Grpc),
+            _ => None,
+        }
+    }
 }

@@ -16,8 +16,7 @@ const MAX_REMEMBERED: usize = 4;
 /// What turns one mesh into another, by type.
 #[derive(Debug)]
 pub struct Changes {
-    /// Origin, Authorization, Address.
-    pub(super) types: [TypeChanges; 3],
+    pub(super) types: [TypeChanges; Kind::CONFIGURATION.len()],
 }
 
 /// Names of one type, in order.

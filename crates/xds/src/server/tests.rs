@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::discovery::Status;
+use model::http::{ServiceRoutes, Subset, SubsetKey};
+use model::{Policy, ServiceKey, Workload};
 
 fn policy(name: &str) -> Policy {
     Policy {
@@ -19,7 +21,28 @@ fn workload(name: &str, policy_name: &str) -> Workload {
 }
 
 fn mesh(number: u64, workloads: &[Workload], policies: &[Policy]) -> Arc<Resources> {
-    Arc::new(Resources::new(ConfigVersion { epoch: 1, number }, workloads, [], policies))
+    with_http(number, workloads, policies, &[], &[])
+}
+
+fn with_http(
+    number: u64,
+    workloads: &[Workload],
+    policies: &[Policy],
+    routes: &[ServiceRoutes],
+    subsets: &[Subset],
+) -> Arc<Resources> {
+    let push = ConfigVersion { epoch: 1, number };
+    Arc::new(Resources::new(push, workloads, [], policies, routes, subsets))
+}
+
+fn routes(hostname: &str) -> ServiceRoutes {
+    let service = ServiceKey { namespace: "ns".into(), hostname: hostname.into() };
+    ServiceRoutes { service, ports: [].into(), sets: [].into() }
+}
+
+fn subset(name: &str) -> Subset {
+    let key = SubsetKey { service: routes("s").service, name: name.into() };
+    Subset { key, workloads: Default::default() }
 }
 
 fn subscribe(kind: Kind) -> DeltaDiscoveryRequest {
@@ -50,7 +73,7 @@ fn additions_and_removals_travel_in_order_and_one_at_a_time() {
     let first = mesh(1, &[workload("w", "p")], &[policy("p")]);
     let mut c = Connection::new(first);
     // As our proxies do.
-    for kind in Kind::ALL {
+    for kind in Kind::OF_NODE {
         assert_eq!(c.request(subscribe(kind)), Ok(Event::Subscribed(kind)));
     }
     let (lines, responses) = sent(&mut c);
@@ -112,6 +135,118 @@ fn stock_proxies_get_two_types_and_no_marker() {
     assert_eq!(c.request(request), Ok(Event::Unsubscribed(Kind::Address)));
     c.set(mesh(3, &[], &[]));
     assert_eq!(sent(&mut c).0, ["Authorization + -ns/p"]);
+}
+
+#[test]
+fn routes_come_after_what_they_name_and_leave_before() {
+    let mut c = Connection::new(with_http(
+        1,
+        &[workload("a", "p")],
+        &[policy("p")],
+        &[routes("s")],
+        &[subset("v1")],
+    ));
+    // As our waypoints do: routes first, and still they wait for the addresses.
+    for kind in Kind::OF_WAYPOINT {
+        c.request(subscribe(kind)).unwrap();
+    }
+    let (lines, responses) = sent(&mut c);
+    let want = [
+        "Origin +ns/p -",
+        "Authorization +ns/p -",
+        "Address +a -",
+        "Subset +ns/s/v1 -",
+        "Routes +ns/s -",
+        "PushMarker +push -",
+    ];
+    assert_eq!(lines, want);
+    let marker = responses[5].resources[0].resource.as_ref().unwrap().value.clone();
+    let marker = ambit::PushMarker::decode(marker).unwrap();
+    let held: Vec<_> = marker.holdings.iter().map(|h| (h.type_url.as_str(), h.count)).collect();
+    assert_eq!(held, Kind::CONFIGURATION.map(|kind| (kind.type_url(), 1)));
+    responses.iter().for_each(|r| drop(c.request(ack(r)).unwrap()));
+    assert!(c.is_settled());
+
+    // Everything is replaced: the old goes when nothing names it any more.
+    let policies = [policy("q")];
+    let next = with_http(2, &[workload("b", "q")], &policies, &[routes("t")], &[subset("v2")]);
+    c.set(next);
+    let mut log = Vec::new();
+    for _ in 0..9 {
+        let (lines, responses) = sent(&mut c);
+        log.extend(lines);
+        responses.iter().for_each(|r| drop(c.request(ack(r)).unwrap()));
+    }
+    let want = [
+        "Origin +ns/q -",
+        "Authorization +ns/q -",
+        "Address +b -",
+        "Subset +ns/s/v2 -",
+        "Routes +ns/t -ns/s",
+        "Subset + -ns/s/v1",
+        "Address + -a",
+        "Authorization + -ns/p",
+        "Origin + -ns/p",
+        "PushMarker +push -",
+    ];
+    assert_eq!(log, want);
+    assert!(c.is_settled());
+}
+
+#[test]
+fn who_asks_for_no_routes_never_sees_them() {
+    let (routes, subsets) = ([routes("s")], [subset("v1")]);
+    let mut c = Connection::new(with_http(1, &[workload("w", "p")], &[], &routes, &subsets));
+    for kind in Kind::OF_NODE {
+        c.request(subscribe(kind)).unwrap();
+    }
+    let (lines, responses) = sent(&mut c);
+    assert_eq!(lines, ["Origin + -", "Authorization + -", "Address +w -", "PushMarker +push -"]);
+    responses.iter().for_each(|r| drop(c.request(ack(r)).unwrap()));
+    // One step for addresses: what comes and what goes.
+    c.set(mesh(2, &[workload("x", "p")], &[]));
+    assert_eq!(sent(&mut c).0, ["Address +x -w", "PushMarker +push -"]);
+}
+
+#[test]
+fn routes_without_addresses_wait_and_nobody_waits_for_them() {
+    let mut c = Connection::new(with_http(1, &[], &[], &[routes("s")], &[subset("v1")]));
+    for kind in [Kind::Routes, Kind::Subset, Kind::Marker] {
+        c.request(subscribe(kind)).unwrap();
+    }
+    let (lines, responses) = sent(&mut c);
+    assert_eq!(lines, ["PushMarker +push -"]);
+    c.request(ack(&responses[0])).unwrap();
+    assert!(c.is_settled());
+    c.request(subscribe(Kind::Address)).unwrap();
+    let (lines, _) = sent(&mut c);
+    assert_eq!(lines[..3], ["Address + -", "Subset +ns/s/v1 -", "Routes +ns/s -"]);
+}
+
+/// What is gone may still be named by the routes that the proxy holds.
+#[test]
+fn a_returning_waypoint_keeps_addresses_until_its_routes_have_changed() {
+    let mut c = Connection::new(with_http(2, &[], &[], &[routes("s")], &[]));
+    let holding = |kind, name: &str| DeltaDiscoveryRequest {
+        initial_resource_versions: [(name.to_owned(), "v".to_owned())].into(),
+        ..subscribe(kind)
+    };
+    for (kind, name) in [(Kind::Routes, "ns/s"), (Kind::Subset, "ns/s/v1"), (Kind::Address, "w")] {
+        c.request(holding(kind, name)).unwrap();
+        if kind != Kind::Address {
+            assert_eq!(sent(&mut c).0, Vec::<String>::new());
+        }
+    }
+    let mut log = Vec::new();
+    for _ in 0..4 {
+        let (lines, responses) = sent(&mut c);
+        log.extend(lines);
+        responses.iter().for_each(|r| drop(c.request(ack(r)).unwrap()));
+    }
+    assert_eq!(
+        log,
+        ["Address + -", "Subset + -", "Routes +ns/s -", "Subset + -ns/s/v1", "Address + -w"]
+    );
 }
 
 #[test]

@@ -202,7 +202,7 @@ fn what_is_not_bound_is_said() {
     let on_pod = format!("app: web, {USE}");
     check(&here, ["", "", &on_pod], &["error unsupported_traffic_type Pod/shop/web"]);
     let nothing = gateway("shop", "w", "istio.io/waypoint-for: none", "") + &ready;
-    check(&nothing, [USE, "", ""], &["error unsupported_traffic_type Namespace/shop"]);
+    check(&nothing, [USE, "", ""], &["warning unsupported_traffic_type Namespace/shop"]);
     let misspelt = gateway("shop", "w", "istio.io/waypoint-for: Service", "") + &ready;
     check(&misspelt, ["", "", ""], &["error invalid_field Gateway/shop/w"]);
     let no_tunnel = here.replace("protocol: HBONE", "protocol: HTTP");

@@ -187,7 +187,7 @@ fn a_passthrough_service_may_be_bound() {
 #[test]
 fn a_plan_through_a_waypoint_grows_old() {
     let (first, second) = (by_key("waypoint"), by_key("other"));
-    let planned = bound_to(first.clone());
+    let planned = bound_to(first);
     let before = with_waypoint(planned.clone(), [proxy(1)]);
     let OutboundPlan::Connect { candidates, .. } = plan_to(&before, "10.96.0.1:80", 0) else {
         panic!("there is a waypoint");
