@@ -126,7 +126,7 @@ impl Page {
         counters(encoder, "istio_response_messages", help, messages(|v| v.response_messages))?;
         let help = "Times a new combination of labels of a request had to be counted as unknown";
         let overflowed = self.metrics.0.http.overflowed();
-        if overflowed > 0 {
+        if Reporter::of(self.metrics.0.component).contains(&Reporter::Waypoint) {
             counter(encoder, "ambit_http_series_overflow", help, overflowed)?;
         }
         Ok(())

@@ -364,8 +364,16 @@ fn the_documents_list_every_metric() {
     metrics.refused_early(Reporter::Source, Reason::PolicyDeny);
     metrics.dns(None).asked(1, DnsProtocol::Udp);
     metrics.dns(None).upstream(1, DnsProtocol::Udp);
-    let (page, _) = metrics.render();
-    let mut shown: Vec<String> = page
+    let waypoint = Metrics::new("waypoint", "x");
+    let rpc = HttpKey {
+        protocol: HttpProtocol::Grpc,
+        grpc_status: Some(0),
+        ..request(TrafficKey::unknown(Reporter::Waypoint), 200)
+    };
+    let sample = Sample { request_messages: 1, response_messages: 1, ..Sample::default() };
+    HttpInterner::default().get(&waypoint, &rpc).add(&sample);
+    let pages = [metrics.render().0, waypoint.render().0].concat();
+    let mut shown: Vec<String> = pages
         .lines()
         .filter_map(|l| l.strip_prefix("# TYPE ")?.split_once(' '))
         .map(
@@ -382,6 +390,7 @@ fn the_documents_list_every_metric() {
         .map(str::to_owned)
         .collect();
     shown.sort();
+    shown.dedup();
     listed.sort();
     listed.dedup();
     // Labels that a row names are not metrics.
