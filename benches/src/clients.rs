@@ -24,8 +24,13 @@ pub const BUFFER: usize = 64 * 1024;
 const TICKER: u64 = u64::MAX;
 
 /// Each connection sends its next request when it has the answer to the last one.
-pub fn closed_loop(to: SocketAddr, connections: usize, time: Duration) -> io::Result<()> {
-    let mut load = Load::open(to, connections)?;
+pub fn closed_loop(
+    to: SocketAddr,
+    connections: usize,
+    time: Duration,
+    request: Vec<u8>,
+) -> io::Result<()> {
+    let mut load = Load::open(to, connections, request)?;
     lines::begin()?;
     let began = Instant::now();
     for index in 0..load.slots.len() {
@@ -50,8 +55,9 @@ pub fn open_schedule(
     connections: usize,
     rate: u32,
     time: Duration,
+    request: Vec<u8>,
 ) -> io::Result<()> {
-    let mut load = Load::open(to, connections)?;
+    let mut load = Load::open(to, connections, request)?;
     let period = Duration::from_secs(1) / rate.max(1);
     let mut idle: VecDeque<usize> = (0..load.slots.len()).collect();
     lines::begin()?;
@@ -118,6 +124,7 @@ pub fn hold_idle(to: SocketAddr, connections: usize, time: Duration) -> io::Resu
 /// Connections under load, and what was measured.
 struct Load {
     poller: Poller,
+    request: Vec<u8>,
     slots: Vec<Slot>,
     /// Requests without an answer.
     busy: usize,
@@ -142,7 +149,7 @@ struct Slot {
 }
 
 impl Load {
-    fn open(to: SocketAddr, connections: usize) -> io::Result<Self> {
+    fn open(to: SocketAddr, connections: usize, request: Vec<u8>) -> io::Result<Self> {
         let mut errors = Errors::default();
         let poller = Poller::new()?;
         let mut slots = Vec::with_capacity(connections);
@@ -152,6 +159,7 @@ impl Load {
         }
         Ok(Self {
             poller,
+            request,
             slots,
             busy: 0,
             from_due: Histogram::default(),
@@ -168,7 +176,7 @@ impl Load {
         let slot = &mut self.slots[index];
         let sent = Instant::now();
         self.late.record(nanos(sent - due));
-        match slot.connection.send(KEEP) {
+        match slot.connection.send(&self.request) {
             Ok(()) => {
                 slot.request = Some((due, sent));
                 self.busy += 1;
