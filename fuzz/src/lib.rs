@@ -18,7 +18,7 @@ pub use peer::{csr, headers, identity};
 pub use request::request;
 
 /// Every target by name.
-pub const TARGETS: [(&str, fn(&[u8])); 11] = [
+pub const TARGETS: [(&str, fn(&[u8])); 12] = [
     ("headers", headers),
     ("identity", identity),
     ("csr", csr),

@@ -1,7 +1,6 @@
 //! Clients and endpoints that misbehave: the right status, a reason, and nobody else is hurt.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::{Request, StatusCode};
@@ -11,88 +10,6 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::http1::until;
 use crate::world::*;
-
-#[tokio::test]
-async fn requests_that_could_be_two_are_refused() {
-    let world = World::new(Protocol::Http);
-    let web = world.echo("web", "web").await;
-    let check = |name: &'static str,
-                 request: String,
-                 status: &'static str,
-                 reason: &'static str| {
-        let world = &world;
-        async move {
-            let mut io = world.connect().await;
-            io.write_all(request.as_bytes()).await.unwrap();
-            let mut all = Vec::new();
-            // The connection ends: where the next request begins, nobody knows.
-            let read = tokio::time::timeout(PATIENCE, io.read_to_end(&mut all)).await;
-            let answer = String::from_utf8_lossy(&all).into_owned();
-            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{name}: {answer} {read:?}");
-            assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{name}: {answer}");
-            assert!(read.is_ok(), "{name}: the connection stays open");
-            world.line(&["request failed", &format!("reason=\"{reason}\"")]).await;
-        }
-    };
-    let smuggled = "GET /admin HTTP/1.1\r\nhost: web\r\n\r\n";
-    let post = |headers: &str, body: &str| {
-        format!("POST / HTTP/1.1\r\nhost: web\r\n{headers}\r\n\r\n{body}")
-    };
-    let chunks = format!("0\r\n\r\n{smuggled}");
-    let rows = [
-        ("CL.TE", post("content-length: 4\r\ntransfer-encoding: chunked", &chunks)),
-        ("TE.CL", post("Transfer-Encoding: chunked\r\nContent-Length: 4", &chunks)),
-        ("two lengths", post("content-length: 4\r\ncontent-length: 5", "abcde")),
-        ("a signed length", post("content-length: +4", "abcd")),
-        ("TE twice", post("transfer-encoding: chunked\r\ntransfer-encoding: identity", &chunks)),
-        ("TE in parts", post("transfer-encoding: gzip, chunked", &chunks)),
-        ("TE with a tab", post("transfer-encoding:\x0bchunked", &chunks)),
-        ("obs-fold", post("x: a\r\n b", "")),
-        ("space before the colon", post("content-length : 4", "abcd")),
-        ("bare CR", post("x: a\rtransfer-encoding: chunked", "")),
-        ("NUL", post("x: a\0b", "")),
-        ("two hosts", "GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n".to_owned()),
-        ("no host", "GET / HTTP/1.1\r\n\r\n".to_owned()),
-        ("another host", "GET http://a/ HTTP/1.1\r\nhost: b\r\n\r\n".to_owned()),
-        ("CONNECT", "CONNECT web:80 HTTP/1.1\r\nhost: web:80\r\n\r\n".to_owned()),
-        ("no HTTP", "\x16\x03\x01\x02\0\x01\r\n\r\n".to_owned()),
-    ];
-    for (name, request) in rows {
-        check(name, request, "400", "bad_http").await;
-    }
-    let large = post(&format!("x: {}", "a".repeat(70_000)), "");
-    check("a large head", large, "431", "limit").await;
-    let many: String = (0..150).map(|n| format!("x-{n}: 1\r\n")).collect();
-    check("many headers", post(many.trim_end(), ""), "431", "limit").await;
-    assert_eq!(web.seen.requests.load(Ordering::SeqCst), 0, "none of it went on");
-    // And others are served.
-    assert_eq!(world.ask(get("/")).await.status(), 200);
-}
-
-#[tokio::test]
-async fn http2_brings_nothing_that_http1_would_read_otherwise() {
-    let world = World::new(Protocol::Http);
-    let web = world.echo("web", "web").await;
-    let check = |name: &'static str, request: Request<Body>, want: Option<StatusCode>| {
-        let world = &world;
-        async move {
-            let mut client = Http2::new(world.connect().await).await;
-            let answer = client.ask(request).await;
-            assert_eq!(answer.as_ref().ok().map(|a| a.status()), want, "{name}: {answer:?}");
-        }
-    };
-    let with = |name: &str, value: &str| {
-        Request::get("http://web.shop/").header(name, value).body(empty()).unwrap()
-    };
-    check("host", with("host", "other"), Some(StatusCode::BAD_REQUEST)).await;
-    check(
-        "path",
-        Request::get("http://web.shop/a%00b").body(empty()).unwrap(),
-        Some(StatusCode::BAD_REQUEST),
-    )
-    .await;
-    assert_eq!(web.seen.requests.load(Ordering::SeqCst), 0);
-}
 
 #[tokio::test]
 async fn endpoints_that_break_off() {

@@ -3,8 +3,10 @@
 
 mod bad;
 mod drain;
+mod frames;
 mod http1;
 mod http2;
 mod raw;
 mod routes;
+mod smuggling;
 mod world;

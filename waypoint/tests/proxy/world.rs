@@ -326,7 +326,15 @@ impl World {
         client.ask(request).await.unwrap()
     }
 
-    /// The access log, once a line in it holds all of these words.
+    /// The same, and the line is not found again.
+    pub(crate) async fn take_line(&self, words: &[&str]) -> String {
+        let line = self.line(words).await;
+        let mut text = self.log.text.lock().unwrap();
+        *text = text.replacen(&line, "", 1);
+        line
+    }
+
+    /// The line of the access log, once there is one that holds all of these words.
     pub(crate) async fn line(&self, words: &[&str]) -> String {
         let search = async {
             loop {
@@ -394,6 +402,8 @@ pub(crate) struct Connect {
 pub(crate) struct Seen {
     pub(crate) tunnels: AtomicUsize,
     pub(crate) connects: Mutex<Vec<Connect>>,
+    /// The first lines of requests.
+    lines: Mutex<Vec<String>>,
     pub(crate) requests: AtomicUsize,
     pub(crate) refuse: Mutex<Option<(StatusCode, Reason)>>,
     /// For tests that hold an answer back.
@@ -403,6 +413,10 @@ pub(crate) struct Seen {
 impl Seen {
     pub(crate) fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
     }
 
     pub(crate) fn connects(&self) -> Vec<Connect> {
@@ -457,9 +471,10 @@ where
 /// Answers with the request: its line and headers, an empty line, its body.
 pub(crate) async fn echo(
     request: Request<Incoming>,
-    _: Arc<Seen>,
+    seen: Arc<Seen>,
 ) -> Result<Response<Body>, Error> {
     let (parts, body) = request.into_parts();
+    seen.lines.lock().unwrap().push(format!("{} {}", parts.method, parts.uri));
     let mut text = format!("{} {} {:?}\n", parts.method, parts.uri, parts.version).into_bytes();
     for (name, value) in &parts.headers {
         text.extend(format!("{name}: ").bytes());
