@@ -15,7 +15,7 @@ pub mod config;
 mod listener;
 mod proxy;
 pub mod record;
-mod sniff;
+pub mod sniff;
 mod tcp;
 mod upstream;
 pub mod worker;

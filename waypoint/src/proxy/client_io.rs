@@ -157,10 +157,17 @@ impl AsyncWrite for ClientIo {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_words(cx))?;
-        if let Some(progress) = &self.progress {
-            self.settled = progress.settled();
+        let this = &mut *self;
+        if let Some(progress) = &this.progress {
+            this.settled = progress.settled();
+            // While an endpoint takes no more of a body nothing is read, and nobody would hear that the client has gone.
+            if this.settled.is_none()
+                && let Poll::Ready(gone) = this.io.poll_gone(cx)
+            {
+                return Poll::Ready(Err(gone));
+            }
         }
-        Pin::new(&mut self.io).poll_flush(cx)
+        Pin::new(&mut this.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

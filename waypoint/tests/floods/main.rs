@@ -30,6 +30,8 @@ const FLOOD: usize = 100 << 20;
 /// What it may cost, at all three ends: windows and buffers of both connections, and what an allocator keeps.
 const COST: usize = 32 << 20;
 const MIB: usize = 1 << 20;
+/// How long an attack may take before its test fails: a gibibyte each way without optimizations, on a busy machine.
+const ATTACK: Duration = Duration::from_secs(600);
 
 static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
@@ -54,7 +56,7 @@ async fn attacked<T>(world: &World, name: &str, attack: impl Future<Output = T>)
     let before = memory("VmRSS:");
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     let result = {
-        let mut attack = std::pin::pin!(tokio::time::timeout(4 * PATIENCE, attack));
+        let mut attack = std::pin::pin!(tokio::time::timeout(ATTACK, attack));
         loop {
             let mut asking = std::pin::pin!(ask());
             let ended = tokio::select! {
@@ -117,6 +119,7 @@ async fn heads_of_http1_without_an_end() {
         ("a name", "GET / HTTP/1.1\r\nhost: web\r\n", "x", "431"),
         ("spaces", value, " ", "431"),
         ("a target", "GET /", "a", "431"),
+        ("empty lines", "\r\n", "\r\n", ""),
     ] {
         let (sent, answer) = attacked(&world, name, pour(&world, head, again)).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{name}: {sent} {answer:?}");
@@ -152,6 +155,8 @@ async fn heads_of_http2_without_an_end() {
                     Ok(Ok(())) => sent += part.len() + 9,
                     _ => break,
                 }
+                // Who floods is a task among others here.
+                tokio::task::yield_now().await;
             }
             (sent, frames.heard(1).await)
         };
@@ -160,11 +165,7 @@ async fn heads_of_http2_without_an_end() {
         assert!(matches!(heard, Heard::GoAway(11 | 0)), "{name}: {heard:?} after {sent} bytes");
         assert!(sent < 8 * MIB, "{name}: {sent} bytes were taken");
         let line = world.take_line(&["request failed", "reason=\"limit\""]).await;
-        assert!(
-            line.contains("protocol=\"HTTP/2\"") && line.contains("CONTINUATION")
-                || line.contains("continuation"),
-            "{name}: {line}"
-        );
+        assert!(line.contains("protocol=\"HTTP/2\""), "{name}: {line}");
     }
 }
 
@@ -173,24 +174,37 @@ async fn small_heads_of_http2_that_become_large() {
     let _one = ONE_AT_A_TIME.lock().await;
     let world = World::new(Protocol::Http);
     let _web = world.echo("web", "web").await;
-    // A header of 4,000 bytes goes into HPACK's table, and then a byte names it (RFC 7541, 6.1): 60 MiB in 16 KiB.
-    let bomb = async {
-        let mut frames = Frames::new(world.connect().await).await;
-        let mut head = block(&Frames::GET);
-        head.extend([0x40, 1, b'x', 0x7f]);
-        // 3,900 - 127 in HPACK's integers.
-        head.extend([0xbd, 0x1d]);
-        head.extend([b'y'; 3900]);
-        head.resize(16 << 10, 0x80 | 62);
-        frames.frame(HEADERS, END_STREAM | END_HEADERS, 1, &head).await.unwrap();
-        let first = frames.heard(1).await;
-        // The connection goes on.
-        frames.headers(3, &Frames::GET, true).await;
-        (first, frames.heard(3).await)
+    // A header of 3,900 bytes goes into HPACK's table, and then a byte names it (RFC 7541, 6.1).
+    let bomb = |times: usize| {
+        let world = &world;
+        async move {
+            let mut frames = Frames::new(world.connect().await).await;
+            let mut head = block(&Frames::GET);
+            // The length as HPACK's integers are written: 127, and the rest seven bits at a time.
+            head.extend([0x40, 1, b'x', 0x7f, 0xbd, 0x1d]);
+            head.extend([b'y'; 3900]);
+            head.resize(head.len() + times, 0x80 | 62);
+            frames.frame(HEADERS, END_STREAM | END_HEADERS, 1, &head).await.unwrap();
+            let first = frames.heard(1).await;
+            if matches!(first, Heard::GoAway(_)) {
+                return (first, None);
+            }
+            frames.headers(3, &Frames::GET, true).await;
+            (first, Some(frames.heard(3).await))
+        }
     };
-    let (first, next) = attacked(&world, "a bomb", bomb).await;
-    // 431, in the words of the library that reads HTTP/2.
-    assert_eq!((first, next), (Heard::Status(0), Heard::Status(200)));
+    // Above engine's limit, and below that of the library that reads HTTP/2: our words.
+    let some = attacked(&world, "a list above our limit", bomb(16)).await;
+    assert_eq!(some, (Heard::Status(0), Some(Heard::Status(200))));
+    let line = world.take_line(&["request failed", "reason=\"limit\""]).await;
+    assert!(line.contains("status=431"), "{line}");
+    // Above both: 431 in the words of the library, which tells us nothing. The connection goes on.
+    let more = attacked(&world, "a list above the library's limit", bomb(40)).await;
+    assert_eq!(more, (Heard::Status(0), Some(Heard::Status(200))));
+    // 45 MiB in 12 KiB: ENHANCE_YOUR_CALM, and the end of the connection.
+    let (bang, _) = attacked(&world, "a bomb", bomb(12_000)).await;
+    assert_eq!(bang, Heard::GoAway(11));
+    world.take_line(&["request failed", "reason=\"limit\"", "protocol=\"HTTP/2\""]).await;
 }
 
 /// An endpoint that takes requests and reads no body until it is told to.
@@ -230,6 +244,19 @@ fn endless(limit: usize, taken: &Arc<AtomicUsize>) -> Body {
     StreamBody::new(futures_util::stream::iter(frames.take(limit / (64 << 10)))).boxed_unsync()
 }
 
+/// Waits until nothing more is taken, and says how much was.
+async fn stuck(taken: &AtomicUsize) -> usize {
+    let mut last = 0;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = taken.load(Ordering::SeqCst);
+        if now == last && now > 0 {
+            return now;
+        }
+        last = now;
+    }
+}
+
 #[tokio::test]
 async fn a_body_without_an_end_that_nobody_reads() {
     let _one = ONE_AT_A_TIME.lock().await;
@@ -238,41 +265,35 @@ async fn a_body_without_an_end_that_nobody_reads() {
     with_sink(&world);
     for http2 in [false, true] {
         let taken = Arc::<AtomicUsize>::default();
-        let uri = if http2 { "http://web.shop/flood" } else { "/flood" };
-        let request = Request::post(uri);
-        let request = if http2 { request } else { request.header("host", "web.shop") };
-        let request = request.body(endless(usize::MAX, &taken)).unwrap();
         let flood = async {
-            let io = world.connect().await;
-            let sending = async {
-                match http2 {
-                    true => Http2::new(io).await.send(request).await.map(drop),
-                    false => Http1::new(io).await.send(request).await.map(drop),
-                }
-            };
-            let stuck = async {
-                let mut last = 0;
-                loop {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    let now = taken.load(Ordering::SeqCst);
-                    if now == last && now > 0 {
-                        return now;
-                    }
-                    last = now;
-                }
-            };
-            tokio::select! {
-                answer = sending => panic!("answered before it was read: {answer:?}"),
-                taken = stuck => taken,
+            let mut io = world.connect().await;
+            if http2 {
+                let request = Request::post("http://web.shop/flood");
+                let request = request.body(endless(usize::MAX, &taken)).unwrap();
+                let mut client = Http2::new(io).await;
+                return tokio::select! {
+                    answer = client.send(request) => panic!("answered: {answer:?}"),
+                    taken = stuck(&taken) => taken,
+                };
             }
+            let head = "POST /flood HTTP/1.1\r\nhost: web\r\ncontent-length: 99999999999\r\n\r\n";
+            io.write_all(head.as_bytes()).await.unwrap();
+            let writing = async {
+                let chunk = vec![7; 64 << 10];
+                while io.write_all(&chunk).await.is_ok() {
+                    taken.fetch_add(chunk.len(), Ordering::SeqCst);
+                }
+            };
+            let taken = tokio::select! {
+                () = writing => panic!("ended before it was read"),
+                taken = stuck(&taken) => taken,
+            };
+            // The client goes, though nothing is read of it any more.
+            io.reset();
+            taken
         };
         let taken = attacked(&world, "an endless body", flood).await;
-        assert!(
-            taken < 16 * MIB,
-            "{} MiB were taken for an endpoint that reads nothing",
-            taken / MIB
-        );
-        // The client goes, and is recorded.
+        assert!(taken < 16 * MIB, "{} MiB for an endpoint that reads nothing", taken / MIB);
         let line = world.take_line(&["path=\"/flood\"", "connection_broken"]).await;
         assert!(line.contains("status=0"), "{line}");
     }

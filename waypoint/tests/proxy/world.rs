@@ -232,6 +232,15 @@ impl World {
 
     /// Rules of `web`, each for everything that no rule before it matches.
     pub(crate) fn rules(&self, protocol: Protocol, rules: Vec<(RouteMatch, RouteRule)>) {
+        self.rules_of("web", protocol, rules);
+    }
+
+    pub(crate) fn rules_of(
+        &self,
+        service: &str,
+        protocol: Protocol,
+        rules: Vec<(RouteMatch, RouteRule)>,
+    ) {
         let (mut matches, mut all) = (Vec::new(), Vec::new());
         for (number, (m, rule)) in rules.into_iter().enumerate() {
             matches.push(RouteMatch { rule: u32::try_from(number).unwrap(), ..m });
@@ -244,7 +253,7 @@ impl World {
             all.into(),
             matches.into(),
         );
-        self.set_routes("web", protocol, vec![Arc::new(set.unwrap())]);
+        self.set_routes(service, protocol, vec![Arc::new(set.unwrap())]);
     }
 
     fn set_routes(&self, service: &str, protocol: Protocol, sets: Vec<Arc<RouteSet>>) {
@@ -322,8 +331,7 @@ impl World {
 
     /// Asks once, on a connection of its own.
     pub(crate) async fn ask(&self, request: Request<Body>) -> Response<Bytes> {
-        let mut client = Http1::new(self.connect().await).await;
-        client.ask(request).await.unwrap()
+        Http1::new(self.connect().await).await.ask(request).await.unwrap()
     }
 
     /// The same, and the line is not found again.
