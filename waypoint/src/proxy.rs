@@ -17,12 +17,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-<<<<<<< HEAD
-use http::{Method, Request, Response};
-=======
-use hbone::TunnelIo;
 use http::{Method, Request, Response, Version};
->>>>>>> 4c67d2fd3ce6a1d7a0238644ba783d2115729f0f
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;

@@ -34,7 +34,9 @@ mod route;
 
 pub use answer::{answer, answer_with, grpc_status, http_status, is_grpc};
 pub use destination::{backend_protocol, destination};
-pub use normalize::{MAX_HEAD, MAX_HEADERS, normalize, strip_hop_by_hop};
+pub use normalize::{
+    MAX_HEAD, MAX_HEADERS, normalize, one_framing, strip_hop_by_hop, strip_trailers,
+};
 pub use path::normal_path;
 pub use route::{route, to_pod};
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use engine::http::strip_trailers;
 use futures_util::task::AtomicWaker;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
@@ -189,10 +190,14 @@ impl ClientBody {
                 // Nobody asks again where the length was known.
                 self.mirrors.drain(..).for_each(|copies| copies.end(None));
             }
-        } else if let Some(trailers) = frame.trailers_ref() {
-            self.mirrors.drain(..).for_each(|copies| copies.end(Some(trailers.clone())));
+            return Poll::Ready(Some(Ok(frame)));
         }
-        Poll::Ready(Some(Ok(frame)))
+        let Ok(mut trailers) = frame.into_trailers() else {
+            return Poll::Ready(Some(Err("a body's frame is neither data nor trailers".into())));
+        };
+        strip_trailers(&mut trailers);
+        self.mirrors.drain(..).for_each(|copies| copies.end(Some(trailers.clone())));
+        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
     }
 }
 
@@ -441,7 +446,8 @@ impl EndpointBody {
                 } else if let Some(trailers) = frame.trailers_ref() {
                     self.exchange.trailers(trailers);
                 }
-                if self.incoming.is_end_stream() {
+                // Nobody asks again behind trailers, nor where the length was known.
+                if frame.is_trailers() || self.incoming.is_end_stream() {
                     self.exchange.complete();
                 }
                 Poll::Ready(Some(Ok(frame)))

@@ -15,17 +15,17 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, Bytes};
 use engine::http::{Answer, answer_with};
-use hbone::TunnelIo;
 use http::StatusCode;
 use model::{Reason, Refusal};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::progress::{Progress, Scan};
+use crate::io::PeerIo;
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct ClientIo {
-    io: TunnelIo,
+    io: PeerIo,
     /// HTTP/1 only: an HTTP/2 connection has bytes without a request, and knows its own framing.
     progress: Option<Arc<Progress>>,
     /// Of the head that is being read.
@@ -39,13 +39,13 @@ pub(crate) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(io: TunnelIo, progress: Option<Arc<Progress>>) -> Self {
+    pub(super) fn new(io: PeerIo, progress: Option<Arc<Progress>>) -> Self {
         let settled = Some(0);
         let (scan, words) = (Scan::default(), Bytes::new());
         Self { io, progress, scan, requests: 0, settled, words }
     }
 
-    pub(super) fn into_inner(self) -> TunnelIo {
+    pub(super) fn into_inner(self) -> PeerIo {
         self.io
     }
 

@@ -9,12 +9,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use engine::http::{
     Answer, Caller, HttpAction, HttpPlan, RequestFacts, answer as refused, answer_with,
-    backend_protocol, destination, normalize, route, strip_hop_by_hop, to_pod,
+    backend_protocol, destination, normalize, one_framing, route, strip_hop_by_hop, to_pod,
 };
 use engine::{Admitted, Candidate};
-use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, TE, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version, request};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::upgrade::OnUpgrade;
 use model::http::{Protocol, Target};
 use model::{Reason, Refusal, Snapshot};
@@ -179,7 +181,7 @@ impl Forward<'_> {
         if gate.is_none() {
             parts.headers.remove(EXPECT);
         }
-        dress(&mut parts, http2);
+        dress(&mut parts, http2, &body);
         let mut request = Request::from_parts(parts, body);
         if let Some(gate) = gate {
             hyper::ext::on_informational(&mut request, move |response| {
@@ -217,7 +219,7 @@ impl Forward<'_> {
 
 /// Brings a request into the form of the endpoint's protocol: the target in origin-form and a `host` for HTTP/1, the
 /// whole URI and no `host` for HTTP/2.
-pub(super) fn dress(parts: &mut request::Parts, http2: bool) {
+pub(super) fn dress(parts: &mut request::Parts, http2: bool, body: &RequestBody) {
     parts.extensions.clear();
     if http2 {
         parts.version = Version::HTTP_2;
@@ -229,6 +231,10 @@ pub(super) fn dress(parts: &mut request::Parts, http2: bool) {
     }
     parts.version = Version::HTTP_11;
     parts.headers.remove(TE);
+    if !body.is_empty() && body.size_hint().exact().is_none() {
+        // Said in so many words: hyper takes a GET without a length for one without a body, and drops what comes.
+        parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
     if !parts.headers.contains_key(HOST)
         && let Some(host) =
             parts.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok())
@@ -252,7 +258,8 @@ fn finish(
     let (mut parts, incoming) = response.into_parts();
     parts.extensions.clear();
     parts.version = Version::HTTP_11;
-    if let Err(words) = strip_hop_by_hop(&mut parts.headers) {
+    let framed = one_framing(&mut parts.headers);
+    if let Err(words) = framed.and_then(|()| strip_hop_by_hop(&mut parts.headers)) {
         let words = format!("the endpoint's answer cannot be passed on: {words}");
         let answer = plan.answer(Refusal::new(Reason::UpstreamBroken, words));
         return own(exchange, answer);
@@ -272,7 +279,7 @@ fn finish(
     leave(&exchange, &mut parts.headers);
     let messages = exchange.grpc.then(Messages::default);
     let mut body = EndpointBody { incoming, exchange, messages, deadline: time.sleep() };
-    if hyper::body::Body::is_end_stream(&body.incoming) {
+    if body.incoming.is_end_stream() {
         body.exchange.complete();
         return Response::from_parts(parts, ResponseBody::Own(None));
     }

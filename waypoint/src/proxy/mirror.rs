@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use engine::Admitted;
-use engine::http::{HttpPlan, backend_protocol, destination};
+use engine::http::{HttpAction, HttpPlan, backend_protocol, destination};
 use http::{Request, Version, request};
 use http_body::Body as _;
 use model::http::{Protocol, Target};
@@ -32,6 +32,8 @@ pub(super) fn send(
     parts: &request::Parts,
     body: &mut RequestBody,
 ) {
+    // gRPC is HTTP/2, whatever is declared of the mirror's port.
+    let grpc = matches!(plan.action, HttpAction::Forward { http2: true, .. });
     if plan.mirrors.is_empty() || matches!(admission.to, Admitted::Workload { .. }) {
         return;
     }
@@ -47,7 +49,7 @@ pub(super) fn send(
         copy.headers.remove(http::header::UPGRADE);
         copy.headers.remove(http::header::CONNECTION);
         let request = Request::from_parts(copy, body.copy());
-        let mirror = one(client.clone(), admission.clone(), target.clone(), request);
+        let mirror = one(client.clone(), admission.clone(), target.clone(), grpc, request);
         let busy = Busy::new(&worker.shared);
         tokio::spawn(async move {
             match tokio::time::timeout(Waits::MIRROR, mirror).await {
@@ -64,6 +66,7 @@ async fn one(
     client: Arc<Client>,
     admission: Arc<Admission>,
     target: Target,
+    grpc: bool,
     request: Request<RequestBody>,
 ) -> Result<(), Refusal> {
     let worker = &client.call.worker;
@@ -73,13 +76,14 @@ async fn one(
         let protocol = backend_protocol(&snapshot, &to.service, to.port.service_port);
         (to, protocol)
     };
-    let http2 = match protocol {
-        Protocol::Http2 | Protocol::Grpc => true,
-        Protocol::Undeclared => request.version() == Version::HTTP_2,
-        Protocol::Http | Protocol::Opaque => false,
-    };
+    let http2 = grpc
+        || match protocol {
+            Protocol::Http2 | Protocol::Grpc => true,
+            Protocol::Undeclared => request.version() == Version::HTTP_2,
+            Protocol::Http | Protocol::Opaque => false,
+        };
     let (mut parts, body) = request.into_parts();
-    dress(&mut parts, http2);
+    dress(&mut parts, http2, &body);
     let request = Request::from_parts(parts, body);
     let sent =
         upstream::send(&client.call, &admission, &to.candidates, http2, request, |_| {}).await?;

@@ -9,13 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-<<<<<<< HEAD
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
-=======
->>>>>>> 4c67d2fd3ce6a1d7a0238644ba783d2115729f0f
 use crate::config::Waits;
-use crate::io::PeerIo;
 
 /// What the connection's own task, its reader and its requests tell each other.
 #[derive(Debug)]
@@ -150,50 +144,6 @@ impl Progress {
     }
 }
 
-<<<<<<< HEAD
-/// A client's stream, as hyper reads it.
-#[derive(Debug)]
-pub(crate) struct ClientIo {
-    io: PeerIo,
-    /// HTTP/1 only: an HTTP/2 connection has bytes without a request, and knows its own framing.
-    progress: Option<Arc<Progress>>,
-    /// Of the head that is being read.
-    scan: Scan,
-    /// How many requests there were when the scan began.
-    requests: u32,
-}
-
-impl ClientIo {
-    pub(super) fn new(io: PeerIo, progress: Option<Arc<Progress>>) -> Self {
-        Self { io, progress, scan: Scan::default(), requests: 0 }
-    }
-
-    pub(super) fn into_inner(self) -> PeerIo {
-        self.io
-    }
-
-    fn look(&mut self, bytes: &[u8]) {
-        let Some(progress) = &self.progress else { return };
-        // While a request is served its body comes; what follows it is looked at by hyper alone.
-        if bytes.is_empty() || progress.serving.load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        let requests = progress.requests.load(Ordering::Relaxed);
-        if self.requests != requests {
-            (self.requests, self.scan) = (requests, Scan::default());
-        }
-        if progress.head.load(Ordering::Relaxed) == 0 {
-            progress.head.store(progress.now(), Ordering::Relaxed);
-        }
-        self.scan.feed(bytes);
-        if self.scan.length && self.scan.coding {
-            progress.ambiguous.store(true, Ordering::Relaxed);
-        }
-    }
-}
-
-=======
->>>>>>> 4c67d2fd3ce6a1d7a0238644ba783d2115729f0f
 /// Looks for the names of two headers in a head that comes in pieces.
 #[derive(Debug, Default)]
 pub(super) struct Scan {

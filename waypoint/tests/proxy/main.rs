@@ -4,6 +4,7 @@
 mod bad;
 mod drain;
 mod frames;
+mod framing;
 mod http1;
 mod http2;
 mod raw;

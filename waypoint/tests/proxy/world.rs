@@ -234,6 +234,16 @@ impl World {
 
     /// Rules of `web`, each for everything that no rule before it matches.
     pub(crate) fn rules(&self, protocol: Protocol, rules: Vec<(RouteMatch, RouteRule)>) {
+        self.rules_of(RouteKind::Http, protocol, rules);
+    }
+
+    /// The same for either kind of routes.
+    pub(crate) fn rules_of(
+        &self,
+        kind: RouteKind,
+        protocol: Protocol,
+        rules: Vec<(RouteMatch, RouteRule)>,
+    ) {
         self.rules_of("web", protocol, rules);
     }
 
@@ -248,13 +258,7 @@ impl World {
             matches.push(RouteMatch { rule: u32::try_from(number).unwrap(), ..m });
             all.push(Arc::new(rule));
         }
-        let set = RouteSet::new(
-            Audience::Everybody,
-            [80].into(),
-            RouteKind::Http,
-            all.into(),
-            matches.into(),
-        );
+        let set = RouteSet::new(Audience::Everybody, [80].into(), kind, all.into(), matches.into());
         self.set_routes(service, protocol, vec![Arc::new(set.unwrap())]);
     }
 

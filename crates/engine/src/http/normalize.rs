@@ -15,13 +15,13 @@
 //!
 //! Refused with [`Reason::BadHttp`]: two framings of one body (`content-length` beside `transfer-encoding`, two lengths, a
 //! coding other than `chunked`), line breaks or NUL in a value, hop-by-hop headers in HTTP/2, no host or several, user info, a
-//! scheme other than http and https, `CONNECT host:port`. Refused with [`Reason::Limit`]: see [`MAX_HEAD`].
+//! scheme other than http and https, `CONNECT`. Refused with [`Reason::Limit`]: see [`MAX_HEAD`].
 
 use std::net::Ipv6Addr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
-    UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderName, HeaderValue, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, Method, Uri, Version, request};
@@ -58,10 +58,7 @@ pub fn normalize(parts: &mut request::Parts) -> Result<(), Refusal> {
         strip_hop_by_hop(&mut parts.headers).map_err(bad)?;
     }
     if forged {
-        let names = parts.headers.keys().filter(|n| is_forged(n));
-        for name in names.cloned().collect::<Vec<_>>() {
-            parts.headers.remove(name);
-        }
+        remove_forged(&mut parts.headers);
     }
     join_cookies(&mut parts.headers);
     target(parts)
@@ -112,6 +109,47 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Removes from a body's trailers what a trailer must not say (RFC 9110 §6.5.1), and what no client's word counts for: a
+/// program that takes trailers for headers would believe it.
+pub fn strip_trailers(trailers: &mut HeaderMap) {
+    for name in [
+        CONNECTION,
+        CONTENT_LENGTH,
+        HOST,
+        HTTP2_SETTINGS,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ] {
+        trailers.remove(name);
+    }
+    remove_forged(trailers);
+}
+
+/// How an endpoint's answer of HTTP/1 ends must be said once: a length beside a coding is none (RFC 9112 §6.3), and a coding other
+/// than `chunked` would be lost with the header. `Err`: the answer cannot be passed on.
+pub fn one_framing(headers: &mut HeaderMap) -> Result<(), String> {
+    let mut codings = tokens(headers, &TRANSFER_ENCODING);
+    let Some(coding) = codings.next() else { return Ok(()) };
+    // `identity` was a coding once (RFC 2616), and is none.
+    let known = ["chunked", "identity"].iter().any(|known| coding.eq_ignore_ascii_case(known));
+    if !known || codings.next().is_some() {
+        return Err("it has a transfer-encoding other than chunked".to_owned());
+    }
+    headers.remove(CONTENT_LENGTH);
+    Ok(())
+}
+
+fn remove_forged(headers: &mut HeaderMap) {
+    let names = headers.keys().filter(|name| is_forged(name));
+    for name in names.cloned().collect::<Vec<_>>() {
+        headers.remove(name);
+    }
 }
 
 /// A host with perhaps a port, and nothing else. In lower case.
@@ -253,8 +291,8 @@ fn join_cookies(headers: &mut HeaderMap) {
 
 /// Scheme, authority and path into the URI, and the authority into `host`.
 fn target(parts: &mut request::Parts) -> Result<(), Refusal> {
-    if parts.method == Method::CONNECT && parts.uri.path_and_query().is_none() {
-        return Err(bad("CONNECT host:port is not passed on"));
+    if parts.method == Method::CONNECT {
+        return Err(bad("CONNECT is not passed on: what it opens is no HTTP"));
     }
     match parts.uri.scheme_str() {
         None => {}

@@ -79,6 +79,22 @@ pub(super) fn with_query(path: &str, query: Option<&str>) -> Result<PathAndQuery
     PathAndQuery::try_from(&*joined).map_err(|e| format!("the new path {path:?} is none: {e}"))
 }
 
+/// A text of a URI in ASCII, as `Location` has to be (RFC 3986 §2.5): a client may have sent its query in raw UTF-8.
+pub(super) fn ascii(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() {
+        return text.into();
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for byte in text.bytes() {
+        if byte.is_ascii() {
+            out.push(char::from(byte));
+        } else {
+            escape(byte, &mut out);
+        }
+    }
+    out.into()
+}
+
 /// Gateway API's `ReplacePrefixMatch`: slashes at the end of the prefix and of the new one do not count.
 fn replace_segments(new: &str, matched: &PathMatch, path: &str) -> String {
     let rest = match matched {

@@ -36,7 +36,7 @@ pub(super) fn redirect(
     };
     let target = path::with_query(&path, uri.query())?;
     let location = format!("{scheme}://{host}{port}{target}");
-    let value = HeaderValue::from_str(&location)
+    let value = HeaderValue::from_str(&path::ascii(&location))
         .map_err(|_| format!("the location {location:?} holds a control character"))?;
     Ok((status, value))
 }

@@ -100,12 +100,11 @@ fn targets_that_are_none() {
         assert!(got.starts_with("bad_http: ") && got.contains(words), "{method} {uri}: {got}");
     };
     check("CONNECT", "web:80", "CONNECT");
+    check("CONNECT", "/_goRPC_", "CONNECT");
     check("GET", "ftp://web:80/", "scheme \"ftp\"");
     check("GET", "*", "the path");
     check("GET", "/a%00", "the path");
     check("GET", "/a%2", "the path");
-    // HTTP/2's extended CONNECT has a path like any other.
-    assert_eq!(http2("CONNECT", "https://web/chat", &[]), "CONNECT https://web/chat | host: web");
 }
 
 #[test]
@@ -260,4 +259,37 @@ proptest! {
         prop_assert!(normalize(&mut parts).is_ok());
         prop_assert_eq!((once.uri, once.headers), (parts.uri, parts.headers));
     }
+}
+
+#[test]
+fn trailers_say_nothing_that_only_headers_may() {
+    let mut trailers = HeaderMap::new();
+    for name in ["grpc-status", "x-checksum", "x-ambit-reason", "x-forwarded-client-cert", "host"] {
+        trailers.insert(HeaderName::from_static(name), HeaderValue::from_static("0"));
+    }
+    trailers.insert(CONTENT_LENGTH, HeaderValue::from_static("5"));
+    trailers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    strip_trailers(&mut trailers);
+    let mut left: Vec<_> = trailers.keys().map(HeaderName::as_str).collect();
+    left.sort_unstable();
+    assert_eq!(left, ["grpc-status", "x-checksum"]);
+}
+
+#[test]
+fn an_answer_ends_in_one_way() {
+    let check = |lines: &[(HeaderName, &'static str)], want: Result<bool, ()>| {
+        let lines = lines.iter().map(|(name, v)| (name.clone(), HeaderValue::from_static(v)));
+        let mut headers = HeaderMap::from_iter([(CONTENT_LENGTH, HeaderValue::from_static("5"))]);
+        for (name, value) in lines {
+            headers.append(name, value);
+        }
+        let framed = one_framing(&mut headers).map_err(drop);
+        assert_eq!(framed.map(|()| headers.contains_key(CONTENT_LENGTH)), want, "{headers:?}");
+    };
+    check(&[], Ok(true));
+    check(&[(TRANSFER_ENCODING, "Chunked")], Ok(false));
+    check(&[(TRANSFER_ENCODING, "identity")], Ok(false));
+    check(&[(TRANSFER_ENCODING, "gzip, chunked")], Err(()));
+    check(&[(TRANSFER_ENCODING, "gzip")], Err(()));
+    check(&[(TRANSFER_ENCODING, "chunked"), (TRANSFER_ENCODING, "chunked")], Err(()));
 }

@@ -204,6 +204,8 @@ fn redirects() {
     check("F8", number(443), 80, "GET /", "web", "302 http://web:443/");
     check("F8", to(), 443, "GET https://web/", "web", "302 https://web/");
     check("F9", to(), 80, "GET /a?x=1&y=%20", "web", "302 http://web/a?x=1&y=%20");
+    // As a client may send it; a Location is ASCII.
+    check("F9", to(), 80, "GET /a?q=é", "web", "302 http://web/a?q=%C3%A9");
     let path = |p| Redirect { path: Some(PathRewrite::Full(p)), ..to() };
     check("F9", path("/b".into()), 80, "GET /a?x=1", "web", "302 http://web/b?x=1");
     check("F9", path("/b?y=2".into()), 80, "GET /a?x=1", "web", "302 http://web/b?y=2&x=1");
