@@ -16,6 +16,17 @@ pub(crate) enum PeerIo {
     Tcp(TcpStream),
 }
 
+impl PeerIo {
+    /// Resolves when the peer has reset the stream: for who does not read, and would not hear of it. A socket's end is
+    /// heard of by reading alone.
+    pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        match self {
+            Self::Tunnel(io) => io.poll_gone(cx),
+            Self::Tcp(_) => Poll::Pending,
+        }
+    }
+}
+
 macro_rules! either {
     ($self:ident, $io:ident => $call:expr) => {
         match $self.get_mut() {

@@ -151,7 +151,7 @@ async fn a_mirror_of_grpc_is_grpc() {
     let target = Target::Service { service: key("copy"), port: 80, subset: None };
     let filters = vec![Filter::Mirror(Mirror { target, share: Share::ALL })];
     let rules = vec![(RouteMatch::default(), rule(filters, vec![to("web")]))];
-    world.rules_of(RouteKind::Grpc, Protocol::Http, rules);
+    world.rules_of_kind(RouteKind::Grpc, "web", Protocol::Http, rules);
     let request = Request::post("http://web.shop/echo.Echo/Say")
         .header("content-type", "application/grpc")
         .header("te", "trailers")

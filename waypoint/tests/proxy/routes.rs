@@ -22,7 +22,7 @@ async fn routes_that_cannot_be_read_are_closed() {
     world.change([Change::SetRoutes(Arc::new(closed))]);
     let before = web.seen.requests();
     let answer = world.ask(get("/")).await;
-    assert_eq!(answer.status(), 500);
+    assert_eq!(answer.status(), 503);
     assert_eq!(header(answer.headers(), "x-ambit-reason"), "unsupported");
     assert_eq!(web.seen.requests(), before);
 }

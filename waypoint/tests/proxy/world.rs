@@ -234,21 +234,23 @@ impl World {
 
     /// Rules of `web`, each for everything that no rule before it matches.
     pub(crate) fn rules(&self, protocol: Protocol, rules: Vec<(RouteMatch, RouteRule)>) {
-        self.rules_of(RouteKind::Http, protocol, rules);
-    }
-
-    /// The same for either kind of routes.
-    pub(crate) fn rules_of(
-        &self,
-        kind: RouteKind,
-        protocol: Protocol,
-        rules: Vec<(RouteMatch, RouteRule)>,
-    ) {
         self.rules_of("web", protocol, rules);
     }
 
+    /// The same of any Service.
     pub(crate) fn rules_of(
         &self,
+        service: &str,
+        protocol: Protocol,
+        rules: Vec<(RouteMatch, RouteRule)>,
+    ) {
+        self.rules_of_kind(RouteKind::Http, service, protocol, rules);
+    }
+
+    /// The same for either kind of routes.
+    pub(crate) fn rules_of_kind(
+        &self,
+        kind: RouteKind,
         service: &str,
         protocol: Protocol,
         rules: Vec<(RouteMatch, RouteRule)>,

@@ -134,11 +134,14 @@ pub fn strip_trailers(trailers: &mut HeaderMap) {
 /// How an endpoint's answer of HTTP/1 ends must be said once: a length beside a coding is none (RFC 9112 §6.3), and a coding other
 /// than `chunked` would be lost with the header. `Err`: the answer cannot be passed on.
 pub fn one_framing(headers: &mut HeaderMap) -> Result<(), String> {
-    let mut codings = tokens(headers, &TRANSFER_ENCODING);
-    let Some(coding) = codings.next() else { return Ok(()) };
+    if !headers.contains_key(TRANSFER_ENCODING) {
+        return Ok(());
+    }
     // `identity` was a coding once (RFC 2616), and is none.
-    let known = ["chunked", "identity"].iter().any(|known| coding.eq_ignore_ascii_case(known));
-    if !known || codings.next().is_some() {
+    let known =
+        |coding: &str| ["chunked", "identity"].iter().any(|k| coding.eq_ignore_ascii_case(k));
+    let one = tokens(headers, &TRANSFER_ENCODING).count() == 1;
+    if !one || !tokens(headers, &TRANSFER_ENCODING).all(known) {
         return Err("it has a transfer-encoding other than chunked".to_owned());
     }
     headers.remove(CONTENT_LENGTH);
