@@ -298,7 +298,9 @@ impl Bench {
 
     /// HTTP beside Envoy; `--only` names its lines by what they begin with.
     fn http(&mut self, options: &Options) -> Result<()> {
-        let waypoint = fs::metadata(self.programs.ztunnel.with_file_name("waypoint"))?.len();
+        let waypoint = self.programs.ztunnel.with_file_name("waypoint");
+        let waypoint =
+            fs::metadata(&waypoint).with_context(|| waypoint.display().to_string())?.len();
         let mut results = http::HttpResults {
             date: machine::today(),
             command: self.results.command.clone(),

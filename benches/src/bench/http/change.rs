@@ -190,3 +190,33 @@ impl Changes {
         found.map_or(f64::NAN, |(_, ms)| *ms)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_of_changes() {
+        let check = |milliseconds: &[f64], share: f64, want: f64| {
+            let milliseconds = milliseconds.to_vec();
+            let changes =
+                Changes { title: String::new(), routes: 0, milliseconds, failed: 0, cpu_ms: 0.0 };
+            let got = changes.quantile(share);
+            assert!((got - want).abs() < 1e-9, "{share} of {changes:?}: {got}");
+        };
+        check(&[3.0, 1.0, 2.0], 0.5, 2.0);
+        check(&[3.0, 1.0, 2.0], 0.99, 3.0);
+        check(&[3.0, 1.0, 2.0], 1.0, 3.0);
+        check(&[7.0], 0.5, 7.0);
+        let many: Vec<f64> = (1..=200).map(f64::from).collect();
+        check(&many, 0.99, 198.0);
+        let none = Changes {
+            title: String::new(),
+            routes: 0,
+            milliseconds: vec![],
+            failed: 0,
+            cpu_ms: 0.0,
+        };
+        assert!(none.quantile(0.5).is_nan());
+    }
+}
