@@ -2,7 +2,7 @@
 //! client is told why, and another client of the same worker is served all the time.
 //!
 //! A binary of its own: its memory is looked at, so that its tests run one after another.
-#![allow(clippy::unwrap_used, reason = "test")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test")]
 
 #[path = "../proxy/frames.rs"]
 #[allow(dead_code, reason = "shared with the other tests")]
