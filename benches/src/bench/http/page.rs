@@ -374,7 +374,7 @@ fn memory(out: &mut String, results: &HttpResults) {
         return;
     }
     out.push_str(
-        "\n## Memory of the proxies, resident, MB\n\nIdle: two seconds after the start.\n\n\
+        "\n## Memory of the proxies, resident, MB\n\nIdle: two seconds after the start; in the mesh, before the loads. The peak of `waypoint, 5000 routes` is the bench reading their YAML, which is istiod-lite's part elsewhere.\n\n\
          | work | process | idle | after load | peak |\n|---|---|---|---|---|\n",
     );
     for row in &results.memory {
