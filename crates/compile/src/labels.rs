@@ -11,9 +11,7 @@ use crate::diagnostics::{Code, Diagnostic, Severity};
 use crate::enrolment::{DATAPLANE_MODE, Enrolment, enrolment};
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
-use crate::waypoints::{
-    TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR,
-};
+use crate::waypoints::{USE_WAYPOINT, USE_WAYPOINT_NAMESPACE};
 
 /// `own_pods`: those that no Deployment of the user made.
 pub(crate) fn check(
@@ -88,39 +86,12 @@ fn waypoint<T: Meta>(
     let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else {
         return;
     };
-    let name = format!("Gateway/{gateway_namespace}/{gateway}");
-    let direct = "what is labelled is reached directly";
-    let d = match why {
-        Why::Missing => {
-            let message = format!("there is no {name}: {direct}");
-            Diagnostic::error(Code::DanglingReference, message)
-                .help(format!("meshctl waypoint apply -n {gateway_namespace} --name {gateway}"))
-        }
-        Why::OtherClass(class) => {
-            let message = format!("{name} is of class {class:?} and no waypoint: {direct}");
-            let d = Diagnostic::error(Code::NotAWaypoint, message);
-            d.help(format!("waypoints are of class {WAYPOINT_CLASS}"))
-        }
-        Why::NotAllowed => {
-            let message = format!("{name} takes nothing of namespace {namespace}: {direct}");
-            Diagnostic::error(Code::AttachmentDenied, message)
-                .help("let its HBONE listener say so in allowedRoutes.namespaces")
-        }
-        Why::Traffic(takes) => {
-            let takes = match takes {
-                TrafficFor::Service => "calls to Services",
-                TrafficFor::Workload => "calls to pods by their own address",
-                TrafficFor::All => "all calls",
-                TrafficFor::None => "no calls",
-            };
-            let message = format!("{name} is for {takes}: {direct}");
-            // A waypoint that is for nothing was made so on purpose, and the namespace named with it.
-            let whole = traffic == Traffic::Any;
-            let severity = if whole { Severity::Warning } else { Severity::Error };
-            Diagnostic::new(severity, Code::UnsupportedTrafficType, message)
-                .help(format!("change its label {WAYPOINT_FOR}"))
-        }
-    };
+    let (code, message, help) = why.explain((&gateway_namespace, &gateway), namespace);
+    // A waypoint that is for nothing was made so on purpose, and the namespace named with it.
+    let on_purpose = matches!(why, Why::Traffic(_)) && traffic == Traffic::Any;
+    let severity = if on_purpose { Severity::Warning } else { Severity::Error };
+    let message = format!("{message}: what is labelled is reached directly");
+    let d = Diagnostic::new(severity, code, message).help(help);
     cx.report(on.key, on.sourced, d.field(format!("{}.{USE_WAYPOINT}", on.at)));
 }
 

@@ -6,9 +6,15 @@ use super::RouteStatus;
 use crate::testing::objects;
 use crate::{Compiled, Diagnostic, MeshConfig, compile};
 
-/// Namespaces, and Services of every sort.
+/// Namespaces, a waypoint that takes connections, and Services of every sort.
 pub(crate) const SHOP: &str = "
-{apiVersion: v1, kind: Namespace, metadata: {name: shop}}
+{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {istio.io/use-waypoint: w}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: w, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+status: {conditions: [{type: Programmed, status: 'True', reason: Programmed, message: '', lastTransitionTime: '2026-01-01T00:00:00Z'}]}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: buyer}}
 ---
