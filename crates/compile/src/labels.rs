@@ -13,6 +13,10 @@ use crate::object::{Meta, Objects, Sourced, Table};
 use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
 use crate::waypoints::{USE_WAYPOINT, USE_WAYPOINT_NAMESPACE};
 
+/// Istio's labels for a second waypoint that gets a share.
+const CANARY: [&str; 2] =
+    ["istio.io/use-waypoint-canary", "istio.io/use-waypoint-canary-namespace"];
+
 /// `own_pods`: those that no Deployment of the user made.
 pub(crate) fn check(
     objects: &Objects,
@@ -75,6 +79,13 @@ fn waypoint<T: Meta>(
     bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
+    for name in CANARY.into_iter().filter(|name| on.labels.is_some_and(|l| l.contains_key(*name))) {
+        let message = format!(
+            "not handled by this version: all goes through the waypoint that {USE_WAYPOINT} names"
+        );
+        let d = Diagnostic::warning(Code::Unsupported, message);
+        cx.report(on.key, on.sourced, d.field(format!("{}.{name}", on.at)));
+    }
     let Wish::Waypoint(gateway_namespace, gateway) = Wish::of(on.labels, namespace) else {
         if on.labels.is_some_and(|l| l.contains_key(USE_WAYPOINT_NAMESPACE)) {
             let message = format!("says where a waypoint is, but {USE_WAYPOINT} names none");
@@ -171,6 +182,10 @@ mod tests {
             "error dangling_reference Namespace/shop metadata.labels.istio.io/use-waypoint",
         );
         assert!(findings(&namespace("istio.io/use-waypoint: none")).is_empty());
+        check(
+            &namespace("istio.io/use-waypoint-canary: w"),
+            "warning unsupported Namespace/shop metadata.labels.istio.io/use-waypoint-canary",
+        );
         check(
             &web.replace("nodeName: node-1", "hostNetwork: true"),
             "info not_in_mesh Pod/default/web metadata",
