@@ -7,4 +7,5 @@ mod http1;
 mod http2;
 mod raw;
 mod routes;
+mod threads;
 mod world;
