@@ -194,7 +194,7 @@ impl Changes {
     /// `case`: for the report.
     fn judge(mut self, case: &str, bar: Duration) -> Result<()> {
         self.took.sort_unstable();
-        let [p50, p99, most] = [0.5, 0.99, 1.0].map(|share| quantile(&self.took, share));
+        let [p50, p99, most] = [50, 99, 100].map(|percent| quantile(&self.took, percent));
         let milliseconds = |d: Duration| d.as_secs_f64() * 1e3;
         let text = format!(
             "{case}: {} saves: p50 {:.1} ms, p99 {:.1} ms, at most {:.1} ms; {} requests, none failed",
@@ -212,8 +212,8 @@ impl Changes {
 }
 
 /// Of a sorted list that is not empty.
-fn quantile(sorted: &[Duration], share: f64) -> Duration {
-    let rank = (sorted.len() as f64 * share).ceil() as usize;
+fn quantile(sorted: &[Duration], percent: usize) -> Duration {
+    let rank = (sorted.len() * percent).div_ceil(100);
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 

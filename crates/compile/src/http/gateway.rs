@@ -434,7 +434,7 @@ impl Attached<'_> {
         parent: &Parent<'_>,
         bindings: &Bindings<'_>,
         cx: &mut Context<'_>,
-    ) -> Option<Result<(), Missed>> {
+    ) -> Option<Result<(), Box<Missed>>> {
         let attachment = parent.verdict.as_ref().ok()?;
         let service = &attachment.service.service;
         let checked = passage::check(service, &self.object.key.0, bindings);
@@ -448,7 +448,7 @@ impl Attached<'_> {
     fn conditions(
         &self,
         accepted: (bool, ConditionReason, String),
-        passage: Option<Result<(), Missed>>,
+        passage: Option<Result<(), Box<Missed>>>,
     ) -> Vec<Condition> {
         let generation = self.object.meta.generation.unwrap_or_default();
         let new = |kind, status, reason, message| {
@@ -464,15 +464,15 @@ impl Attached<'_> {
                 new(resolved, false, *reason, all.join("; "))
             }
         });
+        if is_accepted && let Some((reason, _)) = self.dropped.first() {
+            let message = format!("Dropped Rule {}", self.why_dropped());
+            out.push(new(ConditionType::PartiallyInvalid, true, *reason, message));
+        }
         let waypoints = ConditionType::ResolvedWaypoints;
         out.extend(passage.map(|passage| match passage {
             Ok(()) => new(waypoints, true, ConditionReason::ResolvedWaypoints, String::new()),
             Err(missed) => new(waypoints, false, missed.reason, missed.finding.message),
         }));
-        if is_accepted && let Some((reason, _)) = self.dropped.first() {
-            let message = format!("Dropped Rule {}", self.why_dropped());
-            out.push(new(ConditionType::PartiallyInvalid, true, *reason, message));
-        }
         out
     }
 

@@ -23,7 +23,7 @@ pub(super) fn check(
     service: &Service,
     namespace: &str,
     bindings: &Bindings<'_>,
-) -> Result<(), Missed> {
+) -> Result<(), Box<Missed>> {
     let Err(direct) = bindings.of_service(service) else { return Ok(()) };
     let of = &*service.key.namespace;
     let name = format!("Service {of}/{}", service.name);
@@ -61,17 +61,17 @@ pub(super) fn check(
         "{name} goes through no waypoint, so nothing looks at its requests: {why}{consumers}"
     );
     let finding = Diagnostic::error(Code::L7WithoutWaypoint, message).help(help);
-    Err(Missed { reason, finding })
+    Err(Box::new(Missed { reason, finding }))
 }
 
-fn not_ready(service: &str, namespace: &str, gateway: &str) -> Missed {
+fn not_ready(service: &str, namespace: &str, gateway: &str) -> Box<Missed> {
     let message = format!(
         "{service} is called directly until a proxy of Gateway/{namespace}/{gateway} has been ready: \
          nothing looks at its requests before"
     );
     let finding = Diagnostic::info(Code::WaypointNotReady, message)
         .help(format!("meshctl waypoint status -n {namespace} {gateway}"));
-    Missed { reason: ConditionReason::WaypointIsNotReady, finding }
+    Box::new(Missed { reason: ConditionReason::WaypointIsNotReady, finding })
 }
 
 /// Istio's words, where a label names a waypoint.
