@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
@@ -104,34 +104,48 @@ pub fn ping(url: &str, count: u64, every: Duration, patience: Duration) -> Resul
     }
 }
 
-/// Between two questions of [`watch`]: what it adds to a time, at most.
-const WATCH_PAUSE: Duration = Duration::from_micros(500);
-
-/// Asks on one connection and prints a line when a header of the answer has another value, with the time of that answer in
-/// microseconds since 1970. Ends after `time`, which is its way to succeed.
-pub fn watch(url: &str, header: &str, time: Duration, patience: Duration) -> Result<()> {
+/// Asks again and again on one connection and prints a line whenever the answer changes: the value of `header`, or else the length
+/// of the body. A line has the times at which its request left and its answer was there, and how many answers so far were
+/// no 2xx. Times are microseconds of the clock that all processes of a machine share and nobody sets.
+pub fn watch(
+    url: &str,
+    header: Option<&str>,
+    every: Duration,
+    time: Duration,
+    patience: Duration,
+) -> Result<()> {
     let url = Url::parse(url)?;
     let mut talk = Talk::begin(url.address()?, patience)?;
-    let (began, mut last, mut failed) = (Instant::now(), None, 0_u64);
+    let (began, mut answers, mut failed, mut last) = (Instant::now(), 0_u64, 0_u64, None);
+    lines::begin()?;
     while began.elapsed() < time {
-        let (head, _) = talk.answer(&url, false)?;
+        let asked = monotonic_us()?;
+        let (head, body) = talk.answer(&url, false)?;
+        let answered = monotonic_us()?;
         let status = status_of(&head)?;
-        if status != 200 {
-            failed += 1;
-        }
-        let value = field(&head, header).unwrap_or_default().to_owned();
+        answers += 1;
+        failed += u64::from(!(200..300).contains(&status));
+        let value = match header {
+            Some(name) => field(&head, name).unwrap_or_default().to_owned(),
+            None => body.len().to_string(),
+        };
         if last.as_ref() != Some(&value) {
-            let micros = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
-            let micros = u64::try_from(micros)?;
-            lines::line(
-                &json!({ "event": "changed", "value": value, "at_us": micros, "failed": failed, "status": status }),
-            )?;
+            lines::line(&json!({
+                "event": "change", "value": value, "status": status, "failed": failed,
+                "asked_us": asked, "answered_us": answered,
+            }))?;
             last = Some(value);
         }
-        thread::sleep(WATCH_PAUSE);
+        thread::sleep(every);
     }
-    lines::line(&json!({ "event": "watched", "failed": failed }))?;
-    Ok(())
+    lines::end()?;
+    Ok(lines::result(json!({ "mode": "watch", "requests": answers, "failed": failed }))?)
+}
+
+/// Microseconds of CLOCK_MONOTONIC.
+pub fn monotonic_us() -> Result<u64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(u64::try_from(now.tv_sec() * 1_000_000 + now.tv_nsec() / 1_000)?)
 }
 
 /// Sends standard input over one connection, ends its own direction, and prints what comes back.

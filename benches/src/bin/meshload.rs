@@ -116,12 +116,15 @@ enum Mode {
         #[command(flatten)]
         patience: Patience,
     },
-    /// Asks on one connection as long as it lives; a line with the time whenever a header of the answer changes
+    /// Asks all the time on one connection; says when the answer changes: its length, or a header
     Watch {
         url: String,
         /// The header
         #[arg(long)]
-        header: String,
+        header: Option<String>,
+        /// Seconds between an answer and the next request
+        #[arg(long, default_value_t = 0.0005)]
+        every: f64,
         /// Seconds until it ends
         #[arg(short, long, default_value_t = 60.0)]
         duration: f64,
@@ -243,8 +246,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Mode::Ping { url, count, every, patience } => {
             talk::ping(&url, count, seconds(every)?, seconds(patience.timeout)?)?;
         }
-        Mode::Watch { url, header, duration, patience } => {
-            talk::watch(&url, &header, seconds(duration)?, seconds(patience.timeout)?)?;
+        Mode::Watch { url, header, every, duration, patience } => {
+            let (every, time) = (seconds(every)?, seconds(duration)?);
+            talk::watch(&url, header.as_deref(), every, time, seconds(patience.timeout)?)?;
         }
         Mode::Cat { to, patience } => talk::cat(&to, seconds(patience.timeout)?)?,
         Mode::Addresses => {

@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,7 @@ use super::plain::MANY;
 use super::process::{Process, free_port};
 use crate::bench::procfs::Cpu;
 use crate::bench::world::Programs;
+use crate::talk;
 
 /// Changes of each kind.
 const CHANGES: u32 = 40;
@@ -157,11 +158,11 @@ fn measure(
     let (mut milliseconds, mut failed) = (Vec::new(), 0);
     for change in 1..=CHANGES {
         thread::sleep(BETWEEN);
-        let begun = micros()?;
+        let begun = talk::monotonic_us()?;
         write(&change.to_string())?;
         let seen = next()?;
         ensure!(seen["value"] == format!("v{change}"), "{title}: change {change} shows {seen}");
-        let at = seen["at_us"].as_u64().context("no time")?;
+        let at = seen["answered_us"].as_u64().context("no time")?;
         milliseconds.push(thousandths(at.saturating_sub(begun)));
         failed = seen["failed"].as_u64().unwrap_or_default();
     }
@@ -169,10 +170,6 @@ fn measure(
     let cpu: f64 = pids.iter().map(|p| after.processes[p] - before.processes[p]).sum::<f64>() * 1e3;
     let cpu_ms = cpu / f64::from(CHANGES);
     Ok(Changes { title: title.to_owned(), routes, milliseconds, failed, cpu_ms })
-}
-
-fn micros() -> Result<u64> {
-    Ok(u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros())?)
 }
 
 fn thousandths(number: u64) -> f64 {
