@@ -7,6 +7,7 @@
 //! field that is not honoured is named.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use model::http::{Audience, Protocol};
@@ -15,7 +16,7 @@ use model::{Provenance, Str};
 use super::rules::{RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
 use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
-use super::{Api, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
+use super::{Api, CLOSED, Closed, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::GROUP;
@@ -166,7 +167,7 @@ fn contribute(
     parents: &mut [Parent<'_>],
     out: &mut Vec<Contribution>,
 ) {
-    let matches = ranked(object, rules);
+    let matches: Arc<[Ranked]> = ranked(object, rules).into();
     let mut of_service = BTreeMap::new();
     for parent in parents {
         let Ok(attachment) = &mut parent.verdict else { continue };
@@ -337,6 +338,7 @@ pub(super) fn status(
     attached: Vec<Attached<'_>>,
     contributions: &[Contribution],
     losses: &[Loss],
+    closed: &Closed,
     cx: &mut Context<'_>,
 ) -> Vec<RouteStatus> {
     let mut lost: BTreeMap<usize, BTreeMap<u16, usize>> = BTreeMap::new();
@@ -349,7 +351,8 @@ pub(super) fn status(
             let none = BTreeMap::new();
             let contribution = parent.verdict.as_ref().ok().and_then(|a| a.contribution);
             let lost = contribution.and_then(|c| lost.get(&c)).unwrap_or(&none);
-            let accepted = route.accepted(parent, lost, contributions, cx);
+            let closed = contribution.and_then(|c| closed.get(&c));
+            let accepted = route.accepted(parent, lost, closed, contributions, cx);
             let object = &route.object;
             out.push(RouteStatus {
                 kind: object.kind,
@@ -370,6 +373,7 @@ impl Attached<'_> {
         &self,
         parent: &Parent<'_>,
         lost: &BTreeMap<u16, usize>,
+        closed: Option<&Str>,
         contributions: &[Contribution],
         cx: &mut Context<'_>,
     ) -> (bool, ConditionReason, String) {
@@ -385,6 +389,12 @@ impl Attached<'_> {
         if self.nothing_left {
             let reason = self.dropped.first().map_or(ConditionReason::UnsupportedValue, |d| d.0);
             return (false, reason, format!("every rule is dropped: {}", self.why_dropped()));
+        }
+        if let Some(why) = closed {
+            let message = format!("{}: {why}", attachment.service.service.key);
+            let d = Diagnostic::error(Code::LimitExceeded, message.clone()).field(at);
+            self.object.report(d.help(CLOSED), cx);
+            return (false, ConditionReason::UnsupportedValue, message);
         }
         let own: Vec<u16> =
             attachment.ports.iter().filter(|p| lost.contains_key(p)).copied().collect();

@@ -326,7 +326,7 @@ fn other_apis_come_last() {
             origin: "f:3".into(),
         },
         rules: routes(&compiled).sets[0].rules.to_vec(),
-        matches: Vec::new(),
+        matches: Arc::new([]),
     };
     let all = [
         of(Api::VirtualService, 80, "VirtualService/shop/v"),
@@ -337,7 +337,7 @@ fn other_apis_come_last() {
     let config = crate::MeshConfig::default();
     let mut cx = Context::new(&config);
     let services = services::compile(&objects, &mut cx);
-    let (assembled, losses) = assemble(&services, &all);
+    let Assembled { routes: assembled, losses, .. } = assemble(&services, &all);
     assert_eq!(losses, [Loss { contribution: 0, port: 80, winner: 1 }]);
     let web = assembled.iter().find(|r| r.service == key).unwrap();
     assert_eq!(web.sets.len(), 2);
