@@ -60,7 +60,7 @@ pub(crate) fn validate(spec: &VirtualServiceSpec, report: Report<'_>) {
     if spec.http.is_empty() && spec.tls.is_null() && spec.tcp.is_null() {
         report("spec.http".into(), "missing: there is no rule".into());
     }
-    let mut pattern = |text: &str| model::http::Pattern::new(text).map_err(|e| e.to_string());
+    let mut pattern = model::http::Pattern::new;
     let mut reader = Reader::new(&mut pattern);
     for (i, rule) in spec.http.iter().enumerate() {
         reader.rule(i, rule, &Place::Nowhere);
@@ -309,7 +309,7 @@ fn compile((key, sourced): Entry<'_>, place: &Place<'_>, cx: &mut Context<'_>) -
     let mut matches = Vec::new();
     let mut found = Vec::new();
     for (i, rule) in sourced.value.spec.http.iter().enumerate() {
-        let mut pattern = |text: &str| cx.pattern(text).map_err(|e| e.to_string());
+        let mut pattern = |text: &str| cx.pattern(text);
         let mut reader = Reader::new(&mut pattern);
         let compiled = reader.rule(i, rule, place);
         found.append(&mut reader.found);

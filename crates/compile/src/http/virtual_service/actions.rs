@@ -185,8 +185,7 @@ impl Reader<'_> {
             }
             Some(regex) => {
                 let at = format!("{at}.uriRegexRewrite");
-                let pattern = self.pattern(&regex.r#match);
-                let pattern = pattern.map_err(|e| self.invalid(format!("{at}.match"), e))?;
+                let pattern = self.pattern(&regex.r#match, format!("{at}.match"))?;
                 let substitution = regex.rewrite.as_str().into();
                 actions.path = PathChange::Fixed(PathRewrite::Regex { pattern, substitution });
             }

@@ -134,10 +134,9 @@ pub(super) fn value(
         (None, Some(text), None) => Ok(Some(TextMatch::Prefix(text.as_str().into()))),
         // No pattern, but what people write for "anything".
         (None, None, Some(text)) if text == "*" => Ok(None),
-        (None, None, Some(text)) => match reader.pattern(text) {
-            Ok(pattern) => Ok(Some(TextMatch::Regex(pattern))),
-            Err(message) => Err(reader.invalid(format!("{at}.regex"), message)),
-        },
+        (None, None, Some(text)) => {
+            Ok(Some(TextMatch::Regex(reader.pattern(text, format!("{at}.regex"))?)))
+        }
         _ => Err(reader.invalid(at, "exact, prefix and regex exclude each other")),
     }
 }

@@ -10,8 +10,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use model::http::{
-    Backend, Filter, PathMatch, PathRewrite, Pattern, Redirect, RouteMatch, RouteRule, SubsetKey,
-    Target, Timeouts,
+    Backend, Filter, PathMatch, PathRewrite, Pattern, PatternError, Redirect, RouteMatch,
+    RouteRule, SubsetKey, Target, Timeouts,
 };
 use model::{Provenance, Reason};
 
@@ -48,7 +48,7 @@ pub(super) struct There<'a> {
 
 /// Reads rules, and notes what it finds.
 pub(super) struct Reader<'r> {
-    pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, String>,
+    pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, PatternError>,
     /// Without object and place; each names its field. Those with [`Code::InvalidField`] an API server would refuse.
     pub found: Vec<Diagnostic>,
 }
@@ -81,7 +81,7 @@ pub(super) struct Actions {
 }
 
 impl<'r> Reader<'r> {
-    pub(super) fn new(pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, String>) -> Self {
+    pub(super) fn new(pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, PatternError>) -> Self {
         Self { pattern, found: Vec::new() }
     }
 
@@ -106,8 +106,11 @@ impl<'r> Reader<'r> {
         each.collect()
     }
 
-    pub(super) fn pattern(&mut self, text: &str) -> Result<Pattern, String> {
-        (self.pattern)(text).map_err(|e| format!("{text:.80?} {e}"))
+    pub(super) fn pattern(&mut self, text: &str, at: String) -> Result<Pattern, Failure> {
+        (self.pattern)(text).map_err(|e| {
+            let message = format!("{text:.80?} {e}");
+            if e.is_ours() { self.unsupported(at, message) } else { self.invalid(at, message) }
+        })
     }
 
     /// Something that an API server would refuse.
@@ -196,8 +199,9 @@ impl<'r> Reader<'r> {
             let at = format!("{at}.route[{i}]");
             let target = self.target(&to.destination, &format!("{at}.destination"), place);
             if to.weight > MAX_WEIGHT {
-                let message = format!("{} is not a weight (0-{MAX_WEIGHT})", to.weight);
-                failure = Some(self.invalid(format!("{at}.weight"), message));
+                let message =
+                    format!("{}: weights go up to {MAX_WEIGHT}; use smaller ones", to.weight);
+                failure = Some(self.unsupported(format!("{at}.weight"), message));
             }
             match self.headers(to.headers.as_ref(), &format!("{at}.headers")) {
                 Ok(filters) => backends.push(Backend { weight: to.weight, target, filters }),

@@ -106,12 +106,15 @@ const STRING_MATCH: &[Field] = &[
     Field::honoured("exact", Text, "match_uri"),
     Field::honoured("prefix", Text, "match_uri"),
     Field::honoured("regex", Text, "match_uri")
-        .note("the whole text has to fit; `*` alone means: there at all"),
+        .note(
+            "the whole text has to fit; `*` alone means: there at all; a pattern that only our engine does not take \
+             (Unicode properties, over 1024 bytes) is `unsupported`, what fits the rest of the match is answered with 500",
+        ),
 ];
 
 const HTTP_ROUTE_DESTINATION: &[Field] = &[
     Field::inside("destination", "Destination"),
-    Field::honoured("weight", Integer, "weights"),
+    Field::honoured("weight", Integer, "weights").note("above a million: `unsupported`, 500"),
     Field::honoured("headers", Of("Headers"), "destination_headers"),
 ];
 
