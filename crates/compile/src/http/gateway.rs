@@ -236,7 +236,7 @@ fn parents<'a>(
         if (group, kind) == ("", "Service") {
             let verdict = service(object, reference, objects, services);
             if let Ok(attachment) = &verdict
-                && let Some(d) = untouched(attachment)
+                && let Some(d) = untouched(attachment.service, &attachment.ports)
             {
                 diagnostics.push(d.field(at));
             }
@@ -320,17 +320,34 @@ fn service<'a>(
     Ok(Attachment { service, ports, contribution: None })
 }
 
-/// A finding about a parent none of whose ports speak HTTP.
-fn untouched(attachment: &Attachment<'_>) -> Option<Diagnostic> {
-    let ports = attachment.service.service.ports.iter().zip(&attachment.service.ports);
-    let mut chosen = ports.filter(|(p, _)| attachment.ports.contains(&p.service_port));
-    if !chosen.all(|(_, facts)| facts.protocol == Protocol::Opaque) {
-        return None;
+/// A finding about ports of a Service that rules are for and that do not speak HTTP: all of these, or some.
+pub(super) fn untouched(service: &services::Compiled, ports: &[u16]) -> Option<Diagnostic> {
+    let all = service.service.ports.iter().zip(&service.ports);
+    let opaque = all
+        .filter(|(p, facts)| facts.protocol == Protocol::Opaque && ports.contains(&p.service_port));
+    let mut opaque: Vec<u16> = opaque.map(|(p, _)| p.service_port).collect();
+    opaque.sort_unstable();
+    opaque.dedup();
+    match opaque.len() {
+        0 => None,
+        n if n == ports.len() => Some(not_http(&[])),
+        _ => Some(not_http(&opaque)),
     }
-    let message =
-        "the Service declares that no such port speaks HTTP: what goes there is not looked into";
-    let d = Diagnostic::warning(Code::NoEffect, message);
-    Some(d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc"))
+}
+
+/// That some ports do not speak HTTP; empty: all that are meant.
+pub(super) fn not_http(some: &[u16]) -> Diagnostic {
+    let d = if some.is_empty() {
+        let message = "the Service declares that no such port speaks HTTP: what goes there is not looked into";
+        Diagnostic::warning(Code::NoEffect, message)
+    } else {
+        let ports = ports(some);
+        let message = format!(
+            "no HTTP by the Service's declaration: what goes to {ports} is not looked into"
+        );
+        Diagnostic::info(Code::NoEffect, message)
+    };
+    d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc")
 }
 
 /// The status of every route at every parent that is ours.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use model::http::{Audience, FieldMatch, PathMatch, RouteMatch, TextMatch};
+use model::http::{FieldMatch, PathMatch, RouteMatch, SourceMatch, TextMatch};
 
 use super::super::text;
 use super::MESH;
@@ -22,17 +22,8 @@ pub(super) struct Matched {
     pub failure: Option<Failure>,
 }
 
-/// The matches that there are at a place, in order.
-pub(super) fn all(
-    rule: &HttpRule,
-    at: &str,
-    place: &Place<'_>,
-    reader: &mut Reader<'_>,
-) -> Vec<Matched> {
-    if rule.r#match.is_empty() {
-        return vec![Matched::default()];
-    }
-    let mut out = Vec::new();
+/// What there is to say of matches, wherever the rule is looked at.
+pub(super) fn remarks(rule: &HttpRule, at: &str, reader: &mut Reader<'_>) {
     for (i, m) in rule.r#match.iter().enumerate() {
         let at = format!("{at}.match[{i}]");
         for gateway in m.gateways.iter().filter(|g| *g != MESH) {
@@ -44,25 +35,34 @@ pub(super) fn all(
         if m.port.is_some_and(|port| port > 65535) {
             reader.invalid(format!("{at}.port"), "not a port (1-65535)");
         }
-        if is_there(m, place) {
-            out.push(one(m, &at, reader));
-        }
     }
-    out
 }
 
-/// Whether a match is for this port, these clients, and the mesh.
-fn is_there(m: &HttpMatch, place: &Place<'_>) -> bool {
-    let Place::At(there) = place else { return true };
-    let port = m.port.unwrap_or_default();
-    let source = m.source_namespace.as_str();
-    (m.gateways.is_empty() || m.gateways.iter().any(|g| g == MESH))
-        && (port == 0 || port == u32::from(there.port))
-        && match there.audience {
-            _ if source.is_empty() => true,
-            Audience::Everybody => false,
-            Audience::Namespace(namespace) => **namespace == *source,
+/// Some of a rule's matches, or all, in order.
+pub(super) fn some(
+    rule: &HttpRule,
+    chosen: Option<&[usize]>,
+    at: &str,
+    place: &Place<'_>,
+    reader: &mut Reader<'_>,
+) -> Vec<Matched> {
+    if rule.r#match.is_empty() {
+        return vec![Matched::default()];
+    }
+    let all: Vec<usize> = (0..rule.r#match.len()).collect();
+    let chosen = chosen.unwrap_or(&all).iter();
+    let there = chosen.filter_map(|i| Some((i, rule.r#match.get(*i)?)));
+    let mut out = Vec::new();
+    for (i, m) in there {
+        let mut matched = one(m, &format!("{at}.match[{i}]"), reader);
+        let by_source = matches!(place, Place::At(there) if there.by_source);
+        if by_source && !m.source_namespace.is_empty() {
+            let namespaces = vec![m.source_namespace.as_str().into()];
+            matched.matched.source = SourceMatch { namespaces, ..SourceMatch::default() };
         }
+        out.push(matched);
+    }
+    out
 }
 
 fn one(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Matched {

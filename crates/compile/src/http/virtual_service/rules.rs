@@ -21,7 +21,6 @@ use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::duration;
 use crate::istio::virtual_service::{Destination, HttpRule, RouteDestination};
 use crate::services::{self, ByNamespace};
-use model::http::Audience;
 
 /// The largest weight: the sum of a rule's stays far from the end of `u32`.
 const MAX_WEIGHT: u32 = 1_000_000;
@@ -43,7 +42,8 @@ pub(super) struct There<'a> {
     pub subsets: &'a BTreeSet<&'a SubsetKey>,
     /// The Service port that was called.
     pub port: u16,
-    pub audience: &'a Audience,
+    /// Whether a match looks at the client's namespace itself.
+    pub by_source: bool,
 }
 
 /// Reads rules, and notes what it finds.
@@ -85,15 +85,22 @@ impl<'r> Reader<'r> {
         Self { pattern, found: Vec::new() }
     }
 
-    /// The matches of a rule and where each leads. The index of the rule, `route` and `provenance` are the caller's to set.
+    /// What there is to say of a rule, wherever it is looked at.
+    pub(super) fn remarks(&mut self, index: usize, rule: &HttpRule) {
+        matches::remarks(rule, &format!("spec.http[{index}]"), self);
+    }
+
+    /// Some matches of a rule, or all, and where each leads. The index of the rule, `route` and `provenance` are the caller's
+    /// to set.
     pub(super) fn rule(
         &mut self,
         index: usize,
         rule: &HttpRule,
+        chosen: Option<&[usize]>,
         place: &Place<'_>,
     ) -> Vec<(RouteMatch, RouteRule)> {
         let at = format!("spec.http[{index}]");
-        let matched = matches::all(rule, &at, place, self);
+        let matched = matches::some(rule, chosen, &at, place, self);
         if matched.is_empty() {
             return Vec::new();
         }

@@ -170,6 +170,37 @@ fn hosts() {
     assert_eq!(brief(&found), ["dangling_reference spec.hosts[0]"]);
 }
 
+/// What goes to a port that does not speak HTTP is not looked into, and the object is told.
+#[test]
+fn ports_that_speak_no_http() {
+    let check = |hosts: &str, rules: &str, want: &[&str]| {
+        let mixed = "\n---\n{apiVersion: v1, kind: Service, metadata: {name: mixed, namespace: shop}, spec: \
+                     {selector: {app: p}, ports: [{name: http, port: 80}, {name: tcp, port: 90}]}}";
+        let spec = format!("hosts: {hosts}, http: [{rules}]");
+        let (_, found) = world(&(object("shop", "name: v", &spec) + mixed));
+        let got: Vec<String> =
+            found.iter().map(|d| format!("{} {} {}", d.severity, d.code, d.field)).collect();
+        assert_eq!(got, want, "{hosts} {rules}");
+    };
+    let all = format!("{{{TO_V1}}}");
+    check(
+        "[raw]",
+        &all.replace("v1}", "v1, port: {number: 80}}"),
+        &["warning no_effect spec.hosts"],
+    );
+    check("[mixed]", &all, &["info no_effect spec.hosts"]);
+    let on = |port: u16| format!("{{match: [{{port: {port}}}], {TO_V1}}}");
+    check("[mixed]", &on(80), &[]);
+    check(
+        "[mixed]",
+        &on(90),
+        &["warning no_effect spec.hosts", "warning no_effect spec.http[0].match[0].port"],
+    );
+    // A port of one of several hosts.
+    check("[web, v1]", &on(8080), &[]);
+    check("[web, v1]", &on(81), &["warning matches_nothing spec.http[0].match[0].port"]);
+}
+
 #[test]
 fn gateways() {
     let check = |gateways: &str, in_force: bool, want: &[&str]| {
@@ -212,6 +243,10 @@ fn export_to() {
     check("buyer", "['.']", &["buyer"], &[]);
     check("buyer", "[]", &["buyer"], &["no_effect spec.hosts"]);
     check("buyer", "['*']", &["buyer"], &["no_effect spec.exportTo"]);
+    check("buyer", "[buyer, other]", &["buyer"], &["no_effect spec.exportTo"]);
+    check("buyer", "[other]", &[], &["matches_nothing spec.exportTo"]);
+    check("buyer", "['~']", &[], &["matches_nothing spec.exportTo[0]"]);
+    check("buyer", "['.', 'Not a name']", &["buyer"], &["invalid_field spec.exportTo[1]"]);
 }
 
 #[test]
