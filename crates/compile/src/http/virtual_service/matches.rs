@@ -102,13 +102,16 @@ fn one(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Matched {
 fn path(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Result<PathMatch, Failure> {
     let Some(uri) = &m.uri else { return Ok(PathMatch::Any) };
     let at = format!("{at}.uri");
-    let Some(value) = value(uri, &at, reader)? else { return Ok(PathMatch::Any) };
-    if let TextMatch::Exact(text) | TextMatch::Prefix(text) = &value
+    let Some(mut value) = value(uri, &at, reader)? else { return Ok(PathMatch::Any) };
+    if let TextMatch::Exact(text) | TextMatch::Prefix(text) = &mut value
         && !text.is_empty()
-        && !text.starts_with('/')
     {
-        let message = format!("{text:.80?} does not begin with a slash: no path fits");
-        reader.warn(Code::MatchesNothing, at, message);
+        *text = text::spelled(text).into();
+        let whole = uri.exact.is_some();
+        if let Some(why) = never(text, whole) {
+            let message = format!("{text:.80?} {why}: no path fits");
+            reader.warn(Code::MatchesNothing, at, message);
+        }
     }
     Ok(match (value, m.ignore_uri_case) {
         (TextMatch::Exact(text), false) => PathMatch::Exact(text),
@@ -120,6 +123,23 @@ fn path(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Result<PathMatch, F
         // What is left is not made by `value`, or fits everything.
         _ => PathMatch::Any,
     })
+}
+
+/// Why no request's path is this, or begins with it: requests have one form before a rule sees them.
+fn never(text: &str, whole: bool) -> Option<&'static str> {
+    // What ends a prefix may go on.
+    let complete = if whole { text } else { text.rsplit_once('/').map_or("", |(start, _)| start) };
+    if !text.starts_with('/') {
+        Some("does not begin with a slash")
+    } else if text.contains(['?', '#']) {
+        Some("holds `?` or `#`, which end a path (queries are for queryParams)")
+    } else if text.contains('\\') {
+        Some("holds a backslash, which is a slash in requests")
+    } else if complete.split('/').any(|segment| matches!(segment, "." | "..")) {
+        Some("holds a dot segment, which is resolved in requests")
+    } else {
+        None
+    }
 }
 
 /// `None`: whatever it is.

@@ -34,6 +34,34 @@ fn match_uri() {
     }
 }
 
+/// A rule means the same path however it spells it, and says when there is none.
+#[test]
+fn match_uri_as_requests_are_spelled() {
+    let check = |uri: &str, want: PathMatch| {
+        assert_eq!(matched(&format!("uri: {{{uri}}}")).path, want, "{uri}");
+    };
+    check("exact: /a%2fb", PathMatch::Exact("/a%2Fb".into()));
+    check("prefix: /%7Euser", PathMatch::Prefix("/~user".into()));
+    check("prefix: /café", PathMatch::Prefix("/caf%C3%A9".into()));
+    check("exact: '/a b'", PathMatch::Exact("/a%20b".into()));
+    check("prefix: /a%4", PathMatch::Prefix("/a%4".into()));
+    // What ends a prefix may go on.
+    check("prefix: /a/.", PathMatch::Prefix("/a/.".into()));
+    check("exact: /a//b", PathMatch::Exact("/a//b".into()));
+    for uri in [
+        "exact: '/x?y=1'",
+        "prefix: '/x#y'",
+        "exact: '/a\\b'",
+        "exact: /a/..",
+        "prefix: /a/./b",
+        "exact: /%2e%2E/a",
+        "prefix: a",
+    ] {
+        let found = said(&format!("[{{match: [{{uri: {{{uri}}}}}], {TO_V1}}}]"));
+        assert_eq!(found, ["matches_nothing spec.http[0].match[0].uri"], "{uri}");
+    }
+}
+
 #[test]
 fn match_ignore_uri_case() {
     let path = |uri: &str| matched(&format!("ignoreUriCase: true, uri: {{{uri}}}")).path;
