@@ -22,6 +22,7 @@ use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::GROUP;
 use crate::object::{Meta, Objects, Origin, Sourced, Table, object_id};
 use crate::services::{self, ByNamespace};
+use crate::waypoints;
 
 /// A route, and what became of it at its parents.
 #[derive(Debug)]
@@ -269,11 +270,8 @@ fn parents<'a>(
 fn is_waypoint(object: RouteObject<'_>, reference: &ParentRef<'_>, objects: &Objects) -> bool {
     let namespace = reference.namespace.unwrap_or(&object.key.0);
     let gateway = objects.gateways.get(&(namespace.into(), reference.name.into()));
-    gateway.is_some_and(|g| g.value.spec.gateway_class_name == WAYPOINT_CLASS)
+    gateway.is_some_and(|g| waypoints::is_ours(&g.value.spec.gateway_class_name, objects))
 }
-
-/// The GatewayClass of waypoints.
-const WAYPOINT_CLASS: &str = "istio-waypoint";
 
 const NAME_A_SERVICE: &str = "name a Service: {group: \"\", kind: Service, name: ...}";
 

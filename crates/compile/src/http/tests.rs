@@ -258,6 +258,30 @@ fn a_waypoint_takes_no_routes() {
     assert_eq!(status[2], "Accepted=False NotAllowedByListeners", "A3");
 }
 
+/// Who runs a Gateway says its class, whatever the class is called.
+#[test]
+fn a_gateway_is_judged_by_the_controller_of_its_class() {
+    let check = |row: &str, class: &str, controller: Option<&str>, ours: bool| {
+        let gateway = format!(
+            "\n---\n{{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {{name: edge, namespace: shop}}, spec: \
+             {{gatewayClassName: {class}, listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]}}}}"
+        );
+        let object = controller.map(|c| {
+            format!(
+                "\n---\n{{apiVersion: gateway.networking.k8s.io/v1, kind: GatewayClass, metadata: {{name: {class}}}, spec: \
+                 {{controllerName: {c}}}}}"
+            )
+        });
+        let yaml = route("HTTPRoute", "shop", "name: r", "{name: edge}", "[{}]");
+        let compiled = shop(&(yaml + &gateway + &object.unwrap_or_default()));
+        assert_eq!(compiled.route_status.len(), usize::from(ours), "{row}");
+    };
+    check("the name alone", "istio-waypoint", None, true);
+    check("our own name", "mine", Some(crate::waypoints::CONTROLLER), true);
+    check("another's", "istio-waypoint", Some("example.com/other"), false);
+    check("nobody's", "mine", None, false);
+}
+
 /// Row A9: what is deleted is gone, and the Service is called as if it had never been.
 #[test]
 fn deleted_routes_leave_nothing() {
