@@ -126,6 +126,10 @@ fn attach<'a>(
         let d = Diagnostic::warning(Code::NoEffect, message).field("spec.hostnames");
         diagnostics.push(d.help("match the Host header instead"));
     }
+    if route.rules.is_empty() {
+        let message = "has no rule: requests go on as if the route were not there";
+        diagnostics.push(Diagnostic::warning(Code::NoEffect, message).field("spec.rules"));
+    }
     portable(route, &mut diagnostics);
     if route.default_gateways {
         let message = "not handled by this version: there are no default Gateways";
@@ -136,7 +140,8 @@ fn attach<'a>(
         object.report(d, cx);
     }
     let nothing_left = rules.rules.is_empty() && !route.rules.is_empty();
-    if !nothing_left {
+    // Without a rule it would take the port from others, and every request would find no route.
+    if !rules.rules.is_empty() {
         contribute(object, &id, &rules, &mut parents, out);
     }
     Attached { object, parents, bad_references, dropped, nothing_left }

@@ -389,6 +389,19 @@ fn a_route_without_rules_matches_everything_and_sends_nowhere() {
 }
 
 #[test]
+fn an_empty_list_of_rules_takes_nothing_over() {
+    for kind in ["HTTPRoute", "GRPCRoute"] {
+        let compiled = shop(&route(kind, "shop", "name: r", &web(""), "[]"));
+        assert!(chosen(&compiled, "any", 80).is_none(), "{kind}");
+        assert_eq!(codes(&compiled), ["no_effect spec.rules"], "{kind}");
+        assert_eq!(conditions(&compiled.route_status[0])[0], "Accepted=True Accepted", "{kind}");
+    }
+    // Nor does it win over another kind.
+    let yaml = route("GRPCRoute", "shop", "name: g", &web(""), "[]") + &http("[{name: http}]");
+    assert_eq!(order(chosen(&shop(&yaml), "any", 80).unwrap()), ["http"]);
+}
+
+#[test]
 fn what_is_not_honoured_is_named() {
     let check = |row: &str, yaml: &str, want: &[&str]| {
         assert_eq!(codes(&shop(yaml)), want, "{row}");
