@@ -414,6 +414,13 @@ fn what_is_not_honoured_is_named() {
         &rule("sessionPersistence: {type: Cookie}"),
         &["unsupported spec.rules[0].sessionPersistence"],
     );
+    let redirect = |to: &str| {
+        http(&format!("[{{filters: [{{type: RequestRedirect, requestRedirect: {to}}}]}}]"))
+    };
+    let field = "no_effect spec.rules[0].filters[0].requestRedirect";
+    check("redirect", &redirect("{}"), &[field]);
+    check("redirect status", &redirect("{statusCode: 301}"), &[field]);
+    check("redirect somewhere", &redirect("{port: 81}"), &[]);
     let many = vec![format!("{{{to}}}"); 17].join(", ");
     check("limit", &http(&format!("[{many}]")), &["limit_exceeded spec.rules"]);
     let spec = |more: &str| rule("name: a").replace("spec:\n", &format!("spec:\n  {more}\n"));

@@ -283,6 +283,16 @@ impl Reader<'_> {
         if port.is_some_and(|port| !(1..=65535).contains(&port)) {
             return Err(self.invalid(format!("{at}.port"), "not a port (1-65535)"));
         }
+        if uri.is_empty()
+            && prefix_rewrite.is_empty()
+            && authority.is_empty()
+            && scheme.is_empty()
+            && port.is_none()
+            && derive_port.is_none()
+        {
+            let message = "leads back to where it comes from: say one of uri, prefixRewrite, authority, scheme, port and derivePort";
+            return Err(self.invalid(at, message));
+        }
         actions.path = match (uri.as_str(), prefix_rewrite.as_str()) {
             ("", "") => PathChange::None,
             (uri, "") => {

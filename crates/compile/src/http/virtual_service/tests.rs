@@ -460,6 +460,8 @@ fn what_an_api_server_refuses() {
         "invalid_field spec.http[0].route[0].weight",
     );
     check("redirect: {redirectCode: 200}", "invalid_field spec.http[0].redirect.redirectCode");
+    check("redirect: {}", "invalid_field spec.http[0].redirect");
+    check("redirect: {redirectCode: 302}", "invalid_field spec.http[0].redirect");
     check("redirect: {scheme: ftp}", "invalid_field spec.http[0].redirect.scheme");
     check("redirect: {authority: 'a b'}", "invalid_field spec.http[0].redirect.authority");
     check(
