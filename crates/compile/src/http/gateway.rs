@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use model::http::{Audience, Protocol};
 use model::{Provenance, Str};
 
-use super::rules::{RuleCompiler, Rules};
+use super::rules::{DROPPED, RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
 use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
 use super::{Api, CLOSED, Closed, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
@@ -408,7 +408,7 @@ impl Attached<'_> {
         };
         if self.nothing_left {
             let reason = self.dropped.first().map_or(ConditionReason::UnsupportedValue, |d| d.0);
-            return (false, reason, format!("every rule is dropped: {}", self.why_dropped()));
+            return (false, reason, format!("no rule is left: {}", self.why_dropped()));
         }
         if let Some(why) = closed {
             let message = format!("{}: {why}", attachment.service.service.key);
@@ -454,14 +454,14 @@ impl Attached<'_> {
             }
         });
         if is_accepted && let Some((reason, _)) = self.dropped.first() {
-            let message = format!("Dropped Rule {}", self.why_dropped());
-            out.push(new(ConditionType::PartiallyInvalid, true, *reason, message));
+            out.push(new(ConditionType::PartiallyInvalid, true, *reason, self.why_dropped()));
         }
         out
     }
 
     fn why_dropped(&self) -> String {
-        let all: Vec<&str> = self.dropped.iter().map(|d| d.1.as_str()).collect();
+        let mut all: Vec<&str> = self.dropped.iter().map(|d| d.1.as_str()).collect();
+        all.sort_by_key(|why| !why.starts_with(DROPPED));
         all.join("; ")
     }
 }
