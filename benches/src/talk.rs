@@ -104,6 +104,37 @@ pub fn ping(url: &str, count: u64, every: Duration, patience: Duration) -> Resul
     }
 }
 
+/// Asks again and again on one connection and prints each change of the answer's length, with the times (monotonic,
+/// microseconds) at which its request left and its answer was there. Any answer but a 2xx is an error.
+pub fn watch(url: &str, every: Duration, time: Duration, patience: Duration) -> Result<()> {
+    let url = Url::parse(url)?;
+    let mut talk = Talk::begin(url.address()?, patience)?;
+    let (began, mut answers, mut last) = (Instant::now(), 0_u64, None);
+    lines::begin()?;
+    while began.elapsed() < time {
+        let asked = monotonic_us()?;
+        let (status, body) = talk.ask(&url, false)?;
+        let answered = monotonic_us()?;
+        ensure!((200..300).contains(&status), "answer {} is {status}", answers + 1);
+        answers += 1;
+        if last != Some(body.len()) {
+            last = Some(body.len());
+            lines::line(&json!({
+                "event": "change", "asked_us": asked, "answered_us": answered, "length": body.len(),
+            }))?;
+        }
+        thread::sleep(every);
+    }
+    lines::end()?;
+    Ok(lines::result(json!({ "mode": "watch", "requests": answers }))?)
+}
+
+/// The clock that all processes of a machine share and nobody sets.
+fn monotonic_us() -> Result<i64> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec() * 1_000_000 + now.tv_nsec() / 1_000)
+}
+
 /// Sends standard input over one connection, ends its own direction, and prints what comes back.
 pub fn cat(to: &str, patience: Duration) -> Result<()> {
     let mut input = Vec::new();

@@ -41,6 +41,7 @@ pub struct Plan {
     wait_for_pods: bool,
     drain_seconds: Option<u64>,
     same_node_direct: Option<String>,
+    environment: Vec<(String, String)>,
 }
 
 impl Default for Plan {
@@ -54,6 +55,7 @@ impl Default for Plan {
             wait_for_pods: true,
             drain_seconds: None,
             same_node_direct: None,
+            environment: vec![],
         }
     }
 }
@@ -98,6 +100,12 @@ impl Plan {
     /// Returns as soon as the lab answers, with pods that may never get ready.
     pub fn not_waiting_for_pods(mut self) -> Self {
         self.wait_for_pods = false;
+        self
+    }
+
+    /// A variable in the environment of `meshctl local up`.
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -165,6 +173,7 @@ impl Lab {
         if let Some(namespace) = &plan.same_node_direct {
             command.args(["--same-node-direct", namespace]);
         }
+        command.envs(plan.environment.iter().map(|(name, value)| (name, value)));
         let mut images = plan.images.clone();
         for ours in ["meshprobe", "meshload"] {
             if !images.contains_key(ours) {

@@ -25,6 +25,15 @@ pub type Alone = fn() -> Result<()>;
 
 /// Runs tests that share the lab of `plan`.
 pub fn run(plan: impl FnOnce() -> Result<Plan>, tests: &[(&str, Test)]) -> ExitCode {
+    run_for(LONGEST, plan, tests)
+}
+
+/// The same, where the caller was asked to take longer.
+pub fn run_for(
+    longest: Duration,
+    plan: impl FnOnce() -> Result<Plan>,
+    tests: &[(&str, Test)],
+) -> ExitCode {
     let names: Vec<&str> = tests.iter().map(|(name, _)| *name).collect();
     let Some(chosen) = choose(&names) else { return ExitCode::SUCCESS };
     let mut report = Report::begin(chosen.len() + usize::from(!chosen.is_empty()));
@@ -32,7 +41,7 @@ pub fn run(plan: impl FnOnce() -> Result<Plan>, tests: &[(&str, Test)]) -> ExitC
     if chosen.is_empty() {
         return report.end();
     }
-    let watch = Watchdog::start();
+    let watch = Watchdog::start(longest);
     match plan().and_then(Plan::up) {
         Ok(lab) => {
             for (name, test) in tests.iter().filter(|(name, _)| chosen.contains(name)) {
@@ -62,7 +71,7 @@ pub fn run_alone(tests: &[(&str, Alone)]) -> ExitCode {
     let Some(chosen) = choose(&names) else { return ExitCode::SUCCESS };
     let mut report = Report::begin(chosen.len());
     report.left_out = tests.len() - chosen.len();
-    let watch = Watchdog::start();
+    let watch = Watchdog::start(LONGEST);
     for (name, test) in tests.iter().filter(|(name, _)| chosen.contains(name)) {
         report.test(name, test);
     }
@@ -160,14 +169,14 @@ impl Report {
 struct Watchdog(Arc<AtomicBool>);
 
 impl Watchdog {
-    fn start() -> Self {
+    fn start(longest: Duration) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let flag = over.clone();
         std::thread::spawn(move || {
-            std::thread::sleep(LONGEST);
+            std::thread::sleep(longest);
             if !flag.load(Ordering::Relaxed) {
                 say(&format!(
-                    "\nnot done after {LONGEST:?}: giving up\ntest result: FAILED. 0 passed; 1 failed\n"
+                    "\nnot done after {longest:?}: giving up\ntest result: FAILED. 0 passed; 1 failed\n"
                 ));
                 std::process::exit(101);
             }

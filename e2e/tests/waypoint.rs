@@ -11,6 +11,7 @@ use e2e::{Lab, Plan, programs, yaml};
 const TESTS: &[(&str, Test)] = &[
     ("applied_used_and_deleted", life),
     ("a_waypoint_that_cannot_run_says_why", broken),
+    ("a_route_that_no_waypoint_looks_at_says_so", unseen),
     ("tokens_are_for_their_pods", tokens),
 ];
 /// Enough to tell one half from all.
@@ -135,6 +136,45 @@ fn broken(lab: &Lab) -> Result<()> {
     ensure!(refused.contains("choose another file"), "{refused}");
     ask(lab, "/unharmed")?;
     Ok(())
+}
+
+/// Without a waypoint a route does nothing, and everybody who looks is told what to do.
+fn unseen(lab: &Lab) -> Result<()> {
+    lab.write("route.yaml", &split(0, 1))?;
+    let words = "Service shop/web goes through no waypoint";
+    let said = |status: &e2e::status::Status| {
+        status.diagnostics.iter().find(|d| d.contains(words)).cloned()
+    };
+    lab.until("the finding", || Ok(said(&lab.status()?).is_some()))?;
+    let finding = said(&lab.status()?).context("the finding is gone")?;
+    for word in ["route.yaml:", "HTTPRoute/shop/web", "l7_without_waypoint"] {
+        ensure!(finding.contains(word), "{word} in {finding}");
+    }
+    let advice = finding.split_once("(meshctl ").and_then(|(_, rest)| rest.split_once(')'));
+    let (advice, _) = advice.with_context(|| format!("no advice in {finding}"))?;
+    lab.until("the word of it", || Ok(lab.said().contains(words)))?;
+    ensure!(routes_say(lab, "NoWaypoint")?, "the condition of the route");
+
+    // What it advises helps.
+    let mut argv: Vec<&str> = advice.split(' ').skip(1).collect();
+    argv.extend(["--wait", "--timeout", "45"]);
+    lab.waypoint(&argv, APPLY)?.ok()?;
+    lab.until("the finding to be gone", || Ok(said(&lab.status()?).is_none()))?;
+    lab.until("the route to act", || {
+        (0..5).try_fold(true, |all, _| Ok(all && ask(lab, "/seen")? == "web-v2"))
+    })?;
+    ensure!(routes_say(lab, "\"reason\": \"ResolvedWaypoints\"")?, "the condition is good");
+    lab.remove("route.yaml")?;
+    lab.waypoint(&["delete", "-n", "shop", "waypoint"], APPLY)?.ok()?;
+    lab.until("everything to be direct", || Ok(lab.status()?.service("shop/waypoint").is_none()))?;
+    Ok(())
+}
+
+/// Whether the control plane's page of routes has these words.
+fn routes_say(lab: &Lab, words: &str) -> Result<bool> {
+    let url = "http://10.89.0.1:15014/debug/routes";
+    let page = lab.exec("node-1", &["curl", "-sS", "--fail", "--max-time", "5", url])?;
+    Ok(page.ok()?.contains(words))
 }
 
 const KEYED: &str = "apiVersion: v1

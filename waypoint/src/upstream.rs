@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use agent::trace::SpanContext;
 use engine::{Candidate, Transport};
 use http::{Method, Request, Response, request};
 use hyper::body::Incoming;
@@ -213,7 +214,8 @@ pub(crate) struct Answered {
     pub(crate) lease: Lease,
 }
 
-/// Sends a request to the first candidate that takes it. `chosen` hears whom it is sent to, each time.
+/// Sends a request to the first candidate that takes it. `chosen` hears whom it is sent to, each time. The request's span, where
+/// it has one, is among its extensions.
 pub(crate) async fn send(
     call: &Call,
     admission: &Admission,
@@ -260,6 +262,7 @@ async fn to_one(
 ) -> Result<Answered, Failed> {
     let upstreams = &call.worker.upstreams;
     let key = UpstreamKey::new(call, candidate, http2);
+    let trace = request.extensions().get::<SpanContext>().copied();
     if let Some(connection) = upstreams.take(&key) {
         let again = Again::of(&request);
         let mut lease = Lease { key: key.clone(), connection };
@@ -271,7 +274,7 @@ async fn to_one(
             },
         }
     }
-    let connected = match connect(call, admission, candidate, another).await {
+    let connected = match connect(call, admission, candidate, another, trace).await {
         Ok(connected) => connected,
         Err((refusal, last)) => {
             return Err(Failed { refusal, request: (!last).then_some(request) });

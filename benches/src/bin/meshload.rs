@@ -108,6 +108,18 @@ enum Mode {
         #[command(flatten)]
         patience: Patience,
     },
+    /// Asks all the time on one connection; says when the answer's length changes, and fails at the first bad one
+    Watch {
+        url: String,
+        /// Seconds between an answer and the next request
+        #[arg(long, default_value_t = 0.001)]
+        every: f64,
+        /// Seconds
+        #[arg(short, long, default_value_t = 3.0)]
+        duration: f64,
+        #[command(flatten)]
+        patience: Patience,
+    },
     /// Sends standard input to HOST:PORT over one connection and prints what comes back
     Cat {
         to: String,
@@ -213,6 +225,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Mode::Get { url, patience } => talk::get(&url, seconds(patience.timeout)?)?,
         Mode::Ping { url, count, every, patience } => {
             talk::ping(&url, count, seconds(every)?, seconds(patience.timeout)?)?;
+        }
+        Mode::Watch { url, every, duration, patience } => {
+            let (every, time) = (seconds(every)?, seconds(duration)?);
+            talk::watch(&url, every, time, seconds(patience.timeout)?)?;
         }
         Mode::Cat { to, patience } => talk::cat(&to, seconds(patience.timeout)?)?,
         Mode::Addresses => {

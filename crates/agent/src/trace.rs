@@ -68,6 +68,8 @@ pub struct Span {
     pub context: SpanContext,
     /// The span of the same trace that caused this one.
     pub parent: Option<[u8; 8]>,
+    /// A span of another trace that it belongs together with.
+    pub link: Option<SpanContext>,
     pub start: SystemTime,
     pub end: SystemTime,
     pub attributes: Vec<(&'static str, Value)>,

@@ -21,6 +21,7 @@ use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::object::Objects;
 use crate::services::{self, ByNamespace};
+use crate::waypoints::binding::Bindings;
 use budget::Room;
 
 mod budget;
@@ -30,6 +31,7 @@ mod filters;
 mod gateway;
 mod hosts;
 mod matches;
+mod passage;
 pub(crate) mod protocol;
 mod rules;
 mod shape;
@@ -123,15 +125,17 @@ pub(crate) fn compile(
     objects: &Objects,
     services: &ByNamespace,
     workloads: &[Arc<Workload>],
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) -> Compiled {
-    faults::check(objects, cx);
     let subsets = destination_rule::subsets(objects, services, workloads, cx);
     let mut contributions = Vec::new();
     let attached = gateway::contributions(objects, services, &mut contributions, cx);
-    contributions.extend(virtual_service::contributions(objects, services, &subsets, cx));
+    contributions.extend(virtual_service::contributions(objects, services, &subsets, bindings, cx));
     let Assembled { routes, losses, closed } = assemble(services, &contributions);
-    let status = gateway::status(attached, &contributions, &losses, &closed, cx);
+    let judged = gateway::judge(&attached, &contributions, &losses, &closed, bindings, cx);
+    faults::check(objects, &judged.faults, cx);
+    let status = judged.status;
     tell_others(&contributions, &losses, cx);
     tell_closed(&contributions, &closed, cx);
     Compiled { routes, subsets, status }

@@ -11,9 +11,11 @@ use crate::diagnostics::{Code, Diagnostic, Severity};
 use crate::enrolment::{DATAPLANE_MODE, Enrolment, enrolment};
 use crate::object::{Meta, Objects, Sourced, Table};
 use crate::waypoints::binding::{Bindings, Labels, Traffic, Why, Wish};
-use crate::waypoints::{
-    TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR,
-};
+use crate::waypoints::{USE_WAYPOINT, USE_WAYPOINT_NAMESPACE};
+
+/// Istio's labels for a second waypoint that gets a share.
+const CANARY: [&str; 2] =
+    ["istio.io/use-waypoint-canary", "istio.io/use-waypoint-canary-namespace"];
 
 /// `own_pods`: those that no Deployment of the user made.
 pub(crate) fn check(
@@ -77,6 +79,13 @@ fn waypoint<T: Meta>(
     bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) {
+    for name in CANARY.into_iter().filter(|name| on.labels.is_some_and(|l| l.contains_key(*name))) {
+        let message = format!(
+            "not handled by this version: all goes through the waypoint that {USE_WAYPOINT} names"
+        );
+        let d = Diagnostic::warning(Code::Unsupported, message);
+        cx.report(on.key, on.sourced, d.field(format!("{}.{name}", on.at)));
+    }
     let Wish::Waypoint(gateway_namespace, gateway) = Wish::of(on.labels, namespace) else {
         if on.labels.is_some_and(|l| l.contains_key(USE_WAYPOINT_NAMESPACE)) {
             let message = format!("says where a waypoint is, but {USE_WAYPOINT} names none");
@@ -88,39 +97,12 @@ fn waypoint<T: Meta>(
     let Err(why) = bindings.check((&gateway_namespace, &gateway), namespace, traffic) else {
         return;
     };
-    let name = format!("Gateway/{gateway_namespace}/{gateway}");
-    let direct = "what is labelled is reached directly";
-    let d = match why {
-        Why::Missing => {
-            let message = format!("there is no {name}: {direct}");
-            Diagnostic::error(Code::DanglingReference, message)
-                .help(format!("meshctl waypoint apply -n {gateway_namespace} --name {gateway}"))
-        }
-        Why::OtherClass(class) => {
-            let message = format!("{name} is of class {class:?} and no waypoint: {direct}");
-            let d = Diagnostic::error(Code::NotAWaypoint, message);
-            d.help(format!("waypoints are of class {WAYPOINT_CLASS}"))
-        }
-        Why::NotAllowed => {
-            let message = format!("{name} takes nothing of namespace {namespace}: {direct}");
-            Diagnostic::error(Code::AttachmentDenied, message)
-                .help("let its HBONE listener say so in allowedRoutes.namespaces")
-        }
-        Why::Traffic(takes) => {
-            let takes = match takes {
-                TrafficFor::Service => "calls to Services",
-                TrafficFor::Workload => "calls to pods by their own address",
-                TrafficFor::All => "all calls",
-                TrafficFor::None => "no calls",
-            };
-            let message = format!("{name} is for {takes}: {direct}");
-            // A waypoint that is for nothing was made so on purpose, and the namespace named with it.
-            let whole = traffic == Traffic::Any;
-            let severity = if whole { Severity::Warning } else { Severity::Error };
-            Diagnostic::new(severity, Code::UnsupportedTrafficType, message)
-                .help(format!("change its label {WAYPOINT_FOR}"))
-        }
-    };
+    let (code, message, help) = why.explain((&gateway_namespace, &gateway), namespace);
+    // A waypoint that is for nothing was made so on purpose, and the namespace named with it.
+    let on_purpose = matches!(why, Why::Traffic(_)) && traffic == Traffic::Any;
+    let severity = if on_purpose { Severity::Warning } else { Severity::Error };
+    let message = format!("{message}: what is labelled is reached directly");
+    let d = Diagnostic::new(severity, code, message).help(help);
     cx.report(on.key, on.sourced, d.field(format!("{}.{USE_WAYPOINT}", on.at)));
 }
 
@@ -200,6 +182,10 @@ mod tests {
             "error dangling_reference Namespace/shop metadata.labels.istio.io/use-waypoint",
         );
         assert!(findings(&namespace("istio.io/use-waypoint: none")).is_empty());
+        check(
+            &namespace("istio.io/use-waypoint-canary: w"),
+            "warning unsupported Namespace/shop metadata.labels.istio.io/use-waypoint-canary",
+        );
         check(
             &web.replace("nodeName: node-1", "hostNetwork: true"),
             "info not_in_mesh Pod/default/web metadata",

@@ -118,7 +118,7 @@ pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     let bindings = Bindings::new(objects, &waypoints, &workloads, &mut cx);
     bindings.bind(&mut services, &mut workloads);
-    let http = http::compile(objects, &services, &workloads, &mut cx);
+    let http = http::compile(objects, &services, &workloads, &bindings, &mut cx);
     references::check(objects, &services, &authorization, &bindings, &mut cx);
     let pods = pods::on_nodes(objects, &mut cx);
     let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();

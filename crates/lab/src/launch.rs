@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use compile::waypoints::Settings;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Uid, User, getgid, getuid};
@@ -122,15 +123,8 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         })?;
         images.push((name.clone(), path));
     }
-    for program in ["istiod-lite", "ztunnel"] {
-        if let Some(bin) = &options.bin_dir
-            && !bin.join(program).is_file()
-        {
-            bail!(
-                "{program} is not in {}: build it (`cargo build --workspace`) or say with --bin-dir where it is",
-                bin.display()
-            );
-        }
+    if let Some(bin) = &options.bin_dir {
+        programs(bin, &images)?;
     }
     let info = LabInfo {
         name: options.name.clone(),
@@ -146,6 +140,22 @@ fn resolve(options: &Options) -> Result<WorldConfig> {
         drain_seconds: options.drain_seconds,
         same_node_direct: options.same_node_direct.clone(),
     })
+}
+
+/// Looks for the programs of the mesh before anything starts: a waypoint may be wanted hours later.
+fn programs(bin: &Path, images: &[(String, PathBuf)]) -> Result<()> {
+    let replaced = images.iter().any(|(name, _)| name == Settings::IMAGE);
+    let waypoint = (!replaced).then_some("waypoint");
+    for program in ["istiod-lite", "ztunnel"].into_iter().chain(waypoint) {
+        let path = bin.join(program);
+        if !path.is_file() {
+            bail!(
+                "{} is not there: build it (`cargo build --release --bins`) or say with --bin-dir where it is",
+                path.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 fn run_lab(

@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// Name of the lab; several may run
     #[arg(long, default_value = DEFAULT_NAME)]
     name: String,
-    /// Where istiod-lite and ztunnel are [default: beside meshctl]
+    /// Where istiod-lite, ztunnel and waypoint are [default: beside meshctl]
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
     /// How long a ztunnel that is replaced (`meshctl local restart`) keeps the connections it has; what is left then is ended

@@ -181,6 +181,9 @@ impl Forward<'_> {
         }
         dress(&mut parts, http2);
         let mut request = Request::from_parts(parts, body);
+        if let Some(position) = &exchange.trace {
+            request.extensions_mut().insert(position.context);
+        }
         if let Some(gate) = gate {
             hyper::ext::on_informational(&mut request, move |response| {
                 if response.status() == StatusCode::CONTINUE {

@@ -1,5 +1,8 @@
 //! A request as a span, and its place in the trace of who asked: W3C's `traceparent`, or Zipkin's B3 in either form.
 //!
+//! A request in a trace of its own is linked with the span of the connection it came on: the client's proxy does not look into
+//! requests, so that span is in a trace of its own, too.
+//!
 //! Where tracing is off nothing here changes a request: what a client sent passes as it is. Where it is on the endpoint
 //! hears of this proxy's span, in W3C's words and in B3's where the client used them.
 
@@ -67,6 +70,7 @@ pub(super) fn of(exchange: &Exchange, position: &Position) -> Span {
         kind: SpanKind::Server,
         context: position.context,
         parent: position.parent,
+        link: exchange.client.call.trace.filter(|t| t.trace_id != position.context.trace_id),
         start: end.checked_sub(exchange.started.elapsed()).unwrap_or(end),
         end,
         attributes: attributes(exchange),

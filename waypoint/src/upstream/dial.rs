@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use agent::trace::SpanContext;
 use engine::{Candidate, Transport};
 use hbone::{ConnectHeaders, PoolKey, TunnelError, TunnelIo};
 use model::{Reason, Refusal};
@@ -12,17 +13,19 @@ use crate::call::{Admission, Call};
 use crate::config::Waits;
 
 /// Connects to one candidate; for less long where there is `another`. The flag beside a refusal says that no other candidate
-/// should be tried: policy said no, and trying around a denial would make the policy of one endpoint look like noise.
+/// should be tried: policy said no, and trying around a denial would make the policy of one endpoint look like noise. `trace`:
+/// the span for which it is made, of which the endpoint's proxy's is a child.
 pub(crate) async fn connect(
     call: &Call,
     admission: &Admission,
     candidate: &Candidate,
     another: bool,
+    trace: Option<SpanContext>,
 ) -> Result<(UpstreamIo, Open), (Refusal, bool)> {
     let open = call.worker.upstreams.place().map_err(|refusal| (refusal, true))?;
     let limit = if another { Waits::BEFORE_ANOTHER } else { Waits::CONNECT };
     // Boxed: few requests need a new connection, and the others should not carry its size.
-    let attempt = Box::pin(try_one(call, admission, candidate));
+    let attempt = Box::pin(try_one(call, admission, candidate, trace));
     match tokio::time::timeout(limit, attempt).await {
         Ok(connected) => connected.map(|io| (io, open)),
         Err(_) => {
@@ -46,7 +49,8 @@ pub(crate) async fn connect_first(
             continue;
         }
         chosen(candidate);
-        match connect(call, admission, candidate, number < candidates.len()).await {
+        let another = number < candidates.len();
+        match connect(call, admission, candidate, another, call.trace).await {
             Ok(connected) => return Ok(connected),
             Err((refusal, true)) => return Err(refusal),
             Err((refusal, false)) => last = Some(refusal),
@@ -59,6 +63,7 @@ async fn try_one(
     call: &Call,
     admission: &Admission,
     candidate: &Candidate,
+    trace: Option<SpanContext>,
 ) -> Result<UpstreamIo, (Refusal, bool)> {
     let Transport::Hbone { gateway, expected } = &candidate.transport else {
         return plain(candidate.target).await.map(UpstreamIo::Tcp).map_err(|r| (r, false));
@@ -76,7 +81,7 @@ async fn try_one(
     let headers = ConnectHeaders {
         baggage: ConnectHeaders::baggage_of(&admission.own),
         forwarded: host.and_then(|host| format!("host={host}").parse().ok()),
-        traceparent: None,
+        traceparent: trace.and_then(|context| context.to_string().parse().ok()),
         client: Some((*call.client).clone()),
     };
     let opened =

@@ -21,6 +21,7 @@ pub(super) fn of(record: &Record, position: &Position) -> Span {
         kind: if outbound { SpanKind::Client } else { SpanKind::Server },
         context: position.context,
         parent: position.parent,
+        link: None,
         start: end.checked_sub(record.started.elapsed()).unwrap_or(end),
         end,
         attributes: attributes(record, outbound),

@@ -12,7 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 use tonic_prost::ProstCodec;
 
-use super::{Span, SpanCounts, SpanKind, TraceSettings, Value, proto};
+use super::{Span, SpanContext, SpanCounts, SpanKind, TraceSettings, Value, proto};
 use crate::channel;
 use crate::control_plane::{RootCert, Server};
 
@@ -230,9 +230,14 @@ fn on_the_wire(span: Span) -> proto::Span {
         start_time_unix_nano: nanoseconds(span.start),
         end_time_unix_nano: nanoseconds(span.end),
         attributes: span.attributes.into_iter().map(|(k, v)| key_value(k, v)).collect(),
+        links: span.link.iter().map(link).collect(),
         status: span.error.map(|message| proto::Status { message, code: proto::STATUS_ERROR }),
         flags: u32::from(span.context.sampled),
     }
+}
+
+fn link(to: &SpanContext) -> proto::Link {
+    proto::Link { trace_id: to.trace_id.to_vec(), span_id: to.span_id.to_vec() }
 }
 
 fn key_value(key: &str, value: Value) -> proto::KeyValue {

@@ -117,6 +117,7 @@ async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
         kind: SpanKind::Client,
         context: position.context,
         parent: position.parent,
+        link: None,
         start: now,
         end: now,
         attributes: vec![("a", Value::Number(1))],

@@ -4,12 +4,13 @@
 //! time. So one that cannot be read as it was meant (a share, a status, a source, above all its end) harms nobody, and an
 //! error says so. It is the one filter whose failure lets requests pass: what it would have stopped was good.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use k8s_openapi::jiff::Timestamp;
-use model::Identity;
 use model::http::{Abort, Fault, FieldMatch, Filter, Pattern, Share, SourceMatch, TextMatch};
+use model::{Identity, Str};
 
 use super::text;
 use crate::ambit::{
@@ -28,9 +29,28 @@ const PARTS: u32 = 1_000_000;
 /// In principals this trust domain means the mesh's own, whatever its name, as in policies.
 const LOCAL_TRUST_DOMAIN: &str = "cluster.local";
 
-/// Says what is wrong with every `HTTPFault`, whether a route names it or not.
-pub(super) fn check(objects: &Objects, cx: &mut Context<'_>) {
+/// Says what is wrong with every `HTTPFault`, and which harm nobody. `named`: those that routes name, and whether any request
+/// can meet them.
+pub(super) fn check(objects: &Objects, named: &BTreeMap<(Str, Str), bool>, cx: &mut Context<'_>) {
     for (key, sourced) in &objects.http_faults {
+        let unmet = match named.get(key) {
+            Some(true) => None,
+            Some(false) => {
+                let message = "harms nobody: no route that names it looks at any request";
+                let d = Diagnostic::warning(Code::NoEffect, message);
+                Some(d.help("what is said of the routes says why"))
+            }
+            None => {
+                let message = "harms nobody: no route of its namespace names it";
+                let d = Diagnostic::warning(Code::NoEffect, message);
+                Some(
+                    d.help("name it in a filter of type ExtensionRef of an HTTPRoute or GRPCRoute"),
+                )
+            }
+        };
+        if let Some(d) = unmet {
+            cx.report(key, sourced, d);
+        }
         if let Err((field, message)) = fault(&sourced.value, &cx.config.trust_domain) {
             let message = format!("{message}; nobody is harmed until this is mended");
             cx.report(key, sourced, Diagnostic::error(Code::InvalidField, message).field(field));

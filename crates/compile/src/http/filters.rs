@@ -123,6 +123,9 @@ fn one(
 
 fn extension(to: &shape::ExtensionRef<'_>, at: &str, c: &mut RuleCompiler<'_, '_>) -> Filter {
     let filter = extension_filter(c.objects, c.namespace, to, &c.cx.config.trust_domain);
+    if filter.is_ok() {
+        c.faults.insert(c.cx.share(to.name));
+    }
     filter.unwrap_or_else(|message| {
         let d = Diagnostic::error(Code::DanglingReference, message.clone()).field(at);
         c.bad_reference(ConditionReason::InvalidKind, d.help(ANSWERS));

@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use model::http::{Audience, Protocol};
+use model::http::Audience;
 use model::{Provenance, Str};
 
+use super::passage::{self, Missed};
+use super::protocol::{self, ports};
 use super::rules::{DROPPED, RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
 use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
@@ -23,6 +25,7 @@ use crate::gateway_api::GROUP;
 use crate::object::{Meta, Objects, Origin, Sourced, Table, object_id};
 use crate::services::{self, ByNamespace};
 use crate::waypoints;
+use crate::waypoints::binding::Bindings;
 
 /// A route, and what became of it at its parents.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub(super) struct Attached<'a> {
     dropped: Vec<(ConditionReason, String)>,
     /// It has rules, and every one was dropped.
     nothing_left: bool,
+    /// The names of the `HTTPFault`s that it names.
+    faults: BTreeSet<Str>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +74,7 @@ struct Refused {
     help: &'static str,
 }
 
-/// Adds what all routes say. What is returned becomes status once it is known who won where.
+/// Adds what all routes say. What is returned is judged once it is known who won where.
 pub(super) fn contributions<'a>(
     objects: &'a Objects,
     services: &'a ByNamespace,
@@ -117,9 +122,10 @@ fn attach<'a>(
         diagnostics: Vec::new(),
         bad_references: Vec::new(),
         dropped: Vec::new(),
+        faults: BTreeSet::new(),
     };
     let rules = compiler.rules(route, &id, object.origin);
-    let RuleCompiler { mut diagnostics, bad_references, dropped, .. } = compiler;
+    let RuleCompiler { mut diagnostics, bad_references, dropped, faults, .. } = compiler;
     let mut parents = parents(object, route, objects, services, &mut diagnostics);
     if route.hostnames && parents.iter().any(|p| p.verdict.is_ok()) {
         let message = "not looked at: what was called decides, not what the request says";
@@ -144,7 +150,7 @@ fn attach<'a>(
     if !rules.rules.is_empty() {
         contribute(object, &id, &rules, &mut parents, out);
     }
-    Attached { object, parents, bad_references, dropped, nothing_left }
+    Attached { object, parents, bad_references, dropped, nothing_left, faults }
 }
 
 /// What an API server would refuse for its length. We take it: files have a limit of their own.
@@ -242,7 +248,7 @@ fn parents<'a>(
         if (group, kind) == ("", "Service") {
             let verdict = service(object, reference, objects, services);
             if let Ok(attachment) = &verdict
-                && let Some(d) = untouched(attachment.service, &attachment.ports)
+                && let Some(d) = protocol::untouched(attachment.service, &attachment.ports)
             {
                 diagnostics.push(d.field(at));
             }
@@ -323,65 +329,50 @@ fn service<'a>(
     Ok(Attachment { service, ports, contribution: None })
 }
 
-/// A finding about ports of a Service that rules are for and that do not speak HTTP: all of these, or some.
-pub(super) fn untouched(service: &services::Compiled, ports: &[u16]) -> Option<Diagnostic> {
-    let all = service.service.ports.iter().zip(&service.ports);
-    let opaque = all
-        .filter(|(p, facts)| facts.protocol == Protocol::Opaque && ports.contains(&p.service_port));
-    let mut opaque: Vec<u16> = opaque.map(|(p, _)| p.service_port).collect();
-    opaque.sort_unstable();
-    opaque.dedup();
-    match opaque.len() {
-        0 => None,
-        n if n == ports.len() => Some(not_http(&[])),
-        _ => Some(not_http(&opaque)),
-    }
+/// What is known of routes once it is known who won where.
+#[derive(Debug)]
+pub(super) struct Judged {
+    /// Every route at every parent that is ours.
+    pub status: Vec<RouteStatus>,
+    /// The `HTTPFault`s that routes name, and whether any request can meet them.
+    pub faults: BTreeMap<(Str, Str), bool>,
 }
 
-/// That some ports do not speak HTTP; empty: all that are meant.
-pub(super) fn not_http(some: &[u16]) -> Diagnostic {
-    let d = if some.is_empty() {
-        let message = "the Service declares that no such port speaks HTTP: what goes there is not looked into";
-        Diagnostic::warning(Code::NoEffect, message)
-    } else {
-        let ports = ports(some);
-        let message = format!(
-            "no HTTP by the Service's declaration: what goes to {ports} is not looked into"
-        );
-        Diagnostic::info(Code::NoEffect, message)
-    };
-    d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc")
-}
-
-/// The status of every route at every parent that is ours.
-pub(super) fn status(
-    attached: Vec<Attached<'_>>,
+pub(super) fn judge(
+    attached: &[Attached<'_>],
     contributions: &[Contribution],
     losses: &[Loss],
     closed: &Closed,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
-) -> Vec<RouteStatus> {
+) -> Judged {
     let mut lost: BTreeMap<usize, BTreeMap<u16, usize>> = BTreeMap::new();
     for loss in losses {
         lost.entry(loss.contribution).or_default().insert(loss.port, loss.winner);
     }
-    let mut out = Vec::new();
+    let mut out = Judged { status: Vec::new(), faults: BTreeMap::new() };
     for route in attached {
+        let object = &route.object;
+        let mut acts = false;
         for parent in &route.parents {
             let none = BTreeMap::new();
             let contribution = parent.verdict.as_ref().ok().and_then(|a| a.contribution);
             let lost = contribution.and_then(|c| lost.get(&c)).unwrap_or(&none);
             let closed = contribution.and_then(|c| closed.get(&c));
             let accepted = route.accepted(parent, lost, closed, contributions, cx);
-            let object = &route.object;
-            out.push(RouteStatus {
+            let passage = route.passage(parent, bindings, cx);
+            acts |= accepted.0 && passage.as_ref().is_some_and(Result::is_ok);
+            out.status.push(RouteStatus {
                 kind: object.kind,
                 namespace: object.key.0.clone(),
                 name: object.key.1.clone(),
                 parent_ref: reference(&parent.reference),
                 controller_name: CONTROLLER_NAME,
-                conditions: route.conditions(accepted),
+                conditions: route.conditions(accepted, passage),
             });
+        }
+        for fault in &route.faults {
+            *out.faults.entry((object.key.0.clone(), fault.clone())).or_default() |= acts;
         }
     }
     out
@@ -438,7 +429,28 @@ impl Attached<'_> {
         (true, ConditionReason::Accepted, message)
     }
 
-    fn conditions(&self, accepted: (bool, ConditionReason, String)) -> Vec<Condition> {
+    /// Whether what is sent to a parent passes a waypoint; `None` where there is no parent. What is missing is reported.
+    fn passage(
+        &self,
+        parent: &Parent<'_>,
+        bindings: &Bindings<'_>,
+        cx: &mut Context<'_>,
+    ) -> Option<Result<(), Box<Missed>>> {
+        let attachment = parent.verdict.as_ref().ok()?;
+        let service = &attachment.service.service;
+        let checked = passage::check(service, &self.object.key.0, bindings);
+        if let Err(missed) = &checked {
+            let at = format!("spec.parentRefs[{}]", parent.index);
+            self.object.report(missed.finding.clone().field(at), cx);
+        }
+        Some(checked)
+    }
+
+    fn conditions(
+        &self,
+        accepted: (bool, ConditionReason, String),
+        passage: Option<Result<(), Box<Missed>>>,
+    ) -> Vec<Condition> {
         let generation = self.object.meta.generation.unwrap_or_default();
         let new = |kind, status, reason, message| {
             Condition::new(kind, status, reason, message, generation)
@@ -456,6 +468,11 @@ impl Attached<'_> {
         if is_accepted && let Some((reason, _)) = self.dropped.first() {
             out.push(new(ConditionType::PartiallyInvalid, true, *reason, self.why_dropped()));
         }
+        let waypoints = ConditionType::ResolvedWaypoints;
+        out.extend(passage.map(|passage| match passage {
+            Ok(()) => new(waypoints, true, ConditionReason::ResolvedWaypoints, String::new()),
+            Err(missed) => new(waypoints, false, missed.reason, missed.finding.message),
+        }));
         out
     }
 
@@ -486,10 +503,4 @@ fn reference(r: &ParentRef<'_>) -> ParentReference {
         section_name: r.section_name.map(Str::from),
         port: r.port,
     }
-}
-
-fn ports(all: &[u16]) -> String {
-    let numbers: Vec<String> = all.iter().map(u16::to_string).collect();
-    let what = if all.len() == 1 { "port" } else { "ports" };
-    format!("{what} {}", numbers.join(", "))
 }

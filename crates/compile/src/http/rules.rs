@@ -3,6 +3,7 @@
 //! A rule that cannot be what it says is dropped, and the status says which and why; a reference that leads nowhere
 //! leaves its rule standing. Nothing here looks at parents: rules are the same for all of them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::http::{Backend, Filter, Pattern, RouteRule, Timeouts};
@@ -34,6 +35,8 @@ pub(super) struct RuleCompiler<'a, 'm> {
     pub bad_references: Vec<(ConditionReason, String)>,
     /// Rules that are not what they say, what becomes of them, and why.
     pub dropped: Vec<(ConditionReason, String)>,
+    /// The names of `HTTPFault`s that rules name.
+    pub faults: BTreeSet<Str>,
 }
 
 /// Why a rule is dropped.

@@ -21,7 +21,8 @@ pub struct RouteStatus {
     pub name: Str,
     pub parent_ref: ParentReference,
     pub controller_name: &'static str,
-    /// `Accepted`, `ResolvedRefs`, and `PartiallyInvalid` where it is true.
+    /// `Accepted`, `ResolvedRefs`, `ResolvedWaypoints` where the parent is one that is there, and `PartiallyInvalid` where it is
+    /// true.
     pub conditions: Vec<Condition>,
 }
 
@@ -55,6 +56,8 @@ pub enum ConditionType {
     Accepted,
     /// Everything that the route names is there and can take requests.
     ResolvedRefs,
+    /// What is sent to the parent passes a waypoint, where the route is looked at. Istio's, not Gateway API's.
+    ResolvedWaypoints,
     /// Some rules were dropped. Only ever true.
     PartiallyInvalid,
 }
@@ -71,6 +74,14 @@ pub enum ConditionReason {
     BackendNotFound,
     InvalidKind,
     UnsupportedProtocol,
+    ResolvedWaypoints,
+    /// Nobody asks for a waypoint.
+    NoWaypoint,
+    /// The one that is asked for is not there, or none.
+    WaypointMissing,
+    AttachmentDenied,
+    UnsupportedTrafficType,
+    WaypointIsNotReady,
 }
 
 impl RouteStatus {

@@ -2,13 +2,19 @@
 
 use model::http::{Audience, RouteRule, RouteSet, ServiceRoutes};
 
-use super::RouteStatus;
+use super::{ConditionType, RouteStatus};
 use crate::testing::objects;
 use crate::{Compiled, Diagnostic, MeshConfig, compile};
 
-/// Namespaces, and Services of every sort.
+/// Namespaces, a waypoint that takes connections, and Services of every sort.
 pub(crate) const SHOP: &str = "
-{apiVersion: v1, kind: Namespace, metadata: {name: shop}}
+{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {istio.io/use-waypoint: w}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: w, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+status: {conditions: [{type: Programmed, status: 'True', reason: Programmed, message: '', lastTransitionTime: '2026-01-01T00:00:00Z'}]}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: buyer}}
 ---
@@ -94,12 +100,13 @@ pub(crate) fn rule(compiled: &Compiled) -> &RouteRule {
     &routes(compiled).sets[0].rules[0]
 }
 
-/// `Type=Status Reason` of every condition of a route's status.
+/// `Type=Status Reason` of every condition of a route's status, but for the good word about the shop's waypoint.
 pub(crate) fn conditions(status: &RouteStatus) -> Vec<String> {
+    let expected = |c: &&super::Condition| c.kind != ConditionType::ResolvedWaypoints || !c.status;
     let brief = |c: &super::Condition| {
         format!("{:?}={} {}", c.kind, if c.status { "True" } else { "False" }, c.reason)
     };
-    status.conditions.iter().map(brief).collect()
+    status.conditions.iter().filter(expected).map(brief).collect()
 }
 
 /// What was found about routes, without what is said of other objects.

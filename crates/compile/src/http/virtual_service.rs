@@ -14,6 +14,7 @@ use model::{ServiceKey, Str};
 
 use super::Contribution;
 use super::hosts::{self, Host};
+use super::passage;
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::VirtualService;
@@ -21,6 +22,7 @@ use crate::istio::virtual_service::VirtualServiceSpec;
 use crate::object::{Objects, Sourced, age, object_id};
 use crate::services::{self, ByNamespace};
 use crate::validate::{Report, label_name};
+use crate::waypoints::binding::Bindings;
 
 mod actions;
 mod matches;
@@ -43,12 +45,13 @@ pub(super) fn contributions(
     objects: &Objects,
     services: &ByNamespace,
     subsets: &[Arc<Subset>],
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) -> Vec<Contribution> {
     let subsets: BTreeSet<&SubsetKey> = subsets.iter().map(|s| &s.key).collect();
     let mut of_object: BTreeMap<&(Str, Str), (Entry<'_>, Vec<selection::Claim<'_>>)> =
         BTreeMap::new();
-    for ((_, audience), (service, entry)) in claims(objects, services, cx) {
+    for ((_, audience), (service, entry)) in claims(objects, services, bindings, cx) {
         let (_, claims) = of_object.entry(entry.0).or_insert_with(|| (entry, Vec::new()));
         claims.push(selection::Claim { service, audience });
     }
@@ -81,7 +84,12 @@ pub(crate) fn validate(spec: &VirtualServiceSpec, report: Report<'_>) {
 }
 
 /// Who decides for which Service and audience.
-fn claims<'a>(objects: &'a Objects, services: &'a ByNamespace, cx: &mut Context<'_>) -> Claims<'a> {
+fn claims<'a>(
+    objects: &'a Objects,
+    services: &'a ByNamespace,
+    bindings: &Bindings<'_>,
+    cx: &mut Context<'_>,
+) -> Claims<'a> {
     let mut by_age: Vec<Entry<'a>> = objects.virtual_services.iter().collect();
     by_age.sort_by(|a, b| age(a.0, a.1).cmp(&age(b.0, b.1)));
     let mut claims = Claims::new();
@@ -89,7 +97,7 @@ fn claims<'a>(objects: &'a Objects, services: &'a ByNamespace, cx: &mut Context<
         if !is_for_the_mesh(entry, cx) {
             continue;
         }
-        for service in hosts(entry, services, cx) {
+        for service in hosts(entry, services, bindings, cx) {
             for audience in audiences(entry, &service.service.key.namespace, cx) {
                 let claim = (service.service.key.clone(), audience);
                 match claims.get(&claim) {
@@ -123,6 +131,7 @@ fn is_for_the_mesh((key, sourced): Entry<'_>, cx: &mut Context<'_>) -> bool {
 fn hosts<'a>(
     (key, sourced): Entry<'a>,
     services: &'a ByNamespace,
+    bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) -> Vec<&'a services::Compiled> {
     let domain = cx.config.cluster_domain.clone();
@@ -145,7 +154,10 @@ fn hosts<'a>(
                 }
                 Some(service) => {
                     found.insert(&service.service.key, service);
-                    continue;
+                    match passage::check(&service.service, &key.0, bindings) {
+                        Ok(()) => continue,
+                        Err(missed) => missed.finding,
+                    }
                 }
                 None => {
                     let message = format!("there is no Service {namespace}/{name}");

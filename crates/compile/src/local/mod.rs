@@ -91,6 +91,7 @@ impl LocalConfig {
             trust_domain: mesh.trust_domain.clone(),
             cluster: mesh.cluster.clone(),
             network: mesh.network.clone(),
+            environment: Vec::new(),
         }
     }
 

@@ -22,7 +22,9 @@ use model::{
     Workload,
 };
 
-use super::{TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, Waypoint};
+use super::{
+    TrafficFor, USE_WAYPOINT, USE_WAYPOINT_NAMESPACE, WAYPOINT_CLASS, WAYPOINT_FOR, Waypoint,
+};
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::Gateway;
@@ -86,6 +88,76 @@ pub(crate) enum Why {
     OtherClass(String),
     NotAllowed,
     Traffic(TrafficFor),
+}
+
+/// Why calls do not go through a waypoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Direct {
+    /// Neither the object nor its namespace says a word.
+    Unsaid,
+    OptOut {
+        by: Sayer,
+    },
+    /// The label leads nowhere.
+    Refused {
+        by: Sayer,
+        gateway: (Str, Str),
+        why: Why,
+    },
+    /// No proxy of the waypoint has been ready yet.
+    NotReady {
+        gateway: (Str, Str),
+    },
+    /// It is a waypoint's own Service or pod.
+    Own,
+}
+
+/// Whose label counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sayer {
+    Object,
+    Namespace,
+}
+
+impl Why {
+    /// The code, what is wrong with a waypoint as something for a namespace, and what to do.
+    pub(crate) fn explain(
+        &self,
+        (gateway_namespace, gateway): (&str, &str),
+        namespace: &str,
+    ) -> (Code, String, String) {
+        let name = format!("Gateway/{gateway_namespace}/{gateway}");
+        match self {
+            Self::Missing => (
+                Code::DanglingReference,
+                format!("there is no {name}"),
+                format!("meshctl waypoint apply -n {gateway_namespace} --name {gateway}"),
+            ),
+            Self::OtherClass(class) => (
+                Code::NotAWaypoint,
+                format!("{name} is of class {class:?} and no waypoint"),
+                format!("waypoints are of class {WAYPOINT_CLASS}"),
+            ),
+            Self::NotAllowed => (
+                Code::AttachmentDenied,
+                format!("{name} takes nothing of namespace {namespace}"),
+                "let its HBONE listener say so in allowedRoutes.namespaces".to_owned(),
+            ),
+            Self::Traffic(takes) => {
+                let takes = match takes {
+                    TrafficFor::Service => "calls to Services",
+                    TrafficFor::Workload => "calls to pods by their own address",
+                    TrafficFor::All => "all calls",
+                    TrafficFor::None => "no calls",
+                };
+                (
+                    Code::UnsupportedTrafficType,
+                    format!("{name} is for {takes}"),
+                    format!("change its label {WAYPOINT_FOR}"),
+                )
+            }
+        }
+    }
 }
 
 impl Wish {
@@ -164,19 +236,54 @@ impl<'a> Bindings<'a> {
         self.attach(at, namespace, traffic).map(|_| ())
     }
 
+    /// Why calls to a Service are not bound to a waypoint, if they are not.
+    pub(crate) fn of_service(&self, service: &model::Service) -> Result<(), Direct> {
+        let key = (service.key.namespace.clone(), service.name.clone());
+        if self.all.contains_key(&key) {
+            return Err(Direct::Own);
+        }
+        let object = self.objects.services.get(&key);
+        let labels = object.and_then(|o| o.value.metadata.labels.as_ref());
+        self.follow(labels, &key.0, Traffic::Service).map(|_| ())
+    }
+
+    /// Waypoints of a namespace that calls to its own Services could go through.
+    pub(crate) fn for_services_of(&self, namespace: &str) -> impl Iterator<Item = &(Str, Str)> {
+        let own = self.all.iter().filter(move |(key, _)| *key.0 == *namespace);
+        own.filter(|(_, target)| target.takes.services()).map(|(key, _)| *key)
+    }
+
     fn choose(&self, labels: Labels<'_>, namespace: &str, for_: Traffic) -> Option<GatewayAddress> {
-        let wish = match Wish::of(labels, namespace) {
+        self.follow(labels, namespace, for_).ok()
+    }
+
+    fn follow(
+        &self,
+        labels: Labels<'_>,
+        namespace: &str,
+        for_: Traffic,
+    ) -> Result<GatewayAddress, Direct> {
+        let (by, wish) = match Wish::of(labels, namespace) {
             Wish::Unsaid => {
                 let of_namespace = self.namespaces.get(namespace);
-                Wish::of(of_namespace.and_then(|ns| ns.metadata.labels.as_ref()), namespace)
+                let labels = of_namespace.and_then(|ns| ns.metadata.labels.as_ref());
+                (Sayer::Namespace, Wish::of(labels, namespace))
             }
-            own => own,
+            own => (Sayer::Object, own),
         };
-        let Wish::Waypoint(gateway_namespace, gateway) = wish else { return None };
-        let found = self.attach((&gateway_namespace, &gateway), namespace, for_).ok()?;
-        let known = self.programmed.contains(&(gateway_namespace, gateway));
-        let destination = GatewayDestination::Service(found.key.clone());
-        known.then_some(GatewayAddress { destination, hbone_port: HBONE_PORT })
+        let gateway = match wish {
+            Wish::Unsaid => return Err(Direct::Unsaid),
+            Wish::OptOut => return Err(Direct::OptOut { by }),
+            Wish::Waypoint(gateway_namespace, gateway) => (gateway_namespace, gateway),
+        };
+        match self.attach((&gateway.0, &gateway.1), namespace, for_) {
+            Err(why) => Err(Direct::Refused { by, gateway, why }),
+            Ok(_) if !self.programmed.contains(&gateway) => Err(Direct::NotReady { gateway }),
+            Ok(found) => {
+                let destination = GatewayDestination::Service(found.key.clone());
+                Ok(GatewayAddress { destination, hbone_port: HBONE_PORT })
+            }
+        }
     }
 
     fn attach(

@@ -56,6 +56,8 @@ pub struct Settings {
     pub trust_domain: Str,
     pub cluster: Str,
     pub network: Str,
+    /// More variables and their values, for what the Gateway has no word for: where spans go. Nothing secret.
+    pub environment: Vec<(Str, Str)>,
 }
 
 impl Settings {
@@ -345,7 +347,9 @@ fn env(settings: &Settings) -> Vec<EnvVar> {
         ("CLUSTER_ID", &settings.cluster),
         ("NETWORK", &settings.network),
     ];
-    fields.into_iter().map(of_field).chain(values.into_iter().map(plain)).collect()
+    let more = settings.environment.iter().map(|(name, value)| (&**name, &**value));
+    let values = values.into_iter().chain(more).map(plain);
+    fields.into_iter().map(of_field).chain(values).collect()
 }
 
 fn volumes() -> Vec<Volume> {

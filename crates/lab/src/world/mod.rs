@@ -50,6 +50,13 @@ use crate::{dns, ids};
 const QUEUE: usize = 1024;
 /// The program of our own image, beside those of the mesh.
 const WAYPOINT: &str = "waypoint";
+/// OpenTelemetry's variables that waypoints of the lab get.
+const TRACES: [&str; 4] = [
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_PROTOCOL",
+    "OTEL_TRACES_SAMPLER",
+    "OTEL_TRACES_SAMPLER_ARG",
+];
 /// When to try again what could not be done.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 /// How long pods may take to end when the lab ends: a person waits for it. Then they are killed.
@@ -197,6 +204,9 @@ impl World {
             u8::try_from(config.info.nodes).unwrap_or(LocalConfig::MAX_NODES),
         );
         local.waypoints = local.waypoints.filter(|_| config.bin_dir.is_some());
+        if let Some(settings) = &mut local.waypoints {
+            settings.environment = traces();
+        }
         let network = Network::create(&local).context("build the network")?;
         let _ = events
             .send(Event::Progress(format!("{} nodes on a bridge", network.nodes.len())))
@@ -355,6 +365,13 @@ fn images(config: &WorldConfig) -> BTreeMap<String, (PathBuf, bool)> {
         config.bin_dir.iter().map(|dir| (WaypointSettings::IMAGE.to_owned(), dir.join(WAYPOINT)));
     let all = own.chain(config.images.iter().cloned());
     all.map(|(name, path)| (name, (path.clone(), path.is_dir()))).collect()
+}
+
+/// Where spans go, as whoever started the lab has it in the environment. Node proxies inherit it; pods inherit nothing. Not
+/// `..._HEADERS`, which may hold a password: what a waypoint is run with can be read by all who read the lab's objects.
+fn traces() -> Vec<(model::Str, model::Str)> {
+    let of = |name: &str| Some((name.into(), std::env::var(name).ok()?.into()));
+    TRACES.into_iter().filter_map(of).collect()
 }
 
 /// What all pods have in common.

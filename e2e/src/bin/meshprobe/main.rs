@@ -2,6 +2,7 @@
 //! service, a tap on the wire, and attacks. Results are one JSON object a line.
 
 mod attack;
+mod collect;
 mod dns;
 mod grpc;
 mod tap;
@@ -99,6 +100,8 @@ enum Mode {
         #[arg(long, default_value = "[::]:53")]
         listen: SocketAddr,
     },
+    /// A trace collector that prints the spans it takes
+    Collect { listen: SocketAddr },
     /// Prints a file, as `cat`, for places without programs
     Read { path: PathBuf },
 }
@@ -132,6 +135,7 @@ fn run(mode: Mode) -> Result<()> {
         Mode::Garbage { to, bytes } => tcp::garbage(&to, bytes),
         Mode::Dns(args) => dns::ask(&args),
         Mode::DnsServe { listen } => dns::serve(listen),
+        Mode::Collect { listen } => collect::run(listen),
         Mode::Read { path } => Ok(std::io::stdout().write_all(&std::fs::read(path)?)?),
     }
 }

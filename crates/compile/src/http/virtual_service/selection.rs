@@ -16,7 +16,7 @@ use model::http::{
 };
 use model::{Provenance, Reason, Str};
 
-use super::super::{Api, Contribution, Rank, Ranked, Specificity, gateway};
+use super::super::{Api, Contribution, Rank, Ranked, Specificity, protocol};
 use super::rules::{Place, Reader, There};
 use super::{Entry, MAX_AUDIENCES, MESH};
 use crate::context::Context;
@@ -120,7 +120,7 @@ impl Object<'_> {
         }
         let (key, sourced) = self.entry;
         let touched: Vec<u16> = groups.iter().flat_map(|(ports, _)| ports).copied().collect();
-        if let Some(d) = gateway::untouched(service, &touched) {
+        if let Some(d) = protocol::untouched(service, &touched) {
             self.note(vec![d.field("spec.hosts")]);
         }
         for (ports, (rules, matches)) in groups {
@@ -359,7 +359,7 @@ fn unused((_, sourced): Entry<'_>, of: &[&services::Compiled]) -> Vec<Diagnostic
                     let message = format!("no Service of spec.hosts has a port {port}");
                     Diagnostic::warning(Code::MatchesNothing, message)
                 }
-                Some(all) if all.iter().all(|p| *p == Protocol::Opaque) => gateway::not_http(&[]),
+                Some(all) if all.iter().all(|p| *p == Protocol::Opaque) => protocol::not_http(&[]),
                 Some(_) => continue,
             };
             found.push(d.field(format!("spec.http[{i}].match[{j}].port")));

@@ -108,11 +108,14 @@ spec:
   - {{name: stable, labels: {{version: v1}}}}
   - {{name: canary, labels: {{version: v2}}}}
 ",
-        namespace("production"),
+        namespace("production")
+            .replace("name: production", "name: production, labels: {istio.io/use-waypoint: production-waypoint}"),
         pod("production", "one", "10.0.0.1", "app: api, version: v1"),
         pod("production", "two", "10.0.0.2", "app: api, version: v2"),
     );
-    let compiled = compile(&objects(&yaml), &MeshConfig::default());
+    let mut objects = objects(&yaml);
+    objects.programmed.insert(("production".into(), "production-waypoint".into()));
+    let compiled = compile(&objects, &MeshConfig::default());
     let said = |d: &&Diagnostic| {
         d.object.starts_with("VirtualService") || d.object.starts_with("DestinationRule")
     };
