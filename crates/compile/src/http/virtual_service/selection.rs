@@ -211,8 +211,8 @@ impl Object<'_> {
         if export.is_empty() || export.iter().any(|e| e == "*") {
             return None;
         }
-        let names = export.iter().filter(|e| *e != "~");
-        let names: BTreeSet<&str> = names.map(|e| if e == "." { &*key.0 } else { e }).collect();
+        let names = export.iter().map(String::as_str).filter(|e| *e != "~");
+        let names: BTreeSet<&str> = names.map(|e| if e == "." { &key.0 } else { e }).collect();
         (names.len() > MAX_AUDIENCES).then(|| names.into_iter().map(Str::from).collect())
     }
 
