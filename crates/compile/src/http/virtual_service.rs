@@ -37,6 +37,8 @@ const MESH: &str = "mesh";
 type Entry<'a> = (&'a (Str, Str), &'a Sourced<VirtualService>);
 /// Who decides.
 type Claims<'a> = BTreeMap<(ServiceKey, Audience), (&'a services::Compiled, Entry<'a>)>;
+/// The Services of each object.
+type Hosts<'a> = BTreeMap<&'a (Str, Str), Vec<&'a services::Compiled>>;
 /// Who of `exportTo` at most is taken one by one: each gets the rules as a set of its own.
 const MAX_AUDIENCES: usize = 256;
 
@@ -51,13 +53,15 @@ pub(super) fn contributions(
     let subsets: BTreeSet<&SubsetKey> = subsets.iter().map(|s| &s.key).collect();
     let mut of_object: BTreeMap<&(Str, Str), (Entry<'_>, Vec<selection::Claim<'_>>)> =
         BTreeMap::new();
-    for ((_, audience), (service, entry)) in claims(objects, services, bindings, cx) {
+    let (claims, hosts) = claims(objects, services, bindings, cx);
+    for ((_, audience), (service, entry)) in claims {
         let (_, claims) = of_object.entry(entry.0).or_insert_with(|| (entry, Vec::new()));
         claims.push(selection::Claim { service, audience });
     }
     let mut out = Vec::new();
     for (entry, claims) in of_object.into_values() {
-        selection::contribute(entry, claims, services, &subsets, &mut out, cx);
+        let hosts = hosts.get(entry.0).map(Vec::as_slice).unwrap_or_default();
+        selection::contribute(entry, claims, hosts, services, &subsets, &mut out, cx);
     }
     out
 }
@@ -89,25 +93,27 @@ fn claims<'a>(
     services: &'a ByNamespace,
     bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
-) -> Claims<'a> {
+) -> (Claims<'a>, Hosts<'a>) {
     let mut by_age: Vec<Entry<'a>> = objects.virtual_services.iter().collect();
     by_age.sort_by(|a, b| age(a.0, a.1).cmp(&age(b.0, b.1)));
-    let mut claims = Claims::new();
+    let (mut claims, mut of_object) = (Claims::new(), Hosts::new());
     for entry in by_age {
         if !is_for_the_mesh(entry, cx) {
             continue;
         }
-        for service in hosts(entry, services, bindings, cx) {
+        let hosts = hosts(entry, services, bindings, cx);
+        for service in &hosts {
             for audience in audiences(entry, &service.service.key.namespace, cx) {
                 let claim = (service.service.key.clone(), audience);
                 match claims.get(&claim) {
                     Some((_, winner)) => conflict(entry, *winner, &claim, cx),
-                    None => drop(claims.insert(claim, (service, entry))),
+                    None => drop(claims.insert(claim, (*service, entry))),
                 }
             }
         }
+        of_object.insert(entry.0, hosts);
     }
-    claims
+    (claims, of_object)
 }
 
 fn is_for_the_mesh((key, sourced): Entry<'_>, cx: &mut Context<'_>) -> bool {

@@ -37,10 +37,11 @@ pub(super) struct Claim<'a> {
 /// Rules and matches of some ports.
 type Compiled = (Vec<Arc<RouteRule>>, Vec<RouteMatch>);
 
-/// Adds what an object says of all that it decides.
+/// Adds what an object says of all that it decides. `hosts`: its Services, also those that others decide for.
 pub(super) fn contribute(
     entry: Entry<'_>,
     claims: Vec<Claim<'_>>,
+    hosts: &[&services::Compiled],
     services: &ByNamespace,
     subsets: &BTreeSet<&SubsetKey>,
     out: &mut Vec<Contribution>,
@@ -56,7 +57,7 @@ pub(super) fn contribute(
         found: Vec::new(),
         told: BTreeSet::new(),
     };
-    object.remarks(&claims, cx);
+    object.remarks(hosts, cx);
     for claim in claims {
         object.claim(claim, out, cx);
     }
@@ -78,7 +79,7 @@ struct Object<'a> {
 
 impl Object<'_> {
     /// What is said once, whatever the Service.
-    fn remarks(&mut self, claims: &[Claim<'_>], cx: &mut Context<'_>) {
+    fn remarks(&mut self, hosts: &[&services::Compiled], cx: &mut Context<'_>) {
         let mut pattern = |text: &str| cx.pattern(text);
         let mut reader = Reader::new(&mut pattern);
         for (i, rule) in self.entry.1.value.spec.http.iter().enumerate() {
@@ -86,10 +87,7 @@ impl Object<'_> {
         }
         let found = reader.found;
         self.note(found);
-        let of: BTreeMap<_, _> =
-            claims.iter().map(|c| (&c.service.service.key, c.service)).collect();
-        let found = unused(self.entry, &of.into_values().collect::<Vec<_>>());
-        self.note(found);
+        self.note(unused(self.entry, hosts));
     }
 
     fn note(&mut self, found: Vec<Diagnostic>) {
@@ -212,7 +210,7 @@ impl Object<'_> {
             return None;
         }
         let names = export.iter().map(String::as_str).filter(|e| *e != "~");
-        let names: BTreeSet<&str> = names.map(|e| if e == "." { &key.0 } else { e }).collect();
+        let names: BTreeSet<&str> = names.map(|e| if e == "." { &*key.0 } else { e }).collect();
         (names.len() > MAX_AUDIENCES).then(|| names.into_iter().map(Str::from).collect())
     }
 
