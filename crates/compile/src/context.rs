@@ -50,8 +50,8 @@ impl<'a> Context<'a> {
     }
 
     /// A pattern of an object, built once however often it is written: building one takes longer than reading a rule.
-    pub(crate) fn pattern(&mut self, text: &str, of: &mut Budget) -> Result<Pattern, String> {
-        of.check()?;
+    pub(crate) fn pattern(&mut self, text: &str, of: &mut Budget) -> Result<Pattern, PatternError> {
+        of.room(text)?;
         let pattern = match self.patterns.get(text) {
             Some(known) => known.clone(),
             None => {
@@ -68,36 +68,45 @@ impl<'a> Context<'a> {
 /// Each proxy holds them all; an object of a megabyte could have 50,000 that take gigabytes.
 const MOST_PATTERNS: usize = 16 << 20;
 
-/// What the patterns of one object have taken so far. A text counts once.
+/// What the patterns of one object have taken so far. A text counts once, and what was taken once is taken again.
 #[derive(Debug, Default)]
 pub(crate) struct Budget {
     used: usize,
-    counted: BTreeSet<Str>,
+    taken: BTreeSet<Str>,
+    /// Something did not fit.
+    full: bool,
 }
 
 impl Budget {
     /// A pattern that nobody keeps.
-    pub(crate) fn pattern(&mut self, text: &str) -> Result<Pattern, String> {
-        self.check()?;
+    pub(crate) fn pattern(&mut self, text: &str) -> Result<Pattern, PatternError> {
+        self.room(text)?;
         self.count(Pattern::new(text))
     }
 
-    fn count(&mut self, pattern: Result<Pattern, PatternError>) -> Result<Pattern, String> {
-        let pattern = pattern.map_err(|e| e.to_string())?;
-        if self.counted.insert(pattern.text().clone()) {
-            self.used += pattern.size();
-        }
-        self.check().map(|()| pattern)
+    /// Before a pattern is built: that is what takes time.
+    fn room(&self, text: &str) -> Result<(), PatternError> {
+        if self.full && !self.taken.contains(text) { Err(over()) } else { Ok(()) }
     }
 
-    /// Before a pattern is built, too: that is what takes time.
-    fn check(&self) -> Result<(), String> {
-        if self.used <= MOST_PATTERNS {
-            return Ok(());
+    fn count(&mut self, pattern: Result<Pattern, PatternError>) -> Result<Pattern, PatternError> {
+        let pattern = pattern?;
+        if self.taken.contains(pattern.text()) {
+            return Ok(pattern);
         }
-        let most = MOST_PATTERNS >> 20;
-        Err(format!(
-            "is one pattern too many: those of one object may take {most} MiB once compiled"
-        ))
+        if self.used + pattern.size() > MOST_PATTERNS {
+            self.full = true;
+            return Err(over());
+        }
+        self.used += pattern.size();
+        self.taken.insert(pattern.text().clone());
+        Ok(pattern)
     }
+}
+
+fn over() -> PatternError {
+    let most = MOST_PATTERNS >> 20;
+    PatternError::limit(format!(
+        "is one pattern too many: those of one object may take {most} MiB once compiled"
+    ))
 }

@@ -4,11 +4,11 @@
 //! consumer), which API wins on a port, and one flat list of matches in order of precedence. Rules are shared, not copied.
 //!
 //! Invariants: on one port of a Service and for one audience one API decides, in the order of [`Api`], and the loser is told;
-//! what cannot be resolved is in the result as an error for requests, never left out; the result does not depend on the order
-//! of the objects.
+//! what cannot be resolved is in the result as an error for requests, never left out; every proxy takes what is put together
+//! (`budget`); the result does not depend on the order of the objects.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use model::http::{
@@ -22,7 +22,9 @@ use crate::diagnostics::{Code, Diagnostic};
 use crate::object::Objects;
 use crate::services::{self, ByNamespace};
 use crate::waypoints::binding::Bindings;
+use budget::Room;
 
+mod budget;
 pub(crate) mod destination_rule;
 mod faults;
 mod filters;
@@ -64,7 +66,7 @@ pub(crate) struct Contribution {
     /// The object.
     pub provenance: Provenance,
     pub rules: Vec<Arc<RouteRule>>,
-    pub matches: Vec<Ranked>,
+    pub matches: Arc<[Ranked]>,
 }
 
 /// Who wins on one port of a Service: the first. Gateway API says so of its own kinds, we of Istio's.
@@ -130,11 +132,12 @@ pub(crate) fn compile(
     let mut contributions = Vec::new();
     let attached = gateway::contributions(objects, services, &mut contributions, cx);
     contributions.extend(virtual_service::contributions(objects, services, &subsets, bindings, cx));
-    let (routes, losses) = assemble(services, &contributions);
-    let judged = gateway::judge(&attached, &contributions, &losses, bindings, cx);
+    let Assembled { routes, losses, closed } = assemble(services, &contributions);
+    let judged = gateway::judge(&attached, &contributions, &losses, &closed, bindings, cx);
     faults::check(objects, &judged.faults, cx);
     let status = judged.status;
     tell_others(&contributions, &losses, cx);
+    tell_closed(&contributions, &closed, cx);
     Compiled { routes, subsets, status }
 }
 
@@ -150,6 +153,24 @@ fn tell_others(contributions: &[Contribution], losses: &[Loss], cx: &mut Context
     }
 }
 
+/// The same where a proxy has no room for a VirtualService; once for a Service, of however many clients.
+fn tell_closed(contributions: &[Contribution], closed: &Closed, cx: &mut Context<'_>) {
+    let mut told = BTreeSet::new();
+    for (contribution, why) in closed {
+        let c = &contributions[*contribution];
+        if c.api != Api::VirtualService || !told.insert((&c.provenance.object, &c.service)) {
+            continue;
+        }
+        let Provenance { object, field, origin } = &c.provenance;
+        let d = Diagnostic::error(Code::LimitExceeded, format!("{}: {why}", c.service));
+        let d = d.help(CLOSED).object(&**object);
+        cx.diagnostics.push(d.field(&**field).origin(&**origin));
+    }
+}
+
+/// What becomes of requests when there is no room for their routes.
+const CLOSED: &str = "requests of these clients are answered with an error until there are fewer";
+
 /// A contribution, a port of its Service that another API has, and the first contribution of that one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Loss {
@@ -158,42 +179,79 @@ struct Loss {
     winner: usize,
 }
 
-/// Losses come out in the order of contributions and ports.
-fn assemble(
-    services: &ByNamespace,
-    contributions: &[Contribution],
-) -> (Vec<Arc<ServiceRoutes>>, Vec<Loss>) {
+/// Contributions for which there is no room, and why.
+type Closed = BTreeMap<usize, Str>;
+
+struct Assembled {
+    routes: Vec<Arc<ServiceRoutes>>,
+    /// In the order of contributions and ports.
+    losses: Vec<Loss>,
+    closed: Closed,
+}
+
+fn assemble(services: &ByNamespace, contributions: &[Contribution]) -> Assembled {
     let mut of_service: BTreeMap<&ServiceKey, BTreeMap<&Audience, Vec<usize>>> = BTreeMap::new();
     for (i, c) in contributions.iter().enumerate() {
         of_service.entry(&c.service).or_default().entry(&c.audience).or_default().push(i);
     }
-    let mut losses = Vec::new();
-    let mut routes = Vec::new();
+    let mut out = Assembled { routes: Vec::new(), losses: Vec::new(), closed: Closed::new() };
     for service in services.values().flatten() {
-        let mut sets = Vec::new();
         let audiences = of_service.remove(&service.service.key).unwrap_or_default();
         let everybody = audiences.get(&Audience::Everybody).cloned().unwrap_or_default();
-        for (audience, members) in audiences {
-            let by_port = by_port(service, contributions, &members, &everybody, &mut losses);
-            for (winners, ports) in by_port {
-                let members = winners.iter().map(|i| &contributions[*i]);
-                sets.extend(set(audience.clone(), ports, members));
-            }
-        }
+        let wanted: Vec<(&Audience, budget::Sets)> = audiences
+            .into_iter()
+            .map(|(audience, members)| {
+                let ports = by_port(service, contributions, &members, &everybody, &mut out.losses);
+                (audience, ports.into_iter().collect())
+            })
+            .collect();
         let ports = protocols(service);
+        let sets = sets(&service.service.key, ports.len(), wanted, contributions, &mut out.closed);
         if !sets.is_empty() || ports.iter().any(|p| p.protocol != Protocol::Undeclared) {
             let service = service.service.key.clone();
-            routes.push(Arc::new(ServiceRoutes { service, ports, sets: sets.into() }));
+            out.routes.push(Arc::new(ServiceRoutes { service, ports, sets: sets.into() }));
         }
     }
-    routes.sort_by(|a, b| a.service.cmp(&b.service));
-    losses.sort_unstable();
-    (routes, losses)
+    out.routes.sort_by(|a, b| a.service.cmp(&b.service));
+    out.losses.sort_unstable();
+    out
+}
+
+fn sets(
+    service: &ServiceKey,
+    ports: usize,
+    wanted: Vec<(&Audience, budget::Sets)>,
+    contributions: &[Contribution],
+    closed: &mut Closed,
+) -> Vec<Arc<RouteSet>> {
+    let mut sets = Vec::new();
+    let rooms = budget::give(service, ports, &wanted, contributions);
+    for ((audience, wanted), room) in wanted.into_iter().zip(rooms) {
+        let why = match room {
+            Room::Open => {
+                for (winners, ports) in wanted {
+                    let members = winners.iter().map(|i| &contributions[*i]);
+                    sets.extend(set(audience.clone(), ports, members));
+                }
+                continue;
+            }
+            Room::Closed(set, why) => {
+                sets.push(set);
+                why
+            }
+            Room::Out(why) => why,
+        };
+        let members = wanted.into_iter().flat_map(|(members, _)| members);
+        closed.extend(members.map(|i| (i, why.clone())));
+    }
+    sets
 }
 
 fn protocols(service: &services::Compiled) -> Arc<[PortProtocol]> {
     let ports = service.service.ports.iter().zip(&service.ports);
+    let mut seen = BTreeSet::new();
     ports
+        .filter(|(p, _)| seen.insert(p.service_port))
         .map(|(p, facts)| PortProtocol { service_port: p.service_port, protocol: facts.protocol })
         .collect()
 }

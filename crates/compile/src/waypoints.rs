@@ -205,6 +205,11 @@ enum Class {
     Missing,
 }
 
+/// Whether Gateways of a class are waypoints of ours.
+pub(crate) fn is_ours(class: &str, objects: &Objects) -> bool {
+    matches!(class_of(class, objects), Class::Waypoint { .. })
+}
+
 fn class_of(name: &str, objects: &Objects) -> Class {
     let Some(sourced) = objects.gateway_classes.get(&("".into(), name.into())) else {
         return if name == WAYPOINT_CLASS {

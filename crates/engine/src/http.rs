@@ -5,7 +5,8 @@
 //! is worded by [`HttpPlan::answer`], or by [`answer`] where there is no plan yet.
 //!
 //! Answers of the proxy itself (redirects, fixed responses, preflights, refusals) carry the CORS headers of the route, so
-//! that a page may read why it was refused; the route's response header edits are for what a backend answered.
+//! that a page may read why it was refused; the route's response header edits are for what a backend answered, and for what
+//! the route itself answers (redirects, fixed responses), not for refusals and preflights.
 //!
 //! Invariants: the parent Service comes from the destination address of the connection, never from the Host header; a
 //! Service with routes has no way around them; what cannot be resolved answers with an error and its reason;

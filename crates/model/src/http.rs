@@ -16,6 +16,7 @@ use std::time::Duration;
 use crate::{Identity, Provenance, Reason, ServiceKey, Str, WorkloadUid};
 
 mod index;
+pub mod limits;
 mod pattern;
 
 pub use index::PathIndex;

@@ -7,21 +7,24 @@
 //! field that is not honoured is named.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use model::http::{Audience, Protocol};
+use model::http::Audience;
 use model::{Provenance, Str};
 
 use super::passage::{self, Missed};
-use super::rules::{RuleCompiler, Rules};
+use super::protocol::{self, ports};
+use super::rules::{DROPPED, RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
 use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
-use super::{Api, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
+use super::{Api, CLOSED, Closed, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
 use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::GROUP;
 use crate::object::{Meta, Objects, Origin, Sourced, Table, object_id};
 use crate::services::{self, ByNamespace};
+use crate::waypoints;
 use crate::waypoints::binding::Bindings;
 
 /// A route, and what became of it at its parents.
@@ -130,6 +133,10 @@ fn attach<'a>(
         let d = Diagnostic::warning(Code::NoEffect, message).field("spec.hostnames");
         diagnostics.push(d.help("match the Host header instead"));
     }
+    if route.rules.is_empty() {
+        let message = "has no rule: requests go on as if the route were not there";
+        diagnostics.push(Diagnostic::warning(Code::NoEffect, message).field("spec.rules"));
+    }
     portable(route, &mut diagnostics);
     if route.default_gateways {
         let message = "not handled by this version: there are no default Gateways";
@@ -140,7 +147,8 @@ fn attach<'a>(
         object.report(d, cx);
     }
     let nothing_left = rules.rules.is_empty() && !route.rules.is_empty();
-    if !nothing_left {
+    // Without a rule it would take the port from others, and every request would find no route.
+    if !rules.rules.is_empty() {
         contribute(object, &id, &rules, &mut parents, out);
     }
     Attached { object, parents, bad_references, dropped, nothing_left, faults }
@@ -172,7 +180,7 @@ fn contribute(
     parents: &mut [Parent<'_>],
     out: &mut Vec<Contribution>,
 ) {
-    let matches = ranked(object, rules);
+    let matches: Arc<[Ranked]> = ranked(object, rules).into();
     let mut of_service = BTreeMap::new();
     for parent in parents {
         let Ok(attachment) = &mut parent.verdict else { continue };
@@ -241,7 +249,7 @@ fn parents<'a>(
         if (group, kind) == ("", "Service") {
             let verdict = service(object, reference, objects, services);
             if let Ok(attachment) = &verdict
-                && let Some(d) = untouched(attachment)
+                && let Some(d) = protocol::untouched(attachment.service, &attachment.ports)
             {
                 diagnostics.push(d.field(at));
             }
@@ -274,11 +282,8 @@ fn parents<'a>(
 fn is_waypoint(object: RouteObject<'_>, reference: &ParentRef<'_>, objects: &Objects) -> bool {
     let namespace = reference.namespace.unwrap_or(&object.key.0);
     let gateway = objects.gateways.get(&(namespace.into(), reference.name.into()));
-    gateway.is_some_and(|g| g.value.spec.gateway_class_name == WAYPOINT_CLASS)
+    gateway.is_some_and(|g| waypoints::is_ours(&g.value.spec.gateway_class_name, objects))
 }
-
-/// The GatewayClass of waypoints.
-const WAYPOINT_CLASS: &str = "istio-waypoint";
 
 const NAME_A_SERVICE: &str = "name a Service: {group: \"\", kind: Service, name: ...}";
 
@@ -325,19 +330,6 @@ fn service<'a>(
     Ok(Attachment { service, ports, contribution: None })
 }
 
-/// A finding about a parent none of whose ports speak HTTP.
-fn untouched(attachment: &Attachment<'_>) -> Option<Diagnostic> {
-    let ports = attachment.service.service.ports.iter().zip(&attachment.service.ports);
-    let mut chosen = ports.filter(|(p, _)| attachment.ports.contains(&p.service_port));
-    if !chosen.all(|(_, facts)| facts.protocol == Protocol::Opaque) {
-        return None;
-    }
-    let message =
-        "the Service declares that no such port speaks HTTP: what goes there is not looked into";
-    let d = Diagnostic::warning(Code::NoEffect, message);
-    Some(d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc"))
-}
-
 /// What is known of routes once it is known who won where.
 #[derive(Debug)]
 pub(super) struct Judged {
@@ -351,6 +343,7 @@ pub(super) fn judge(
     attached: &[Attached<'_>],
     contributions: &[Contribution],
     losses: &[Loss],
+    closed: &Closed,
     bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
 ) -> Judged {
@@ -366,7 +359,8 @@ pub(super) fn judge(
             let none = BTreeMap::new();
             let contribution = parent.verdict.as_ref().ok().and_then(|a| a.contribution);
             let lost = contribution.and_then(|c| lost.get(&c)).unwrap_or(&none);
-            let accepted = route.accepted(parent, lost, contributions, cx);
+            let closed = contribution.and_then(|c| closed.get(&c));
+            let accepted = route.accepted(parent, lost, closed, contributions, cx);
             let passage = route.passage(parent, bindings, cx);
             acts |= accepted.0 && passage.as_ref().is_some_and(Result::is_ok);
             out.status.push(RouteStatus {
@@ -391,6 +385,7 @@ impl Attached<'_> {
         &self,
         parent: &Parent<'_>,
         lost: &BTreeMap<u16, usize>,
+        closed: Option<&Str>,
         contributions: &[Contribution],
         cx: &mut Context<'_>,
     ) -> (bool, ConditionReason, String) {
@@ -405,7 +400,13 @@ impl Attached<'_> {
         };
         if self.nothing_left {
             let reason = self.dropped.first().map_or(ConditionReason::UnsupportedValue, |d| d.0);
-            return (false, reason, format!("every rule is dropped: {}", self.why_dropped()));
+            return (false, reason, format!("no rule is left: {}", self.why_dropped()));
+        }
+        if let Some(why) = closed {
+            let message = format!("{}: {why}", attachment.service.service.key);
+            let d = Diagnostic::error(Code::LimitExceeded, message.clone()).field(at);
+            self.object.report(d.help(CLOSED), cx);
+            return (false, ConditionReason::UnsupportedValue, message);
         }
         let own: Vec<u16> =
             attachment.ports.iter().filter(|p| lost.contains_key(p)).copied().collect();
@@ -466,8 +467,7 @@ impl Attached<'_> {
             }
         });
         if is_accepted && let Some((reason, _)) = self.dropped.first() {
-            let message = format!("Dropped Rule {}", self.why_dropped());
-            out.push(new(ConditionType::PartiallyInvalid, true, *reason, message));
+            out.push(new(ConditionType::PartiallyInvalid, true, *reason, self.why_dropped()));
         }
         let waypoints = ConditionType::ResolvedWaypoints;
         out.extend(passage.map(|passage| match passage {
@@ -478,7 +478,8 @@ impl Attached<'_> {
     }
 
     fn why_dropped(&self) -> String {
-        let all: Vec<&str> = self.dropped.iter().map(|d| d.1.as_str()).collect();
+        let mut all: Vec<&str> = self.dropped.iter().map(|d| d.1.as_str()).collect();
+        all.sort_by_key(|why| !why.starts_with(DROPPED));
         all.join("; ")
     }
 }
@@ -503,10 +504,4 @@ fn reference(r: &ParentRef<'_>) -> ParentReference {
         section_name: r.section_name.map(Str::from),
         port: r.port,
     }
-}
-
-fn ports(all: &[u16]) -> String {
-    let numbers: Vec<String> = all.iter().map(u16::to_string).collect();
-    let what = if all.len() == 1 { "port" } else { "ports" };
-    format!("{what} {}", numbers.join(", "))
 }

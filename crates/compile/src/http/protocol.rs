@@ -3,6 +3,9 @@
 use k8s_openapi::api::core::v1::ServicePort;
 use model::http::Protocol;
 
+use crate::diagnostics::{Code, Diagnostic};
+use crate::services;
+
 /// Ports whose servers speak first by custom: SMTP, DNS, MySQL, MongoDB. Waiting for the client to speak would hold them up.
 const SERVER_FIRST: [i32; 4] = [25, 53, 3306, 27017];
 
@@ -34,6 +37,43 @@ pub(crate) fn of_port(port: &ServicePort) -> Protocol {
 /// Whether the server wants TLS from its clients, which the mesh does not originate for a route.
 pub(crate) fn wants_tls(port: &ServicePort) -> bool {
     matches!(word(port).as_str(), "https" | "tls")
+}
+
+/// A finding about ports of a Service that rules are for and that do not speak HTTP: all of these, or some.
+pub(super) fn untouched(service: &services::Compiled, ports: &[u16]) -> Option<Diagnostic> {
+    let all = service.service.ports.iter().zip(&service.ports);
+    let opaque = all
+        .filter(|(p, facts)| facts.protocol == Protocol::Opaque && ports.contains(&p.service_port));
+    let mut opaque: Vec<u16> = opaque.map(|(p, _)| p.service_port).collect();
+    opaque.sort_unstable();
+    opaque.dedup();
+    match opaque.len() {
+        0 => None,
+        n if n == ports.len() => Some(not_http(&[])),
+        _ => Some(not_http(&opaque)),
+    }
+}
+
+/// That some ports do not speak HTTP; empty: all that are meant.
+pub(super) fn not_http(some: &[u16]) -> Diagnostic {
+    let d = if some.is_empty() {
+        let message = "the Service declares that no such port speaks HTTP: what goes there is not looked into";
+        Diagnostic::warning(Code::NoEffect, message)
+    } else {
+        let ports = ports(some);
+        let message = format!(
+            "no HTTP by the Service's declaration: what goes to {ports} is not looked into"
+        );
+        Diagnostic::info(Code::NoEffect, message)
+    };
+    d.help("set the port's appProtocol: http, kubernetes.io/h2c or grpc")
+}
+
+/// Ports in words.
+pub(super) fn ports(all: &[u16]) -> String {
+    let numbers: Vec<String> = all.iter().map(u16::to_string).collect();
+    let what = if all.len() == 1 { "port" } else { "ports" };
+    format!("{what} {}", numbers.join(", "))
 }
 
 #[cfg(test)]

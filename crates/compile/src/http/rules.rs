@@ -20,6 +20,9 @@ use crate::services::ByNamespace;
 /// The largest weight, as in Gateway API's schema: the sum of a rule's stays far from the end of `u32`.
 const MAX_WEIGHT: i32 = 1_000_000;
 
+/// How a message about a rule that is dropped has to begin, by Gateway API's word.
+pub(super) const DROPPED: &str = "Dropped Rule";
+
 /// What compiling rules needs, and what it finds.
 pub(super) struct RuleCompiler<'a, 'm> {
     pub objects: &'a Objects,
@@ -31,7 +34,7 @@ pub(super) struct RuleCompiler<'a, 'm> {
     /// Without object and place; each names its field.
     pub diagnostics: Vec<Diagnostic>,
     pub bad_references: Vec<(ConditionReason, String)>,
-    /// Rules that are not what they say, and why.
+    /// Rules that are not what they say, what becomes of them, and why.
     pub dropped: Vec<(ConditionReason, String)>,
     /// The names of `HTTPFault`s that rules name.
     pub faults: BTreeSet<Str>,
@@ -79,7 +82,7 @@ impl RuleCompiler<'_, '_> {
                     out.matches.push((i, matches));
                 }
                 Err(Invalid { reason, field, message }) => {
-                    self.dropped.push((reason, format!("{at} ({field}: {message})")));
+                    self.dropped.push((reason, format!("{DROPPED} {at} ({field}: {message})")));
                     let d = Diagnostic::error(Code::InvalidField, message).field(field);
                     let d = d.help("the rule is dropped until it is mended");
                     self.diagnostics.push(d);
@@ -97,8 +100,8 @@ impl RuleCompiler<'_, '_> {
 
     /// A finding that makes a rule less than it says, without taking it away.
     pub(super) fn unsupported(&mut self, d: Diagnostic) {
-        self.dropped
-            .push((ConditionReason::UnsupportedValue, format!("{}: {}", d.field, d.message)));
+        let message = format!("Answered With An Error {}: {}", d.field, d.message);
+        self.dropped.push((ConditionReason::UnsupportedValue, message));
         self.diagnostics.push(d);
     }
 

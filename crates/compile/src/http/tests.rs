@@ -258,6 +258,30 @@ fn a_waypoint_takes_no_routes() {
     assert_eq!(status[2], "Accepted=False NotAllowedByListeners", "A3");
 }
 
+/// Who runs a Gateway says its class, whatever the class is called.
+#[test]
+fn a_gateway_is_judged_by_the_controller_of_its_class() {
+    let check = |row: &str, class: &str, controller: Option<&str>, ours: bool| {
+        let gateway = format!(
+            "\n---\n{{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {{name: edge, namespace: shop}}, spec: \
+             {{gatewayClassName: {class}, listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]}}}}"
+        );
+        let object = controller.map(|c| {
+            format!(
+                "\n---\n{{apiVersion: gateway.networking.k8s.io/v1, kind: GatewayClass, metadata: {{name: {class}}}, spec: \
+                 {{controllerName: {c}}}}}"
+            )
+        });
+        let yaml = route("HTTPRoute", "shop", "name: r", "{name: edge}", "[{}]");
+        let compiled = shop(&(yaml + &gateway + &object.unwrap_or_default()));
+        assert_eq!(compiled.route_status.len(), usize::from(ours), "{row}");
+    };
+    check("the name alone", "istio-waypoint", None, true);
+    check("our own name", "mine", Some(crate::waypoints::CONTROLLER), true);
+    check("another's", "istio-waypoint", Some("example.com/other"), false);
+    check("nobody's", "mine", None, false);
+}
+
 /// Row A9: what is deleted is gone, and the Service is called as if it had never been.
 #[test]
 fn deleted_routes_leave_nothing() {
@@ -326,7 +350,7 @@ fn other_apis_come_last() {
             origin: "f:3".into(),
         },
         rules: routes(&compiled).sets[0].rules.to_vec(),
-        matches: Vec::new(),
+        matches: Arc::new([]),
     };
     let all = [
         of(Api::VirtualService, 80, "VirtualService/shop/v"),
@@ -337,7 +361,7 @@ fn other_apis_come_last() {
     let config = crate::MeshConfig::default();
     let mut cx = Context::new(&config);
     let services = services::compile(&objects, &mut cx);
-    let (assembled, losses) = assemble(&services, &all);
+    let Assembled { routes: assembled, losses, .. } = assemble(&services, &all);
     assert_eq!(losses, [Loss { contribution: 0, port: 80, winner: 1 }]);
     let web = assembled.iter().find(|r| r.service == key).unwrap();
     assert_eq!(web.sets.len(), 2);
@@ -365,6 +389,19 @@ fn a_route_without_rules_matches_everything_and_sends_nowhere() {
 }
 
 #[test]
+fn an_empty_list_of_rules_takes_nothing_over() {
+    for kind in ["HTTPRoute", "GRPCRoute"] {
+        let compiled = shop(&route(kind, "shop", "name: r", &web(""), "[]"));
+        assert!(chosen(&compiled, "any", 80).is_none(), "{kind}");
+        assert_eq!(codes(&compiled), ["no_effect spec.rules"], "{kind}");
+        assert_eq!(conditions(&compiled.route_status[0])[0], "Accepted=True Accepted", "{kind}");
+    }
+    // Nor does it win over another kind.
+    let yaml = route("GRPCRoute", "shop", "name: g", &web(""), "[]") + &http("[{name: http}]");
+    assert_eq!(order(chosen(&shop(&yaml), "any", 80).unwrap()), ["http"]);
+}
+
+#[test]
 fn what_is_not_honoured_is_named() {
     let check = |row: &str, yaml: &str, want: &[&str]| {
         assert_eq!(codes(&shop(yaml)), want, "{row}");
@@ -377,6 +414,13 @@ fn what_is_not_honoured_is_named() {
         &rule("sessionPersistence: {type: Cookie}"),
         &["unsupported spec.rules[0].sessionPersistence"],
     );
+    let redirect = |to: &str| {
+        http(&format!("[{{filters: [{{type: RequestRedirect, requestRedirect: {to}}}]}}]"))
+    };
+    let field = "no_effect spec.rules[0].filters[0].requestRedirect";
+    check("redirect", &redirect("{}"), &[field]);
+    check("redirect status", &redirect("{statusCode: 301}"), &[field]);
+    check("redirect somewhere", &redirect("{port: 81}"), &[]);
     let many = vec![format!("{{{to}}}"); 17].join(", ");
     check("limit", &http(&format!("[{many}]")), &["limit_exceeded spec.rules"]);
     let spec = |more: &str| rule("name: a").replace("spec:\n", &format!("spec:\n  {more}\n"));

@@ -71,11 +71,18 @@ pub(super) fn absolute_path(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A path that [`absolute_path`] takes, in the one spelling that requests' paths have when rules see them: no escape of
-/// what needs none, the digits of others in upper case.
+/// A path, or the beginning of one, in the one spelling that requests' paths have when rules see them: no escape of what needs
+/// none, the digits of others in upper case, and escapes of what is not ASCII or a space.
 pub(super) fn spelled(path: &str) -> String {
-    let mut out = String::with_capacity(path.len());
-    let mut rest = path;
+    let mut ascii = String::with_capacity(path.len());
+    for byte in path.bytes() {
+        match byte {
+            b'!'..=b'~' => ascii.push(char::from(byte)),
+            _ => ascii.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    let mut out = String::with_capacity(ascii.len());
+    let mut rest = &*ascii;
     while let Some((before, after)) = rest.split_once('%') {
         out.push_str(before);
         let (digits, after) = after.split_at_checked(2).unwrap_or((after, ""));
@@ -213,6 +220,7 @@ mod tests {
             ("/%41%7e", "/A~"),
             ("/caf%c3%a9/x%20y", "/caf%C3%A9/x%20y"),
             ("/%25%41", "/%25A"),
+            ("/café/a%2fb", "/caf%C3%A9/a%2Fb"),
         ] {
             assert_eq!(spelled(path), want, "{path}");
             assert_eq!(engine::http::normal_path(path).as_deref(), Some(want), "{path}");

@@ -1,7 +1,7 @@
 //! VirtualServices: which Services they are for, whose requests, and on which ports.
 //!
-//! What is decided here, per host, namespace of the client and port, is what Istio calls selection: `gateways`, `exportTo`,
-//! `sourceNamespace` and `port` say which rules there are. What is left is compiled by `rules` and looks at requests.
+//! What is decided here and in `selection`, per host, namespace of the client and port, is what Istio calls selection: `gateways`,
+//! `exportTo`, `sourceNamespace` and `port` say which rules there are. What is left is compiled by `rules` and looks at requests.
 //!
 //! Invariants: for one Service and audience one object decides, the oldest; a namespace routes the requests of others only to
 //! its own Services; the rules keep their order; a rule that cannot be honoured answers with an error.
@@ -9,16 +9,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use model::http::{Audience, RouteMatch, RouteRule, Subset, SubsetKey};
+use model::http::{Audience, Subset, SubsetKey};
 use model::{ServiceKey, Str};
 
+use super::Contribution;
 use super::hosts::{self, Host};
-use super::{Api, Contribution, Rank, Ranked, Specificity, passage};
+use super::passage;
 use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::VirtualService;
-use crate::istio::virtual_service::{HttpMatch, VirtualServiceSpec};
-use crate::object::{Objects, Sourced, age, object_id, provenance};
+use crate::istio::virtual_service::VirtualServiceSpec;
+use crate::object::{Objects, Sourced, age, object_id};
 use crate::services::{self, ByNamespace};
 use crate::validate::{Report, label_name};
 use crate::waypoints::binding::Bindings;
@@ -26,6 +27,7 @@ use crate::waypoints::binding::Bindings;
 mod actions;
 mod matches;
 mod rules;
+mod selection;
 
 use rules::{Place, Reader};
 
@@ -35,6 +37,10 @@ const MESH: &str = "mesh";
 type Entry<'a> = (&'a (Str, Str), &'a Sourced<VirtualService>);
 /// Who decides.
 type Claims<'a> = BTreeMap<(ServiceKey, Audience), (&'a services::Compiled, Entry<'a>)>;
+/// The Services of each object.
+type Hosts<'a> = BTreeMap<&'a (Str, Str), Vec<&'a services::Compiled>>;
+/// Who of `exportTo` at most is taken one by one: each gets the rules as a set of its own.
+const MAX_AUDIENCES: usize = 256;
 
 /// What all VirtualServices say.
 pub(super) fn contributions(
@@ -45,9 +51,17 @@ pub(super) fn contributions(
     cx: &mut Context<'_>,
 ) -> Vec<Contribution> {
     let subsets: BTreeSet<&SubsetKey> = subsets.iter().map(|s| &s.key).collect();
+    let mut of_object: BTreeMap<&(Str, Str), (Entry<'_>, Vec<selection::Claim<'_>>)> =
+        BTreeMap::new();
+    let (claims, hosts) = claims(objects, services, bindings, cx);
+    for ((_, audience), (service, entry)) in claims {
+        let (_, claims) = of_object.entry(entry.0).or_insert_with(|| (entry, Vec::new()));
+        claims.push(selection::Claim { service, audience });
+    }
     let mut out = Vec::new();
-    for ((_, audience), (service, entry)) in claims(objects, services, bindings, cx) {
-        contribute(service, audience, entry, services, &subsets, &mut out, cx);
+    for (entry, claims) in of_object.into_values() {
+        let hosts = hosts.get(entry.0).map(Vec::as_slice).unwrap_or_default();
+        selection::contribute(entry, claims, hosts, services, &subsets, &mut out, cx);
     }
     out
 }
@@ -66,7 +80,8 @@ pub(crate) fn validate(spec: &VirtualServiceSpec, report: Report<'_>) {
     let mut pattern = |text: &str| budget.pattern(text);
     let mut reader = Reader::new(&mut pattern);
     for (i, rule) in spec.http.iter().enumerate() {
-        reader.rule(i, rule, &Place::Nowhere);
+        reader.remarks(i, rule);
+        reader.rule(i, rule, None, &Place::Nowhere);
     }
     for d in reader.found.into_iter().filter(|d| d.code == Code::InvalidField) {
         report(d.field, d.message);
@@ -79,41 +94,27 @@ fn claims<'a>(
     services: &'a ByNamespace,
     bindings: &Bindings<'_>,
     cx: &mut Context<'_>,
-) -> Claims<'a> {
+) -> (Claims<'a>, Hosts<'a>) {
     let mut by_age: Vec<Entry<'a>> = objects.virtual_services.iter().collect();
     by_age.sort_by(|a, b| age(a.0, a.1).cmp(&age(b.0, b.1)));
-    let mut claims = Claims::new();
+    let (mut claims, mut of_object) = (Claims::new(), Hosts::new());
     for entry in by_age {
         if !is_for_the_mesh(entry, cx) {
             continue;
         }
-        for service in hosts(entry, services, bindings, cx) {
+        let hosts = hosts(entry, services, bindings, cx);
+        for service in &hosts {
             for audience in audiences(entry, &service.service.key.namespace, cx) {
                 let claim = (service.service.key.clone(), audience);
                 match claims.get(&claim) {
                     Some((_, winner)) => conflict(entry, *winner, &claim, cx),
-                    None => drop(claims.insert(claim, (service, entry))),
+                    None => drop(claims.insert(claim, (*service, entry))),
                 }
             }
         }
+        of_object.insert(entry.0, hosts);
     }
-    // Rules for the clients of one namespace are a set of their own, beside that for everybody.
-    let everybody = claims.iter().filter(|((_, audience), _)| *audience == Audience::Everybody);
-    let mut narrow = Vec::new();
-    for ((service, _), claim) in everybody {
-        let sources = sources(&claim.1.1.value.spec);
-        narrow
-            .extend(sources.map(|ns| ((service.clone(), Audience::Namespace(ns.into())), *claim)));
-    }
-    for (key, claim) in narrow {
-        claims.entry(key).or_insert(claim);
-    }
-    claims
-}
-
-fn sources(spec: &VirtualServiceSpec) -> impl Iterator<Item = &str> {
-    let matches = spec.http.iter().flat_map(|rule| &rule.r#match);
-    matches.map(|m| m.source_namespace.as_str()).filter(|ns| !ns.is_empty())
+    (claims, of_object)
 }
 
 fn is_for_the_mesh((key, sourced): Entry<'_>, cx: &mut Context<'_>) -> bool {
@@ -191,47 +192,67 @@ fn audiences(
     service_namespace: &Str,
     cx: &mut Context<'_>,
 ) -> BTreeSet<Audience> {
-    let own = Audience::Namespace(key.0.clone());
     let export = &sourced.value.spec.export_to;
-    let everybody = export.is_empty() || export.iter().any(|e| e == "*");
-    if *service_namespace != key.0 {
-        if export.iter().any(|e| e != ".") || export.is_empty() {
-            let message = format!(
-                "it is for clients in namespace {} only: the Service belongs to namespace {service_namespace}",
-                key.0
-            );
-            let field = if export.is_empty() { "spec.hosts" } else { "spec.exportTo" };
-            let d = Diagnostic::warning(Code::NoEffect, message).field(field);
-            cx.report(
-                key,
-                sourced,
-                d.help("put it into the Service's namespace to be for everybody"),
-            );
-        }
-        return BTreeSet::from([own]);
-    }
-    if everybody {
-        return BTreeSet::from([Audience::Everybody]);
-    }
-    let mut audiences = BTreeSet::new();
+    let mut named: BTreeSet<Str> = BTreeSet::new();
     for (i, namespace) in export.iter().enumerate() {
-        match namespace.as_str() {
-            "." => drop(audiences.insert(own.clone())),
+        let d = match namespace.as_str() {
+            "*" => continue,
+            "." => {
+                named.insert(key.0.clone());
+                continue;
+            }
             "~" => {
                 let message = "`~` is nobody: no rule is in force for anybody it stands for";
-                let d = Diagnostic::warning(Code::MatchesNothing, message);
-                cx.report(key, sourced, d.field(format!("spec.exportTo[{i}]")));
+                Diagnostic::warning(Code::MatchesNothing, message)
             }
             name => match label_name(name) {
-                Ok(()) => drop(audiences.insert(Audience::Namespace(name.into()))),
-                Err(message) => {
-                    let d = Diagnostic::error(Code::InvalidField, message);
-                    cx.report(key, sourced, d.field(format!("spec.exportTo[{i}]")));
+                Ok(()) => {
+                    named.insert(name.into());
+                    continue;
                 }
+                Err(message) => Diagnostic::error(Code::InvalidField, message),
             },
-        }
+        };
+        cx.report(key, sourced, d.field(format!("spec.exportTo[{i}]")));
     }
-    audiences
+    let everybody = export.is_empty() || export.iter().any(|e| e == "*");
+    if *service_namespace != key.0 {
+        return foreign((key, sourced), service_namespace, everybody, &named, cx);
+    }
+    if everybody || named.len() > MAX_AUDIENCES {
+        // Of too many: see `selection`.
+        return BTreeSet::from([Audience::Everybody]);
+    }
+    named.into_iter().map(Audience::Namespace).collect()
+}
+
+/// The same at a Service of others: the clients of the object's own namespace, if it is for them.
+fn foreign(
+    (key, sourced): Entry<'_>,
+    service_namespace: &Str,
+    everybody: bool,
+    named: &BTreeSet<Str>,
+    cx: &mut Context<'_>,
+) -> BTreeSet<Audience> {
+    let only = format!("the Service belongs to namespace {service_namespace}");
+    let own = everybody || named.contains(&key.0);
+    let others = everybody || named.iter().any(|name| *name != key.0);
+    let field =
+        if sourced.value.spec.export_to.is_empty() { "spec.hosts" } else { "spec.exportTo" };
+    if !own && others {
+        let message = format!(
+            "it is for nobody: {only}, so it could only be for clients in namespace {}, which is not named",
+            key.0
+        );
+        let d = Diagnostic::warning(Code::MatchesNothing, message).field(field);
+        cx.report(key, sourced, d.help("add `.`, or put it into the Service's namespace"));
+    } else if others {
+        let message = format!("it is for clients in namespace {} only: {only}", key.0);
+        let d = Diagnostic::warning(Code::NoEffect, message).field(field);
+        let help = "put it into the Service's namespace to be for everybody";
+        cx.report(key, sourced, d.help(help));
+    }
+    own.then(|| Audience::Namespace(key.0.clone())).into_iter().collect()
 }
 
 fn conflict(
@@ -251,128 +272,6 @@ fn conflict(
     );
     let d = Diagnostic::warning(Code::RouteConflict, message).field("spec.hosts");
     cx.report(key, sourced, d.help("put the rules into one object"));
-}
-
-/// Rules and matches of some ports.
-type Compiled = (Vec<Arc<RouteRule>>, Vec<RouteMatch>);
-
-fn contribute(
-    service: &services::Compiled,
-    audience: Audience,
-    (key, sourced): Entry<'_>,
-    services: &ByNamespace,
-    subsets: &BTreeSet<&SubsetKey>,
-    out: &mut Vec<Contribution>,
-    cx: &mut Context<'_>,
-) {
-    let domain = cx.config.cluster_domain.clone();
-    let mut ports: Vec<u16> = service.service.ports.iter().map(|p| p.service_port).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    // Ports that come out the same share what they have: mostly all of them.
-    let mut groups: Vec<(Vec<u16>, Compiled)> = Vec::new();
-    for port in &ports {
-        let there = rules::There {
-            namespace: &key.0,
-            domain: &domain,
-            services,
-            subsets,
-            port: *port,
-            audience: &audience,
-        };
-        let compiled = compile((key, sourced), &Place::At(there), cx);
-        // No rule is for this port: it is reached as without rules.
-        if compiled.1.is_empty() {
-            continue;
-        }
-        match groups.iter_mut().find(|(_, same)| *same == compiled) {
-            Some((ports, _)) => ports.push(*port),
-            None => groups.push((vec![*port], compiled)),
-        }
-    }
-    unused(&ports, (key, sourced), cx);
-    let object: Str = format!("{}/{}", key.0, key.1).into();
-    for (ports, (rules, matches)) in groups {
-        let ranked = (0..).zip(matches).map(|(place, matched)| Ranked {
-            rank: Rank {
-                specificity: Specificity::default(),
-                age: (true, 0),
-                object: object.clone(),
-                rule: 0,
-                place,
-            },
-            matched,
-        });
-        out.push(Contribution {
-            service: service.service.key.clone(),
-            audience: audience.clone(),
-            ports,
-            api: Api::VirtualService,
-            provenance: provenance(key, sourced, "spec.hosts"),
-            rules,
-            matches: ranked.collect(),
-        });
-    }
-}
-
-fn compile((key, sourced): Entry<'_>, place: &Place<'_>, cx: &mut Context<'_>) -> Compiled {
-    let object: Str = object_id("VirtualService", &key.0, &key.1).into();
-    let mut rules: Vec<Arc<RouteRule>> = Vec::new();
-    let mut matches = Vec::new();
-    let mut found = Vec::new();
-    let mut budget = Budget::default();
-    for (i, rule) in sourced.value.spec.http.iter().enumerate() {
-        let mut pattern = |text: &str| cx.pattern(text, &mut budget);
-        let mut reader = Reader::new(&mut pattern);
-        let compiled = reader.rule(i, rule, place);
-        found.append(&mut reader.found);
-        let provenance = provenance(key, sourced, &format!("spec.http[{i}]"));
-        // Matches of one rule mostly lead to the same.
-        let first = rules.len();
-        for (matched, rule) in compiled {
-            let rule = RouteRule { route: object.clone(), provenance: provenance.clone(), ..rule };
-            let same = rules[first..].iter().position(|r| **r == rule);
-            let index = same.map_or(rules.len(), |at| first + at);
-            if same.is_none() {
-                rules.push(Arc::new(rule));
-            }
-            // Thousands of rules at most, by the limits of files.
-            let rule = u32::try_from(index).unwrap_or(u32::MAX);
-            matches.push(RouteMatch { rule, ..matched });
-        }
-    }
-    for d in found {
-        cx.report(key, sourced, d);
-    }
-    (rules, matches)
-}
-
-/// Matches for a port that the Service does not have, and rules that no request gets to.
-fn unused(ports: &[u16], (key, sourced): Entry<'_>, cx: &mut Context<'_>) {
-    let mut all = None;
-    for (i, rule) in sourced.value.spec.http.iter().enumerate() {
-        if let Some(before) = all {
-            let message = format!("no request gets here: spec.http[{before}] takes every one");
-            let d = Diagnostic::warning(Code::MatchesNothing, message);
-            cx.report(key, sourced, d.field(format!("spec.http[{i}]")).help("put it before that"));
-            continue;
-        }
-        for (j, m) in rule.r#match.iter().enumerate() {
-            let port = m.port.filter(|port| *port != 0);
-            if let Some(port) = port.filter(|p| !ports.iter().any(|own| u32::from(*own) == *p)) {
-                let message = format!("the Service has no port {port}");
-                let d = Diagnostic::warning(Code::MatchesNothing, message);
-                cx.report(key, sourced, d.field(format!("spec.http[{i}].match[{j}].port")));
-            }
-        }
-        let everything = |m: &HttpMatch| {
-            let name = m.name.clone();
-            *m == HttpMatch { name, ..HttpMatch::default() }
-        };
-        if rule.r#match.is_empty() || rule.r#match.iter().any(everything) {
-            all = Some(i);
-        }
-    }
 }
 
 #[cfg(test)]

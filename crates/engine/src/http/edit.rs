@@ -152,7 +152,7 @@ fn edit(edits: &[Edit], parts: &mut request::Parts) {
 }
 
 impl HeaderEdit {
-    fn apply(&self, headers: &mut HeaderMap) {
+    pub(super) fn apply(&self, headers: &mut HeaderMap) {
         match self {
             Self::Remove(name) => {
                 headers.remove(name);

@@ -85,7 +85,32 @@ impl Walk<'_> {
 
     /// `Some`: a filter decided what happens.
     fn filters(&mut self, filters: &[Filter]) -> Option<HttpAction> {
-        filters.iter().find_map(|filter| self.filter(filter))
+        for (place, filter) in filters.iter().enumerate() {
+            let Some(action) = self.filter(filter) else { continue };
+            return Some(match (filter, action) {
+                (Filter::Redirect(_) | Filter::Respond(_), HttpAction::Answer(answer))
+                    if answer.refusal.is_none() =>
+                {
+                    self.edited(answer, &filters[place + 1..])
+                }
+                (_, action) => action,
+            });
+        }
+        None
+    }
+
+    /// What the rule itself answers, changed as a backend's answer would be; also by filters that stand behind the one that
+    /// answers, since an answer passes all of them.
+    fn edited(&mut self, mut answer: Answer, behind: &[Filter]) -> HttpAction {
+        for filter in behind {
+            if let Filter::ResponseHeaders(edits) = filter
+                && let Err(message) = edit::of_response(edits, &mut self.plan.response_edits)
+            {
+                return self.refuse(Reason::BadFilter, &message);
+            }
+        }
+        self.plan.response_edits.iter().for_each(|edit| edit.apply(&mut answer.headers));
+        HttpAction::Answer(answer)
     }
 
     fn filter(&mut self, filter: &Filter) -> Option<HttpAction> {

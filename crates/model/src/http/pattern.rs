@@ -1,4 +1,8 @@
 //! Regular expressions that users write: RE2's syntax and guarantees, compiled once, within bounds.
+//!
+//! Where RE2 and our engine read the same words in two ways, RE2's reading counts: `\w`, `\d`, `\s` and `\b` are ASCII, and
+//! within brackets `[`, `&` and `~` stand for themselves. What RE2 takes and our engine does not is told apart from
+//! what is no pattern to anybody ([`PatternError::is_ours`]).
 
 use std::fmt;
 
@@ -25,30 +29,32 @@ pub struct Pattern {
 
 /// Why a pattern is not acceptable.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PatternError(String);
+pub struct PatternError {
+    message: String,
+    ours: bool,
+}
 
 impl Pattern {
     pub fn new(text: &str) -> Result<Self, PatternError> {
         if text.len() > MAX_TEXT {
-            return Err(PatternError(format!(
-                "has {} bytes, at most {MAX_TEXT} are allowed",
-                text.len()
-            )));
+            let message = format!("has {} bytes, at most {MAX_TEXT} are allowed", text.len());
+            return Err(PatternError { message, ours: true });
         }
         let build = |text: &str, size: usize| {
             RegexBuilder::new(text).size_limit(size).dfa_size_limit(MAX_COMPILED).build()
         };
+        let read = as_re2(text);
         // First as it is: `a)(b` is no pattern, but would be one inside a group.
         let mut fits = Err(regex::Error::CompiledTooBig(MAX_COMPILED));
         for size in SIZES {
-            fits = build(text, size).map(|part| (part, size));
+            fits = build(&read, size).map(|part| (part, size));
             if !matches!(fits, Err(regex::Error::CompiledTooBig(_))) {
                 break;
             }
         }
-        let (part, size) = fits.map_err(|e| PatternError::of(&e))?;
-        let whole = format!("^(?:{text})$");
-        let whole = build(&whole, MAX_COMPILED).map_err(|e| PatternError::of(&e))?;
+        let (part, size) = fits.map_err(|e| PatternError::of(&e, text))?;
+        let whole = build(&format!("^(?:{read})$"), MAX_COMPILED);
+        let whole = whole.map_err(|e| PatternError::of(&e, text))?;
         Ok(Self { text: text.into(), whole, part, size })
     }
 
@@ -92,23 +98,99 @@ impl Pattern {
 }
 
 impl PatternError {
-    fn of(error: &regex::Error) -> Self {
-        Self(match error {
+    /// A limit of ours, in words that follow the pattern.
+    pub fn limit(message: String) -> Self {
+        Self { message, ours: true }
+    }
+
+    /// Whether the pattern may be one, and only we do not take it: it is too large, or RE2 knows words that we do not.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    fn of(error: &regex::Error, text: &str) -> Self {
+        match error {
             regex::Error::CompiledTooBig(limit) => {
-                format!("is too large once compiled: more than {limit} bytes")
+                let message = format!("is too large once compiled: more than {limit} bytes");
+                Self { message, ours: true }
             }
             // The crate draws a picture over several lines; its last line says what is wrong.
             other => {
-                let text = other.to_string();
-                text.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned()
+                let picture = other.to_string();
+                let last = picture.lines().last().unwrap_or_default();
+                // Tables of Unicode's properties are not compiled in; quotes and single bytes are RE2's own.
+                let ours = last.contains("Unicode") || text.contains("\\Q") || text.contains("\\C");
+                Self { message: last.trim_start_matches("error: ").to_owned(), ours }
             }
-        })
+        }
     }
+}
+
+/// The pattern in the words of our engine.
+fn as_re2(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut in_class = false;
+    while let Some(c) = rest.chars().next() {
+        let (taken, read) = match (c, in_class) {
+            ('\\', _) => {
+                let escape = &rest[..1 + rest[1..].chars().next().map_or(0, char::len_utf8)];
+                // The end of a range is one character; what is none is for the engine to refuse.
+                let ends_range = in_class
+                    && out.ends_with('-')
+                    && !["[-", "[^-", "]-"].iter().any(|start| out.ends_with(start));
+                let read = if ends_range { escape.to_owned() } else { ascii(escape, in_class) };
+                (escape.len(), read)
+            }
+            ('[', false) => {
+                in_class = true;
+                let open = if rest.starts_with("[^") { "[^" } else { "[" };
+                // A bracket that closes at once is one to match.
+                let closes = rest[open.len()..].starts_with(']');
+                (
+                    open.len() + usize::from(closes),
+                    if closes { [open, r"\]"].concat() } else { open.into() },
+                )
+            }
+            (']', true) => {
+                in_class = false;
+                (1, "]".into())
+            }
+            // `[:alpha:]` and `[:^alpha:]`.
+            ('[', true) if rest.starts_with("[:") => match rest.find(":]") {
+                Some(end) => (end + 2, rest[..end + 2].into()),
+                None => (1, r"\[".into()),
+            },
+            ('[' | '&' | '~', true) => (1, format!("\\{c}")),
+            (c, _) => (c.len_utf8(), c.into()),
+        };
+        out.push_str(&read);
+        rest = &rest[taken..];
+    }
+    out
+}
+
+/// What an escape means in RE2.
+fn ascii(escape: &str, in_class: bool) -> String {
+    let (of, not) = match escape {
+        r"\d" => ("0-9", false),
+        r"\D" => ("0-9", true),
+        r"\w" => ("0-9A-Za-z_", false),
+        r"\W" => ("0-9A-Za-z_", true),
+        // Without the vertical tab.
+        r"\s" => (r"\t\n\x0c\r ", false),
+        r"\S" => (r"\t\n\x0c\r ", true),
+        r"\b" if !in_class => return r"(?-u:\b)".to_owned(),
+        r"\B" if !in_class => return r"(?-u:\B)".to_owned(),
+        _ => return escape.to_owned(),
+    };
+    // In brackets, too: `[\w-z]` is no range.
+    if not { format!("[^{of}]") } else { format!("[{of}]") }
 }
 
 impl fmt::Display for PatternError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.message)
     }
 }
 
@@ -144,14 +226,55 @@ mod tests {
 
     #[test]
     fn what_is_no_pattern_or_too_much_is_refused() {
-        for (text, words) in [
-            ("a)(b", "unopened group"),
-            ("(a{1000}){1000}", "too large"),
-            (&"a".repeat(2000), "2000 bytes"),
-            ("(?=a)", "look-around"),
+        for (text, words, ours) in [
+            ("a)(b", "unopened group", false),
+            ("(a{1000}){1000}", "too large", true),
+            (&"a".repeat(2000), "2000 bytes", true),
+            ("(?=a)", "look-around", false),
+            (r"\pL+", "Unicode", true),
+            (r"\p{Greek}", "Unicode", true),
+            (r"\Qa.b\E", "unrecognized escape", true),
+            ("[a", "unclosed", false),
         ] {
-            let error = Pattern::new(text).unwrap_err().to_string();
-            assert!(error.contains(words), "{text:.20}: {error}");
+            let error = Pattern::new(text).unwrap_err();
+            assert!(error.to_string().contains(words), "{text:.20}: {error}");
+            assert_eq!(error.is_ours(), ours, "{text:.20}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_re2() {
+        for (pattern, text, fits) in [
+            (r"\w{1,32}", "a_9", true),
+            (r"[\w.-]{1,64}", "a.b-c", true),
+            (r"[^\w]", "é", true),
+            (r"\w", "é", false),
+            (r"\W", "é", true),
+            (r"[\W]", "é", true),
+            (r"\d", "٣", false),
+            (r"\D", "٣", true),
+            (r"\s", "\u{b}", false),
+            (r"[\s\S]*", "é\n", true),
+            (r".*\bx\b.*", "é x", true),
+            (r"é\B.*", "é ", true),
+            (r"a\\w", r"a\w", true),
+            (r"...", "éaé", true),
+            ("[[]", "[", true),
+            ("[]a]+", "]a", true),
+            ("[^]a]", "]", false),
+            ("[a&&b]+", "a&b", true),
+            ("[a~~b]", "~", true),
+            ("[[:alpha:]_]+", "a_", true),
+            ("[[:^digit:]]", "5", false),
+            ("(?i)É", "é", true),
+            (r"[\w-z]+", "a-z", true),
+            (r"[\w-z]", "`", false),
+            (r"[\w-\d]+", "-5", true),
+            (r"[+-\d]", "5", false),
+            (r"\", "", false),
+        ] {
+            let built = Pattern::new(pattern);
+            assert_eq!(built.is_ok_and(|p| p.matches(text)), fits, "{pattern} {text:?}");
         }
     }
 

@@ -24,17 +24,6 @@ use super::Interner;
 pub use decode::{decode_routes, decode_subset};
 pub use encode::{encode_routes, encode_subset};
 
-/// Bytes of the routes of one Service: ten of the largest objects that Kubernetes stores (1.5 MiB).
-const MAX_ROUTES_BYTES: usize = 16 << 20;
-/// Sets of one Service: one for everybody and one for each namespace with routes of its own, for each group of ports.
-const MAX_SETS: usize = 4096;
-/// Rules, and matches, of one Service. Generated prefixes come in tens of thousands; one takes less than a KiB of memory.
-const MAX_RULES: usize = 65_536;
-/// Entries of a list that is walked for a request: headers, filters, backends. Gateway API allows 64 at most, Istio says
-/// nothing.
-const MAX_LIST: usize = 1024;
-/// Different patterns of one Service. Most take a few KiB, but each may take half a MiB (`model::http::Pattern`).
-const MAX_PATTERNS: usize = 1024;
 /// Workloads of one subset: twice the pods of the largest mesh that we plan for.
 const MAX_SUBSET: usize = 200_000;
 

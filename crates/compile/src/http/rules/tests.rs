@@ -289,6 +289,9 @@ fn filters_that_nobody_can_apply_answer() {
         &[ACCEPTED, RESOLVED, "PartiallyInvalid=True UnsupportedValue"],
         &["unsupported spec.rules[0].filters[0]"],
     );
+    let compiled = shop(&http(&format!("[{{filters: [{auth}], {TO}}}]")));
+    let message = &compiled.route_status[0].conditions[2].message;
+    assert!(message.starts_with("Answered With An Error spec.rules[0].filters[0]"), "{message}");
 }
 
 #[test]

@@ -185,8 +185,7 @@ impl Reader<'_> {
             }
             Some(regex) => {
                 let at = format!("{at}.uriRegexRewrite");
-                let pattern = self.pattern(&regex.r#match);
-                let pattern = pattern.map_err(|e| self.invalid(format!("{at}.match"), e))?;
+                let pattern = self.pattern(&regex.r#match, format!("{at}.match"))?;
                 let substitution = regex.rewrite.as_str().into();
                 actions.path = PathChange::Fixed(PathRewrite::Regex { pattern, substitution });
             }
@@ -283,6 +282,16 @@ impl Reader<'_> {
         }
         if port.is_some_and(|port| !(1..=65535).contains(&port)) {
             return Err(self.invalid(format!("{at}.port"), "not a port (1-65535)"));
+        }
+        if uri.is_empty()
+            && prefix_rewrite.is_empty()
+            && authority.is_empty()
+            && scheme.is_empty()
+            && port.is_none()
+            && derive_port.is_none()
+        {
+            let message = "leads back to where it comes from: say one of uri, prefixRewrite, authority, scheme, port and derivePort";
+            return Err(self.invalid(at, message));
         }
         actions.path = match (uri.as_str(), prefix_rewrite.as_str()) {
             ("", "") => PathChange::None,

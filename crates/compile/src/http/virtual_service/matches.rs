@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use model::http::{Audience, FieldMatch, PathMatch, RouteMatch, TextMatch};
+use model::http::{FieldMatch, PathMatch, RouteMatch, SourceMatch, TextMatch};
 
 use super::super::text;
 use super::MESH;
@@ -22,17 +22,8 @@ pub(super) struct Matched {
     pub failure: Option<Failure>,
 }
 
-/// The matches that there are at a place, in order.
-pub(super) fn all(
-    rule: &HttpRule,
-    at: &str,
-    place: &Place<'_>,
-    reader: &mut Reader<'_>,
-) -> Vec<Matched> {
-    if rule.r#match.is_empty() {
-        return vec![Matched::default()];
-    }
-    let mut out = Vec::new();
+/// What there is to say of matches, wherever the rule is looked at.
+pub(super) fn remarks(rule: &HttpRule, at: &str, reader: &mut Reader<'_>) {
     for (i, m) in rule.r#match.iter().enumerate() {
         let at = format!("{at}.match[{i}]");
         for gateway in m.gateways.iter().filter(|g| *g != MESH) {
@@ -44,25 +35,34 @@ pub(super) fn all(
         if m.port.is_some_and(|port| port > 65535) {
             reader.invalid(format!("{at}.port"), "not a port (1-65535)");
         }
-        if is_there(m, place) {
-            out.push(one(m, &at, reader));
-        }
     }
-    out
 }
 
-/// Whether a match is for this port, these clients, and the mesh.
-fn is_there(m: &HttpMatch, place: &Place<'_>) -> bool {
-    let Place::At(there) = place else { return true };
-    let port = m.port.unwrap_or_default();
-    let source = m.source_namespace.as_str();
-    (m.gateways.is_empty() || m.gateways.iter().any(|g| g == MESH))
-        && (port == 0 || port == u32::from(there.port))
-        && match there.audience {
-            _ if source.is_empty() => true,
-            Audience::Everybody => false,
-            Audience::Namespace(namespace) => **namespace == *source,
+/// Some of a rule's matches, or all, in order.
+pub(super) fn some(
+    rule: &HttpRule,
+    chosen: Option<&[usize]>,
+    at: &str,
+    place: &Place<'_>,
+    reader: &mut Reader<'_>,
+) -> Vec<Matched> {
+    if rule.r#match.is_empty() {
+        return vec![Matched::default()];
+    }
+    let all: Vec<usize> = (0..rule.r#match.len()).collect();
+    let chosen = chosen.unwrap_or(&all).iter();
+    let there = chosen.filter_map(|i| Some((i, rule.r#match.get(*i)?)));
+    let mut out = Vec::new();
+    for (i, m) in there {
+        let mut matched = one(m, &format!("{at}.match[{i}]"), reader);
+        let by_source = matches!(place, Place::At(there) if there.by_source);
+        if by_source && !m.source_namespace.is_empty() {
+            let namespaces = vec![m.source_namespace.as_str().into()];
+            matched.matched.source = SourceMatch { namespaces, ..SourceMatch::default() };
         }
+        out.push(matched);
+    }
+    out
 }
 
 fn one(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Matched {
@@ -102,13 +102,16 @@ fn one(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Matched {
 fn path(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Result<PathMatch, Failure> {
     let Some(uri) = &m.uri else { return Ok(PathMatch::Any) };
     let at = format!("{at}.uri");
-    let Some(value) = value(uri, &at, reader)? else { return Ok(PathMatch::Any) };
-    if let TextMatch::Exact(text) | TextMatch::Prefix(text) = &value
+    let Some(mut value) = value(uri, &at, reader)? else { return Ok(PathMatch::Any) };
+    if let TextMatch::Exact(text) | TextMatch::Prefix(text) = &mut value
         && !text.is_empty()
-        && !text.starts_with('/')
     {
-        let message = format!("{text:.80?} does not begin with a slash: no path fits");
-        reader.warn(Code::MatchesNothing, at, message);
+        *text = text::spelled(text).into();
+        let whole = uri.exact.is_some();
+        if let Some(why) = never(text, whole) {
+            let message = format!("{text:.80?} {why}: no path fits");
+            reader.warn(Code::MatchesNothing, at, message);
+        }
     }
     Ok(match (value, m.ignore_uri_case) {
         (TextMatch::Exact(text), false) => PathMatch::Exact(text),
@@ -120,6 +123,23 @@ fn path(m: &HttpMatch, at: &str, reader: &mut Reader<'_>) -> Result<PathMatch, F
         // What is left is not made by `value`, or fits everything.
         _ => PathMatch::Any,
     })
+}
+
+/// Why no request's path is this, or begins with it: requests have one form before a rule sees them.
+fn never(text: &str, whole: bool) -> Option<&'static str> {
+    // What ends a prefix may go on.
+    let complete = if whole { text } else { text.rsplit_once('/').map_or("", |(start, _)| start) };
+    if !text.starts_with('/') {
+        Some("does not begin with a slash")
+    } else if text.contains(['?', '#']) {
+        Some("holds `?` or `#`, which end a path (queries are for queryParams)")
+    } else if text.contains('\\') {
+        Some("holds a backslash, which is a slash in requests")
+    } else if complete.split('/').any(|segment| matches!(segment, "." | "..")) {
+        Some("holds a dot segment, which is resolved in requests")
+    } else {
+        None
+    }
 }
 
 /// `None`: whatever it is.
@@ -134,10 +154,9 @@ pub(super) fn value(
         (None, Some(text), None) => Ok(Some(TextMatch::Prefix(text.as_str().into()))),
         // No pattern, but what people write for "anything".
         (None, None, Some(text)) if text == "*" => Ok(None),
-        (None, None, Some(text)) => match reader.pattern(text) {
-            Ok(pattern) => Ok(Some(TextMatch::Regex(pattern))),
-            Err(message) => Err(reader.invalid(format!("{at}.regex"), message)),
-        },
+        (None, None, Some(text)) => {
+            Ok(Some(TextMatch::Regex(reader.pattern(text, format!("{at}.regex"))?)))
+        }
         _ => Err(reader.invalid(at, "exact, prefix and regex exclude each other")),
     }
 }

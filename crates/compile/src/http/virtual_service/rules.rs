@@ -10,8 +10,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use model::http::{
-    Backend, Filter, PathMatch, PathRewrite, Pattern, Redirect, RouteMatch, RouteRule, SubsetKey,
-    Target, Timeouts,
+    Backend, Filter, PathMatch, PathRewrite, Pattern, PatternError, Redirect, RouteMatch,
+    RouteRule, SubsetKey, Target, Timeouts,
 };
 use model::{Provenance, Reason};
 
@@ -21,7 +21,6 @@ use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::duration;
 use crate::istio::virtual_service::{Destination, HttpRule, RouteDestination};
 use crate::services::{self, ByNamespace};
-use model::http::Audience;
 
 /// The largest weight: the sum of a rule's stays far from the end of `u32`.
 const MAX_WEIGHT: u32 = 1_000_000;
@@ -43,12 +42,13 @@ pub(super) struct There<'a> {
     pub subsets: &'a BTreeSet<&'a SubsetKey>,
     /// The Service port that was called.
     pub port: u16,
-    pub audience: &'a Audience,
+    /// Whether a match looks at the client's namespace itself.
+    pub by_source: bool,
 }
 
 /// Reads rules, and notes what it finds.
 pub(super) struct Reader<'r> {
-    pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, String>,
+    pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, PatternError>,
     /// Without object and place; each names its field. Those with [`Code::InvalidField`] an API server would refuse.
     pub found: Vec<Diagnostic>,
 }
@@ -81,19 +81,26 @@ pub(super) struct Actions {
 }
 
 impl<'r> Reader<'r> {
-    pub(super) fn new(pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, String>) -> Self {
+    pub(super) fn new(pattern: &'r mut dyn FnMut(&str) -> Result<Pattern, PatternError>) -> Self {
         Self { pattern, found: Vec::new() }
     }
 
-    /// The matches of a rule and where each leads. The index of the rule, `route` and `provenance` are the caller's to set.
+    /// What there is to say of a rule, wherever it is looked at.
+    pub(super) fn remarks(&mut self, index: usize, rule: &HttpRule) {
+        matches::remarks(rule, &format!("spec.http[{index}]"), self);
+    }
+
+    /// Some matches of a rule, or all, and where each leads. The index of the rule, `route` and `provenance` are the caller's
+    /// to set.
     pub(super) fn rule(
         &mut self,
         index: usize,
         rule: &HttpRule,
+        chosen: Option<&[usize]>,
         place: &Place<'_>,
     ) -> Vec<(RouteMatch, RouteRule)> {
         let at = format!("spec.http[{index}]");
-        let matched = matches::all(rule, &at, place, self);
+        let matched = matches::some(rule, chosen, &at, place, self);
         if matched.is_empty() {
             return Vec::new();
         }
@@ -106,8 +113,11 @@ impl<'r> Reader<'r> {
         each.collect()
     }
 
-    pub(super) fn pattern(&mut self, text: &str) -> Result<Pattern, String> {
-        (self.pattern)(text).map_err(|e| format!("{text:.80?} {e}"))
+    pub(super) fn pattern(&mut self, text: &str, at: String) -> Result<Pattern, Failure> {
+        (self.pattern)(text).map_err(|e| {
+            let message = format!("{text:.80?} {e}");
+            if e.is_ours() { self.unsupported(at, message) } else { self.invalid(at, message) }
+        })
     }
 
     /// Something that an API server would refuse.
@@ -196,8 +206,9 @@ impl<'r> Reader<'r> {
             let at = format!("{at}.route[{i}]");
             let target = self.target(&to.destination, &format!("{at}.destination"), place);
             if to.weight > MAX_WEIGHT {
-                let message = format!("{} is not a weight (0-{MAX_WEIGHT})", to.weight);
-                failure = Some(self.invalid(format!("{at}.weight"), message));
+                let message =
+                    format!("{}: weights go up to {MAX_WEIGHT}; use smaller ones", to.weight);
+                failure = Some(self.unsupported(format!("{at}.weight"), message));
             }
             match self.headers(to.headers.as_ref(), &format!("{at}.headers")) {
                 Ok(filters) => backends.push(Backend { weight: to.weight, target, filters }),

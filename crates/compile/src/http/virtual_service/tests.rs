@@ -173,6 +173,37 @@ fn hosts() {
     assert_eq!(brief(&found), ["dangling_reference spec.hosts[0]"]);
 }
 
+/// What goes to a port that does not speak HTTP is not looked into, and the object is told.
+#[test]
+fn ports_that_speak_no_http() {
+    let check = |hosts: &str, rules: &str, want: &[&str]| {
+        let mixed = "\n---\n{apiVersion: v1, kind: Service, metadata: {name: mixed, namespace: shop}, spec: \
+                     {selector: {app: p}, ports: [{name: http, port: 80}, {name: tcp, port: 90}]}}";
+        let spec = format!("hosts: {hosts}, http: [{rules}]");
+        let (_, found) = world(&(object("shop", "name: v", &spec) + mixed));
+        let got: Vec<String> =
+            found.iter().map(|d| format!("{} {} {}", d.severity, d.code, d.field)).collect();
+        assert_eq!(got, want, "{hosts} {rules}");
+    };
+    let all = format!("{{{TO_V1}}}");
+    check(
+        "[raw]",
+        &all.replace("v1}", "v1, port: {number: 80}}"),
+        &["warning no_effect spec.hosts"],
+    );
+    check("[mixed]", &all, &["info no_effect spec.hosts"]);
+    let on = |port: u16| format!("{{match: [{{port: {port}}}], {TO_V1}}}");
+    check("[mixed]", &on(80), &[]);
+    check(
+        "[mixed]",
+        &on(90),
+        &["warning no_effect spec.hosts", "warning no_effect spec.http[0].match[0].port"],
+    );
+    // A port of one of several hosts.
+    check("[web, v1]", &on(8080), &[]);
+    check("[web, v1]", &on(81), &["warning matches_nothing spec.http[0].match[0].port"]);
+}
+
 #[test]
 fn gateways() {
     let check = |gateways: &str, in_force: bool, want: &[&str]| {
@@ -215,6 +246,10 @@ fn export_to() {
     check("buyer", "['.']", &["buyer"], &[]);
     check("buyer", "[]", &["buyer"], &["no_effect spec.hosts"]);
     check("buyer", "['*']", &["buyer"], &["no_effect spec.exportTo"]);
+    check("buyer", "[buyer, other]", &["buyer"], &["no_effect spec.exportTo"]);
+    check("buyer", "[other]", &[], &["matches_nothing spec.exportTo"]);
+    check("buyer", "['~']", &[], &["matches_nothing spec.exportTo[0]"]);
+    check("buyer", "['.', 'Not a name']", &["buyer"], &["invalid_field spec.exportTo[1]"]);
 }
 
 #[test]
@@ -319,6 +354,29 @@ fn what_cannot_be_honoured_fails_closed() {
         &rule("headers: {request: {set: {content-length: '1'}}}"),
         "unsupported spec.http[0].headers.request.set.content-length",
     );
+    // What our engine of patterns does not take, and others may: the rule is lost, the object is not.
+    for text in [r"(a{1000}){1000}", r"\pL+", &"a".repeat(1025)] {
+        check(
+            &format!(
+                "match: [{{uri: {{regex: '{text}'}}}}], route: [{{destination: {{host: v1}}}}]"
+            ),
+            "unsupported spec.http[0].match[0].uri.regex",
+        );
+    }
+    // Each is taken; all of them together would take gigabytes in every proxy.
+    let many: Vec<_> = (0..65).map(|n| format!("{{uri: {{regex: '/{n}a{{4000}}'}}}}")).collect();
+    check(
+        &format!("match: [{}], route: [{{destination: {{host: v1}}}}]", many.join(", ")),
+        "unsupported spec.http[0].match[64].uri.regex",
+    );
+    check(
+        &rule(r"rewrite: {uriRegexRewrite: {match: '\pL', rewrite: a}}"),
+        "unsupported spec.http[0].rewrite.uriRegexRewrite.match",
+    );
+    check(
+        "match: [{uri: {prefix: /a}}], route: [{destination: {host: v1}, weight: 2000000}, {destination: {host: v2}, weight: 1}]",
+        "unsupported spec.http[0].route[0].weight",
+    );
     check(&rule("rewrite: {uri: ' '}"), "unsupported spec.http[0].rewrite.uri");
     check(
         "match: [{headers: {'@request.auth.claims.sub': {exact: a}}}], route: [{destination: {host: v1}}]",
@@ -375,15 +433,6 @@ fn what_an_api_server_refuses() {
     );
     check(&rule("match: [{uri: {regex: '('}}]"), "invalid_field spec.http[0].match[0].uri.regex");
     check(
-        &rule("match: [{uri: {regex: '(a{1000}){1000}'}}]"),
-        "invalid_field spec.http[0].match[0].uri.regex",
-    );
-    let many: Vec<_> = (0..65).map(|n| format!("{{uri: {{regex: '/{n}a{{4000}}'}}}}")).collect();
-    check(
-        &rule(&format!("match: [{}]", many.join(", "))),
-        "invalid_field spec.http[0].match[64].uri.regex",
-    );
-    check(
         &rule("match: [{headers: {'a b': {}}}]"),
         "invalid_field spec.http[0].match[0].headers.a b",
     );
@@ -420,6 +469,8 @@ fn what_an_api_server_refuses() {
         "invalid_field spec.http[0].route[0].weight",
     );
     check("redirect: {redirectCode: 200}", "invalid_field spec.http[0].redirect.redirectCode");
+    check("redirect: {}", "invalid_field spec.http[0].redirect");
+    check("redirect: {redirectCode: 302}", "invalid_field spec.http[0].redirect");
     check("redirect: {scheme: ftp}", "invalid_field spec.http[0].redirect.scheme");
     check("redirect: {authority: 'a b'}", "invalid_field spec.http[0].redirect.authority");
     check(

@@ -106,12 +106,15 @@ const STRING_MATCH: &[Field] = &[
     Field::honoured("exact", Text, "match_uri"),
     Field::honoured("prefix", Text, "match_uri"),
     Field::honoured("regex", Text, "match_uri")
-        .note("the whole text has to fit; `*` alone means: there at all"),
+        .note(
+            "the whole text has to fit; `*` alone means: there at all; a pattern that only our engine does not take \
+             (Unicode properties, over 1024 bytes) is `unsupported`, what fits the rest of the match is answered with 500",
+        ),
 ];
 
 const HTTP_ROUTE_DESTINATION: &[Field] = &[
     Field::inside("destination", "Destination"),
-    Field::honoured("weight", Integer, "weights"),
+    Field::honoured("weight", Integer, "weights").note("above a million: `unsupported`, 500"),
     Field::honoured("headers", Of("Headers"), "destination_headers"),
 ];
 
@@ -230,13 +233,14 @@ What differs from Istio, and why:
 - **Retries are not served yet**, neither those that are written nor Istio's default of two: a request that fails, fails.
 - **A destination that is not there** is 500, where Envoy says 503.
 - **Who may route whose requests**: in the Service's own namespace a VirtualService is for everybody, as in Istio. In another
-  namespace it is for the clients of that namespace only, whatever `exportTo` says: nobody routes the requests of others to a
-  Service of others.
+  namespace it is for the clients of that namespace at most, and only if `exportTo` is empty or names them: nobody routes the
+  requests of others to a Service of others.
 - Where several VirtualServices are for one host and the same clients, the oldest decides and the others are named. Where an HTTPRoute or
   GRPCRoute is for the same port and the same clients, it decides: Gateway API wins, and the VirtualService is named.
 - `sourceNamespace` and `port` choose which rules there are, as in Istio: where none is left, the Service is reached as without
   rules. Where there are rules and none fits, the answer is 404.
 - The rules keep their order: the first that fits decides.
+- `exportTo` takes 256 namespaces; with more, the requests of all of them are answered with an error (`limit_exceeded`).
 - A mirrored request keeps its host: `-shadow` is not added.
 - A fault of a VirtualService ends when it is taken away. One that ends by itself is an `HTTPFault` ([faults.md](faults.md)).
 ";

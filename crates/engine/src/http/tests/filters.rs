@@ -133,17 +133,49 @@ fn response_headers() {
     let plan = ask(&snapshot, &request("GET /", &[]), 0);
     let answer = answered(&plan, &[("a", "1"), ("b", "1"), ("c", "1"), ("set-cookie", "x=1")]);
     assert_eq!(lines(&answer.headers), "b: 2 | c: 1,3 | set-cookie: x=1 & y=2", "F4");
-    // Not on what the proxy itself answers.
-    let snapshot =
-        with(vec![both, Filter::Respond(FixedResponse { status: 418, body: "tea".into() })]);
     let asked = request("GET /", &[]);
-    let plan = ask(&snapshot, &asked, 0);
-    assert_eq!(short(&plan, &asked), "418 none", "F4");
-    let HttpAction::Answer(answer) = plan.action else { panic!() };
-    assert_eq!(
-        (lines(&answer.headers).as_str(), &*answer.body),
-        ("content-type: text/plain", "tea")
-    );
+    let tea = Filter::Respond(FixedResponse { status: 418, body: "tea".into() });
+    let html = Filter::ResponseHeaders(edits(&[], &[("content-type", "text/html")], &[]));
+    let cors = Cors { allow_origins: vec![OriginMatch::Any], ..Cors::default() };
+    let stars = Filter::ResponseHeaders(edits(&[], &[("access-control-allow-origin", "no")], &[]));
+    let fail = Filter::Fail { reason: Reason::BadFilter, message: "x".into() };
+    let length = Filter::ResponseHeaders(edits(&[], &[("content-length", "1")], &[]));
+    // What the route itself answers is edited as well, wherever the filter stands; what is refused is not.
+    for (row, filters, want) in [
+        ("answer", vec![html.clone(), tea.clone()], "418 content-type: text/html"),
+        ("behind", vec![tea.clone(), html.clone()], "418 content-type: text/html"),
+        (
+            "all",
+            vec![both, tea.clone()],
+            "418 b: 2 | c: 3 | content-type: text/plain | set-cookie: y=2",
+        ),
+        (
+            "redirect",
+            vec![html.clone(), Filter::Redirect(to())],
+            "302 content-type: text/html | location: http://web/",
+        ),
+        (
+            "redirect, behind",
+            vec![Filter::Redirect(to()), html.clone()],
+            "302 content-type: text/html | location: http://web/",
+        ),
+        (
+            "CORS speaks last",
+            vec![Filter::Cors(cors), stars, tea.clone()],
+            "418 access-control-allow-origin: * | content-type: text/plain",
+        ),
+        (
+            "bad, behind",
+            vec![tea, length],
+            "500 content-type: text/plain | x-ambit-reason: bad_filter",
+        ),
+        ("refused", vec![html, fail], "500 content-type: text/plain | x-ambit-reason: bad_filter"),
+    ] {
+        let asked = request("GET /", &[("origin", "http://a")]);
+        let HttpAction::Answer(answer) = ask(&with(filters), &asked, 0).action else { panic!() };
+        let got = format!("{} {}", answer.status.as_u16(), lines(&answer.headers));
+        assert_eq!(got, want, "F4 {row}");
+    }
     let bad = Filter::ResponseHeaders(edits(&[], &[("content-length", "1")], &[]));
     assert_eq!(sent(&with(vec![bad]), &asked), "500 bad_filter");
     let bad = Filter::Respond(FixedResponse { status: 42, body: "".into() });

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use model::http::limits::{MAX_LIST, MAX_PORTS, MAX_ROUTES_BYTES, MAX_RULES, MAX_SETS};
 use model::http::{
     Abort, Audience, Backend, Cors, Fault, FieldMatch, Filter, FixedResponse, HeaderEdits, Mirror,
     OriginMatch, PathMatch, PathRewrite, PortProtocol, Protocol, Redirect, RedirectPort, Rewrite,
@@ -13,8 +14,8 @@ use model::http::{
 use model::{Identity, Provenance, Reason, Str, WorkloadUid};
 use prost::Message;
 
+use super::MAX_SUBSET;
 use super::reader::{Reader, Result, within};
-use super::{MAX_LIST, MAX_ROUTES_BYTES, MAX_RULES, MAX_SETS, MAX_SUBSET};
 use crate::ambit as wire;
 use crate::codec::Interner;
 use crate::codec::context::short;
@@ -50,7 +51,7 @@ impl Reader<'_> {
     fn routes(&mut self, m: &wire::Routes) -> Result<ServiceRoutes> {
         let service = self.service(m.service.as_ref())?;
         self.cx.named("service", &service.to_string())?;
-        let ports = self.each("ports", MAX_LIST, &m.ports, Self::port_protocol)?;
+        let ports = self.each("ports", MAX_PORTS, &m.ports, Self::port_protocol)?;
         let mut seen = BTreeSet::new();
         if let Some(twice) = ports.iter().find(|p| !seen.insert(p.service_port)) {
             return Err(self.error("ports", format!("port {} is there twice", twice.service_port)));
@@ -96,7 +97,7 @@ impl Reader<'_> {
             Some(Wire::Namespace(namespace)) => Audience::Namespace(self.cx.str(namespace)),
             None => return Err(self.unknown("audience")),
         };
-        let ports = self.each("ports", MAX_LIST, &m.ports, |r, port| r.port("", *port))?;
+        let ports = self.each("ports", MAX_PORTS, &m.ports, |r, port| r.port("", *port))?;
         if !ports.is_sorted_by(|a, b| a < b) {
             return Err(self.error("ports", "are not in ascending order"));
         }

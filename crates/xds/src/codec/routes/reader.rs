@@ -1,10 +1,10 @@
 //! What the decoding of routes is made of: the resource at hand, its lists, and values that occur in many places.
 
+use model::http::limits::{MAX_LIST, MAX_PATTERNS};
 use model::http::{Pattern, Share};
 use model::{ServiceKey, Str};
 use rustc_hash::FxHashSet;
 
-use super::{MAX_LIST, MAX_PATTERNS};
 use crate::ambit as wire;
 use crate::codec::context::{Cx, short};
 use crate::codec::{DecodeError, Interner};

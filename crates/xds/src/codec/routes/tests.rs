@@ -1,6 +1,7 @@
 //! Encode and decode are inverse; what is not understood, or too much, is refused by resource and field, and closed.
 
 use model::http::Pattern;
+use model::http::limits::{Amount, MAX_LIST, MAX_PATTERNS, MAX_ROUTES_BYTES, MAX_RULES};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use prost::Message;
@@ -20,6 +21,12 @@ proptest! {
     fn routes_survive_the_wire(r in routes()) {
         let bytes = encode_routes(&r).encode_to_vec();
         let got = decode_routes(&routes_name(&r), &bytes, &mut Interner::default());
+        // Whoever counts before it is sent counts no less.
+        let mut amount = Amount::of_service(&r.service, r.ports.len());
+        for set in r.sets.iter() {
+            amount.set(&set.audience, set.ports.len(), set.rules.iter().map(|r| &**r), set.matches.iter());
+        }
+        prop_assert!(amount.bytes >= bytes.len(), "{} {}", amount.bytes, bytes.len());
         prop_assert_eq!(got, Ok(r));
     }
 

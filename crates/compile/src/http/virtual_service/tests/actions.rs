@@ -223,7 +223,7 @@ fn redirect_port() {
 #[test]
 fn redirect_code() {
     for code in [301, 302, 303, 307, 308] {
-        assert_eq!(redirecting(&format!("redirectCode: {code}")).status, code);
+        assert_eq!(redirecting(&format!("uri: /a, redirectCode: {code}")).status, code);
     }
 }
 

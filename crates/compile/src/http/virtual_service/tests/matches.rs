@@ -34,6 +34,34 @@ fn match_uri() {
     }
 }
 
+/// A rule means the same path however it spells it, and says when there is none.
+#[test]
+fn match_uri_as_requests_are_spelled() {
+    let check = |uri: &str, want: PathMatch| {
+        assert_eq!(matched(&format!("uri: {{{uri}}}")).path, want, "{uri}");
+    };
+    check("exact: /a%2fb", PathMatch::Exact("/a%2Fb".into()));
+    check("prefix: /%7Euser", PathMatch::Prefix("/~user".into()));
+    check("prefix: /café", PathMatch::Prefix("/caf%C3%A9".into()));
+    check("exact: '/a b'", PathMatch::Exact("/a%20b".into()));
+    check("prefix: /a%4", PathMatch::Prefix("/a%4".into()));
+    // What ends a prefix may go on.
+    check("prefix: /a/.", PathMatch::Prefix("/a/.".into()));
+    check("exact: /a//b", PathMatch::Exact("/a//b".into()));
+    for uri in [
+        "exact: '/x?y=1'",
+        "prefix: '/x#y'",
+        "exact: '/a\\b'",
+        "exact: /a/..",
+        "prefix: /a/./b",
+        "exact: /%2e%2E/a",
+        "prefix: a",
+    ] {
+        let found = said(&format!("[{{match: [{{uri: {{{uri}}}}}], {TO_V1}}}]"));
+        assert_eq!(found, ["matches_nothing spec.http[0].match[0].uri"], "{uri}");
+    }
+}
+
 #[test]
 fn match_ignore_uri_case() {
     let path = |uri: &str| matched(&format!("ignoreUriCase: true, uri: {{{uri}}}")).path;
@@ -119,14 +147,68 @@ fn match_gateways() {
     );
 }
 
+/// The names of the rules that a client of a namespace may meet, in their order.
+fn seen<'a>(compiled: &'a Compiled, client: &str, port: u16) -> Vec<&'a str> {
+    let set = chosen(compiled, client, port).unwrap();
+    let meets = |m: &&RouteMatch| {
+        m.source.is_anybody() || m.source.namespaces.iter().any(|ns| **ns == *client)
+    };
+    set.matches.iter().filter(meets).map(|m| &*set.rules[m.rule as usize].name).collect()
+}
+
 #[test]
 fn match_source_namespace() {
     let compiled = shop(&format!(
         "[{{name: narrow, match: [{{sourceNamespace: buyer}}], {TO_V1}}}, {{name: wide, match: [{{uri: {{prefix: /a}}}}], {TO_V1}}}]"
     ));
-    assert_eq!(order(chosen(&compiled, "buyer", 80).unwrap()), ["narrow", "wide"]);
-    assert_eq!(order(chosen(&compiled, "shop", 80).unwrap()), ["wide"]);
-    let compiled = shop(&format!("[{{match: [{{sourceNamespace: buyer}}], {TO_V1}}}]"));
-    assert!(chosen(&compiled, "buyer", 80).is_some());
-    assert!(chosen(&compiled, "shop", 80).is_none(), "reached as without rules");
+    assert_eq!(seen(&compiled, "buyer", 80), ["narrow", "wide"]);
+    assert_eq!(seen(&compiled, "shop", 80), ["wide"]);
+    // For others there is no rule: they reach the Service itself.
+    let compiled = shop(&format!(
+        "[{{name: narrow, match: [{{sourceNamespace: buyer, port: 80}}], {TO_V1}}}]"
+    ));
+    assert_eq!(seen(&compiled, "buyer", 80), ["narrow", "no rule"]);
+    assert_eq!(seen(&compiled, "shop", 80), ["no rule"]);
+    let rule = set(&compiled).rules.last().unwrap();
+    let service = routes(&compiled).service.clone();
+    assert_eq!(rule.backends[0].target, Target::Service { service, port: 80, subset: None });
+    assert!(chosen(&compiled, "buyer", 8080).is_none(), "reached as without rules");
+    // Only for some clients in the first place: a set for these.
+    let (compiled, found) = world(&object(
+        "shop",
+        "name: v",
+        &format!(
+            "hosts: [web], exportTo: [buyer, shop], http: [{{name: narrow, match: [{{sourceNamespace: buyer}}], {TO_V1}}}]"
+        ),
+    ));
+    assert_eq!(found, []);
+    assert_eq!(seen(&compiled, "buyer", 80), ["narrow"]);
+    assert!(chosen(&compiled, "shop", 80).is_none());
+}
+
+/// Two thousand of everything: the work grows with the object, and each finding is there once.
+#[test]
+fn large_objects_are_compiled_in_time() {
+    let rule = |i: usize| {
+        format!(
+            "{{name: r{i}, match: [{{sourceNamespace: n{i}, gateways: [edge, mesh]}}], {TO_V1}}}"
+        )
+    };
+    let rules: Vec<String> = (0..2000).map(rule).collect();
+    for last in [String::new(), format!(", {{name: last, {TO_V1}}}")] {
+        let spec = format!("hosts: [web], http: [{}{last}]", rules.join(", "));
+        let (compiled, found) = world(&object("shop", "name: v", &spec));
+        assert_eq!(found.len(), 2000);
+        assert_eq!(routes(&compiled).sets.len(), 1);
+        let end = if last.is_empty() { "no rule" } else { "last" };
+        assert_eq!(seen(&compiled, "n1999", 80), ["r1999", end]);
+        assert_eq!(seen(&compiled, "other", 80), [end]);
+    }
+    let names: Vec<String> = (0..2000).map(|i| format!("n{i}")).collect();
+    let spec = format!("hosts: [web], exportTo: [{}], http: [{{{TO_V1}}}]", names.join(", "));
+    let (compiled, found) = world(&object("shop", "name: v", &spec));
+    assert_eq!(brief(&found), ["limit_exceeded spec.exportTo"]);
+    assert_eq!(seen(&compiled, "n7", 80), ["closed", "no rule"]);
+    assert_eq!(seen(&compiled, "other", 80), ["no rule"]);
+    assert!(matches!(set(&compiled).rules[0].filters[..], [Filter::Fail { .. }]));
 }
