@@ -19,7 +19,7 @@ use agent::xds_client::{XdsStatus, XdsView, run_xds};
 use agent::{flags, lifecycle, logging};
 use anyhow::Context as _;
 use model::{Reason, Refusal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use xds::Kind;
 
 use crate::config::Config;
@@ -164,7 +164,7 @@ pub fn make_workers(shared: &Arc<Shared>, recorder: impl Fn() -> Recorder) -> Ve
 pub fn start_workers(
     shared: &Arc<Shared>,
     workers: Vec<Arc<Worker>>,
-    handed: Vec<Handed>,
+    handed: Vec<mpsc::Receiver<Handed>>,
 ) -> anyhow::Result<SocketAddr> {
     let mut address = shared.config.hbone_address;
     for (index, (worker, handed)) in workers.into_iter().zip(handed).enumerate() {
@@ -217,6 +217,7 @@ fn connections(workers: &[Arc<Worker>]) -> serde_json::Value {
     let open = |worker: &Arc<Worker>| {
         let tunnels = worker.tunnels.stats();
         serde_json::json!({
+            "clients": worker.streams(),
             "tunnelsToEndpoints": tunnels.tunnels,
             "streamsToEndpoints": tunnels.streams,
             "httpToEndpoints": worker.upstreams.open(),

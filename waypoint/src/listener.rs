@@ -24,12 +24,12 @@ use crate::proxy;
 use crate::record::Record;
 use crate::sniff::{Spoken, spoken, version};
 use crate::tcp;
-use crate::worker::{Busy, Shared, Stage, Worker, reached};
+use crate::worker::{Shared, Stage, Worker, reached};
 
 /// For the first request on a new tunnel when this proxy is going: it was dialled for a request, which is on its way.
 const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
-/// Serves a tunnel: each CONNECT in a task of its own on this thread.
+/// Serves a tunnel: each CONNECT in a task of its own, most of them on this thread.
 pub(crate) async fn serve_tunnel(worker: Arc<Worker>, tcp: TcpStream, source: SocketAddr) {
     let mut tunnel = match Box::pin(accept(&worker, tcp, source)).await {
         Ok(tunnel) => tunnel,
@@ -50,12 +50,7 @@ pub(crate) async fn serve_tunnel(worker: Arc<Worker>, tcp: TcpStream, source: So
         match next {
             Some(Ok(incoming)) => {
                 used = true;
-                let busy = Busy::new(&worker.shared);
-                let served = serve_stream(worker.clone(), source, client.clone(), incoming);
-                tokio::spawn(async move {
-                    served.await;
-                    drop(busy);
-                });
+                worker.place_stream(ClientStream { source, client: client.clone(), incoming });
             }
             // A broken connection says so again each time it is asked.
             Some(Err(e)) => return tracing::debug!(error = %e, %source, "tunnel broke"),
@@ -105,12 +100,17 @@ fn notice_death(tcp: &TcpStream) {
     let _ = socket.set_tcp_user_timeout(Some(patience));
 }
 
-async fn serve_stream(
-    worker: Arc<Worker>,
+/// A CONNECT stream that nobody has answered.
+#[derive(Debug)]
+pub struct ClientStream {
     source: SocketAddr,
     client: Arc<Identity>,
     incoming: Incoming,
-) {
+}
+
+/// Serves one stream, on the thread that was chosen for it.
+pub(crate) async fn serve_stream(worker: Arc<Worker>, stream: ClientStream) {
+    let ClientStream { source, client, incoming } = stream;
     let (call, io, place) =
         match Box::pin(admit(worker.clone(), source, client.clone(), incoming)).await {
             Ok(admitted) => admitted,

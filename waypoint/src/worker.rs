@@ -1,8 +1,11 @@
-//! Data threads. Each has a listener of its own, its own tunnels and its own connections to endpoints: what a client's tunnel
-//! carries never leaves the thread that took the tunnel.
+//! Data threads. Each has a listener of its own, its own tunnels and its own connections to endpoints.
 //!
 //! The kernel spreads new tunnels over the listeners (SO_REUSEPORT), but by chance, and a waypoint has few of them, which
-//! live long: whoever accepts one hands it to the thread that has the fewest.
+//! live long: whoever accepts one hands it to the thread that has the fewest. What a tunnel carries is served by its own thread,
+//! without a wake-up between threads, until that thread has many more streams than another: then new ones go there, so
+//! that one busy tunnel does not leave the other cores idle.
+//!
+//! Invariant: a stream is served by one thread from its admission to its end.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,7 +24,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::config::{Config, Waits};
-use crate::listener;
+use crate::listener::{self, ClientStream};
 use crate::record::Recorder;
 use crate::tcp::Connections;
 use crate::upstream::Upstreams;
@@ -35,8 +38,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 const MAX_HANDSHAKES: usize = 1024;
 /// Mirrored requests that one worker carries at once. They are copies: what is above is left out, and counted.
 const MAX_MIRRORS: usize = 1024;
-/// Tunnels that wait to be taken by another thread; it takes them in its next turn.
+/// Tunnels and streams that wait to be taken by another thread; it takes them in its next turn.
 const HANDED: usize = 256;
+/// How many more streams than the thread with the fewest one has before it hands new ones over. Each turn of a stream that is served
+/// away from its tunnel costs a wake-up each way (some 10 µs of CPU for a small request): worth it only for a load.
+const AHEAD: usize = 16;
 
 /// Where a waypoint stands between its start and its end. Each stage includes the ones before.
 #[derive(Clone, Debug, Default)]
@@ -74,22 +80,31 @@ pub struct Shared {
 #[derive(Debug)]
 struct Place {
     tunnels: AtomicUsize,
-    hand: mpsc::Sender<std::net::TcpStream>,
+    /// Streams of clients that it serves, whoever has their tunnels.
+    streams: AtomicUsize,
+    hand: mpsc::Sender<Handed>,
 }
 
-/// The receiving ends of [`Shared`], one for each worker.
-pub type Handed = mpsc::Receiver<std::net::TcpStream>;
+/// What one thread gives to another.
+#[derive(Debug)]
+pub enum Handed {
+    /// A tunnel that is counted and not yet shaken hands with.
+    Tunnel(std::net::TcpStream),
+    /// One stream of a tunnel, counted too; the tunnel stays where it is.
+    Stream(Box<ClientStream>),
+}
 
 impl Shared {
     pub fn new(
         config: Config,
         store: Arc<ConfigStore>,
         certs: Arc<CertStore>,
-    ) -> (Arc<Self>, Vec<Handed>) {
+    ) -> (Arc<Self>, Vec<mpsc::Receiver<Handed>>) {
         let (mut places, mut handed) = (Vec::new(), Vec::new());
         for _ in 0..config.worker_threads() {
             let (hand, receive) = mpsc::channel(HANDED);
-            places.push(Place { tunnels: AtomicUsize::new(0), hand });
+            let (tunnels, streams) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            places.push(Place { tunnels, streams, hand });
             handed.push(receive);
         }
         let shared = Self {
@@ -173,6 +188,15 @@ impl Drop for Busy {
     }
 }
 
+/// Counts a stream that a worker serves, until dropped.
+struct Served(Arc<Worker>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.place().streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Counts a tunnel of a worker, until dropped.
 struct Counted(Arc<Worker>);
 
@@ -247,7 +271,11 @@ impl Worker {
     }
 
     /// The thread's main loop: takes tunnels, sweeps, until the waypoint ends.
-    pub async fn run(self: Arc<Self>, listener: std::net::TcpListener, mut handed: Handed) {
+    pub async fn run(
+        self: Arc<Self>,
+        listener: std::net::TcpListener,
+        mut handed: mpsc::Receiver<Handed>,
+    ) {
         let listener = match TcpListener::from_std(listener) {
             Ok(listener) => listener,
             Err(e) => {
@@ -259,8 +287,9 @@ impl Worker {
         let mut count = tokio::time::interval(Flushed::EVERY);
         loop {
             tokio::select! {
-                tcp = handed.recv() => match tcp {
-                    Some(tcp) => self.take_handed(tcp),
+                what = handed.recv() => match what {
+                    Some(Handed::Tunnel(tcp)) => self.take_handed(tcp),
+                    Some(Handed::Stream(stream)) => self.serve_stream(*stream),
                     None => return accepting.abort(),
                 },
                 _ = count.tick() => self.connections.flush_metrics(),
@@ -304,7 +333,7 @@ impl Worker {
         let Some(other) = other else { return self.take(tcp, peer) };
         other.tunnels.fetch_add(1, Ordering::Relaxed);
         let refused = match tcp.into_std() {
-            Ok(tcp) => other.hand.try_send(tcp).is_err(),
+            Ok(tcp) => other.hand.try_send(Handed::Tunnel(tcp)).is_err(),
             Err(_) => true,
         };
         if refused {
@@ -341,6 +370,41 @@ impl Worker {
             served.await;
             drop((busy, counted));
         });
+    }
+
+    /// Serves a stream of a tunnel on this thread, or on another that has many fewer.
+    pub(crate) fn place_stream(self: &Arc<Self>, stream: ClientStream) {
+        let streams = |place: &Place| place.streams.load(Ordering::Relaxed);
+        let fewest = self.shared.places.iter().min_by_key(|place| streams(place));
+        let other = fewest.filter(|place| streams(place) + AHEAD <= streams(self.place()));
+        let Some(other) = other else {
+            self.place().streams.fetch_add(1, Ordering::Relaxed);
+            return self.serve_stream(stream);
+        };
+        other.streams.fetch_add(1, Ordering::Relaxed);
+        if let Err(back) = other.hand.try_send(Handed::Stream(Box::new(stream))) {
+            other.streams.fetch_sub(1, Ordering::Relaxed);
+            // Its queue is full: it has enough to do, too.
+            if let Handed::Stream(stream) = back.into_inner() {
+                self.place().streams.fetch_add(1, Ordering::Relaxed);
+                self.serve_stream(*stream);
+            }
+        }
+    }
+
+    /// Serves a stream that is counted.
+    fn serve_stream(self: &Arc<Self>, stream: ClientStream) {
+        let (busy, counted) = (Busy::new(&self.shared), Served(self.clone()));
+        let served = listener::serve_stream(self.clone(), stream);
+        tokio::spawn(async move {
+            served.await;
+            drop((busy, counted));
+        });
+    }
+
+    /// Connections of clients that this thread serves.
+    pub fn streams(&self) -> usize {
+        self.place().streams.load(Ordering::Relaxed)
     }
 
     fn place(&self) -> &Place {

@@ -9,4 +9,5 @@ mod http2;
 mod raw;
 mod routes;
 mod smuggling;
+mod threads;
 mod world;

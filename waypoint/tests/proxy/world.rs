@@ -39,7 +39,7 @@ use tokio::sync::Notify;
 use waypoint::app::{make_workers, start_workers};
 use waypoint::config::Config;
 use waypoint::record::Recorder;
-use waypoint::worker::Shared;
+use waypoint::worker::{Shared, Worker};
 
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) type Body = UnsyncBoxBody<Bytes, Error>;
@@ -108,6 +108,7 @@ pub(crate) struct World {
     pub(crate) store: Arc<ConfigStore>,
     pub(crate) metrics: Metrics,
     pub(crate) shared: Arc<Shared>,
+    pub(crate) workers: Vec<Arc<Worker>>,
     log: Lines,
     waypoint: SocketAddr,
     _dir: tempfile::TempDir,
@@ -138,9 +139,10 @@ struct Cli {
 
 fn config(arguments: &[&str]) -> Config {
     let own = ["waypoint", "--namespace", "shop", "--pod", "waypoint-0"];
-    let more = ["--service-account", "waypoint", "--workers", "1", "--hbone-address"];
-    let all = own.into_iter().chain(more).chain(["127.0.0.1:0"]).chain(arguments.iter().copied());
-    Cli::parse_from(all).config
+    let more = ["--service-account", "waypoint", "--hbone-address", "127.0.0.1:0"];
+    let all = own.into_iter().chain(more).chain(arguments.iter().copied());
+    let config = Cli::parse_from(all).config;
+    Config { workers: config.workers.or(Some(1)), ..config }
 }
 
 pub(crate) fn key(name: &str) -> ServiceKey {
@@ -206,8 +208,8 @@ impl World {
         let lines = lines.unwrap();
         let recorder = || Recorder::new(metrics.clone(), lines.clone(), Tracer::off());
         let workers = make_workers(&shared, recorder);
-        let waypoint = start_workers(&shared, workers, handed).unwrap();
-        let world = Self { ca, store, metrics, shared, log, waypoint, _dir: dir };
+        let waypoint = start_workers(&shared, workers.clone(), handed).unwrap();
+        let world = Self { ca, store, metrics, shared, workers, log, waypoint, _dir: dir };
         let own = Workload {
             native_tunnel: true,
             ..workload("waypoint", address(), &[("waypoint", 15008)])
