@@ -10,15 +10,19 @@ mod names;
 mod peer;
 mod planted;
 mod request;
+mod rules;
+mod sniff;
 
 pub use configuration::{objects, registry, zds};
 pub use discovery::{address, authorization, delta, routes};
 pub use names::dns;
 pub use peer::{csr, headers, identity};
 pub use request::request;
+pub use rules::rules;
+pub use sniff::sniff;
 
 /// Every target by name.
-pub const TARGETS: [(&str, fn(&[u8])); 11] = [
+pub const TARGETS: [(&str, fn(&[u8])); 14] = [
     ("headers", headers),
     ("identity", identity),
     ("csr", csr),
@@ -31,4 +35,6 @@ pub const TARGETS: [(&str, fn(&[u8])); 11] = [
     ("dns", dns),
     ("objects", objects),
     ("request", request),
+    ("rules", rules),
+    ("sniff", sniff),
 ];

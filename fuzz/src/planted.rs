@@ -3,10 +3,12 @@
 //! anything.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use http::request;
 use model::http::ServiceRoutes;
 use model::{Action, Change, Identity, Match, Policy, Scope, TunnelProtocol, Workload};
+use waypoint::sniff::Spoken;
 use xds::zds::{WorkloadRequest, workload_request::Payload};
 
 fn bug(condition: bool, what: &str) {
@@ -73,6 +75,21 @@ pub(crate) fn asked(name: &str, ipv6: bool) {
 pub(crate) fn request(parts: &request::Parts) {
     let upgrade = parts.headers.contains_key("upgrade");
     bug(upgrade && parts.uri.path().contains("%25"), "an upgrade on a path with a percent sign");
+}
+
+pub(crate) fn rules(routes: &[Arc<ServiceRoutes>]) {
+    let mut rules = routes.iter().flat_map(|r| r.sets.iter()).flat_map(|set| set.rules.iter());
+    bug(
+        rules.any(|rule| rule.backends.len() > 1 && rule.backends.iter().any(|b| b.weight == 0)),
+        "a backend with the weight 0 beside another",
+    );
+}
+
+pub(crate) fn spoken(bytes: &[u8], spoken: Option<Spoken>) {
+    bug(
+        spoken == Some(Spoken::Http1) && bytes.starts_with(b"\n") && bytes.contains(&b'~'),
+        "a tilde in a request line behind an empty one",
+    );
 }
 
 pub(crate) fn compiled(p: &Policy) {

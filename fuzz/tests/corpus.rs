@@ -36,6 +36,8 @@ fn write_seeds() {
     configuration();
     names();
     requests();
+    rules();
+    sniff();
 }
 
 /// Questions by hand, and answers.
@@ -84,6 +86,55 @@ fn requests() {
         ("asterisk", "1 OPTIONS *\nhost: web"),
     ] {
         seed("request", name, lines);
+    }
+}
+
+/// Routes of each kind, in lines.
+fn rules() {
+    let parent = "parentRefs: [{group: '', kind: Service, name: web}]";
+    let to = "backendRefs: [{name: web, port: 80, weight: 90}, {name: b, port: 80, weight: 10}]";
+    let http = format!("h {{{parent}, rules: [{{{to}}}]}}");
+    let matches = "matches: [{path: {type: RegularExpression, value: '/a/[^/]+/.*'}, method: GET, headers: [{name: x-canary, value: 'true'}], queryParams: [{name: q, value: '1'}]}, {path: {type: Exact, value: /v1}}]";
+    let filters = "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: b}], add: [{name: c, value: d}], remove: [e]}}, {type: URLRewrite, urlRewrite: {hostname: new.example, path: {type: ReplacePrefixMatch, replacePrefixMatch: /x}}}, {type: RequestMirror, requestMirror: {backendRef: {name: b, port: 80}, percent: 50}}]";
+    let redirect = "filters: [{type: RequestRedirect, requestRedirect: {scheme: https, hostname: a.example, port: 8443, statusCode: 301, path: {type: ReplaceFullPath, replaceFullPath: /y}}}]";
+    let cors = "filters: [{type: CORS, cors: {allowOrigins: ['https://a.example'], allowMethods: [GET], allowHeaders: [x], maxAge: 9}}]";
+    let grpc = format!(
+        "g {{{parent}, rules: [{{matches: [{{method: {{service: shop.Cart, method: Say}}}}], {to}}}]}}"
+    );
+    let fault = "f {delay: {percent: 50, duration: 2s}, abort: {percentage: {value: 0.5}, httpStatus: 503}, match: {headers: [{name: x-canary, value: a.*, type: RegularExpression}], source: {namespaces: [team]}}, until: '2030-01-01T00:00:00Z'}";
+    let extension = format!(
+        "h {{{parent}, rules: [{{filters: [{{type: ExtensionRef, extensionRef: {{group: ambit.io, kind: HTTPFault, name: o1}}}}], {to}, timeouts: {{request: 10s, backendRequest: 2s}}}}]}}\n{fault}"
+    );
+    let istio = "v {hosts: [web], http: [{name: canary, match: [{uri: {prefix: /a}, headers: {x-canary: {exact: 'true'}}, queryParams: {q: {regex: '[0-9]+'}}}], rewrite: {uriRegexRewrite: {match: '^/a/(.*)$', rewrite: '/\\1'}}, route: [{destination: {host: web, subset: v2}, headers: {response: {set: {x: y}}}}], timeout: 5s, fault: {abort: {grpcStatus: UNAVAILABLE, percentage: {value: 1}}}, mirror: {host: b}, corsPolicy: {allowOrigins: [{regex: 'https://.*'}]}}, {route: [{destination: {host: web, subset: v1}, weight: 90}, {destination: {host: web, subset: v2}, weight: 10}]}, {redirect: {uri: /z, authority: b.example, redirectCode: 302}}]}";
+    let subsets = "d {host: web, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]}";
+    seed("rules", "http", &http);
+    seed(
+        "rules",
+        "matches",
+        http.replace("rules: [{", &format!("rules: [{{{matches}, {filters}, ")),
+    );
+    seed("rules", "redirect", format!("h {{{parent}, rules: [{{{redirect}}}, {{{cors}, {to}}}]}}"));
+    seed("rules", "grpc", &grpc);
+    seed("rules", "fault", extension);
+    seed("rules", "istio", format!("{istio}\n{subsets}"));
+    seed("rules", "all", format!("{http}\n{grpc}\n{istio}\n{subsets}\n{fault}"));
+    let foreign = "h {parentRefs: [{group: '', kind: Service, name: other, namespace: team, port: 80}], rules: [{backendRefs: [{name: other, namespace: team, port: 80}]}]}";
+    seed("rules", "consumer", foreign);
+}
+
+/// What clients and servers say first.
+fn sniff() {
+    for (name, bytes) in [
+        ("http1", &b"GET /a HTTP/1.1\r\nhost: a\r\n\r\n"[..]),
+        ("old", b"\r\nGET /a\r\n"),
+        ("http2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\x04\0\0\0\0\0"),
+        ("settings", b"\0\0\x12\x04\0\0\0\0\0\0\x03\0\0\0d"),
+        ("status", b"HTTP/1.1 408 Request Timeout\r\n"),
+        ("tls", b"\x16\x03\x01\x02\0\x01"),
+        ("smtp", b"220 mail.example ESMTP\r\nEHLO a\r\n"),
+        ("redis", b"*1\r\n$4\r\nPING\r\n"),
+    ] {
+        seed("sniff", name, bytes);
     }
 }
 

@@ -31,6 +31,17 @@ macro_rules! either {
     };
 }
 
+impl PeerIo {
+    /// Resolves when the peer has reset a stream: for who does not read, and would not hear of it. Of a socket nobody hears
+    /// before it is read or written.
+    pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        match self {
+            Self::Tunnel(io) => io.poll_gone(cx),
+            Self::Tcp(_) => Poll::Pending,
+        }
+    }
+}
+
 impl AsyncRead for PeerIo {
     fn poll_read(
         self: Pin<&mut Self>,

@@ -17,7 +17,7 @@ mod listener;
 pub mod plain;
 mod proxy;
 pub mod record;
-mod sniff;
+pub mod sniff;
 mod tcp;
 mod upstream;
 pub mod worker;

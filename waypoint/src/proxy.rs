@@ -5,6 +5,7 @@
 //! what was done for it.
 
 pub(crate) mod body;
+mod client_io;
 mod exchange;
 mod forward;
 mod mirror;
@@ -16,7 +17,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, Version};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -27,9 +28,10 @@ use crate::call::Call;
 use crate::config::Waits;
 use crate::io::PeerIo;
 use crate::worker::{Stage, reached};
-use body::{BodyError, ResponseBody};
+use body::{BodyError, Owing};
+use client_io::{ClientIo, unreadable};
 use exchange::Exchange;
-use progress::{ClientIo, Progress};
+use progress::{Overdue, Owed, Progress};
 
 /// The head of a request, and what is buffered of a body at each step: a little more than engine's limit for heads, so
 /// that what is just above it is refused with words.
@@ -49,7 +51,7 @@ pub(crate) struct Client {
     progress: Arc<Progress>,
 }
 
-type Answer = Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, BodyError>> + Send>>;
+type Answer = Pin<Box<dyn Future<Output = Result<Response<Owing>, BodyError>> + Send>>;
 
 /// Serves a client's stream until it ends.
 pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
@@ -58,9 +60,14 @@ pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
     let of_requests = client.clone();
     // On the heap: a connection between requests keeps what it needs, not what a request takes.
     let service = service_fn(move |request: Request<Incoming>| -> Answer {
-        Box::pin(forward::answer(of_requests.clone(), request))
+        let client = of_requests.clone();
+        let owed = (!http2).then(|| Owed::new(client.progress.clone()));
+        Box::pin(async move {
+            let response = forward::answer(client, request).await?;
+            Ok(response.map(|body| Owing::new(body, owed)))
+        })
     });
-    let served = if http2 {
+    let ended = if http2 {
         let io = TokioIo::new(ClientIo::new(io, None));
         let connection = http2_settings().serve_connection(io, service);
         drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_leaving)
@@ -71,9 +78,21 @@ pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
         drive(&client, std::pin::pin!(connection), |c| c.graceful_shutdown(), Stage::is_closing)
             .await
     };
-    if let Err(error) = served {
-        ended_badly(&client, &error);
+    match ended {
+        Ended::Itself(Ok(())) | Ended::Overdue(Overdue::Request) | Ended::Waypoint => {}
+        Ended::Itself(Err(error)) => ended_badly(&client, &error),
+        Ended::Overdue(Overdue::Head) => {
+            let words = format!("a head has not come to its end within {:?}", Waits::HEAD);
+            unread(&client, Version::HTTP_11, Refusal::new(Reason::Limit, words));
+        }
     }
+}
+
+/// How a connection came to its end.
+enum Ended {
+    Itself(hyper::Result<()>),
+    Overdue(Overdue),
+    Waypoint,
 }
 
 fn http1_settings() -> http1::Builder {
@@ -107,7 +126,7 @@ async fn drive<C>(
     mut connection: Pin<&mut C>,
     part: fn(Pin<&mut C>),
     parting: fn(&Stage) -> bool,
-) -> hyper::Result<()>
+) -> Ended
 where
     C: Future<Output = hyper::Result<()>>,
 {
@@ -120,31 +139,54 @@ where
     loop {
         tokio::select! {
             biased;
-            result = &mut connection => return result,
-            _ = &mut ended => return Ok(()),
+            result = &mut connection => return Ended::Itself(result),
+            _ = &mut ended => return Ended::Waypoint,
             _ = &mut parting, if !parted => {
                 parted = true;
                 part(connection.as_mut());
             }
-            _ = look.tick() => if client.progress.is_overdue() {
-                return Ok(());
+            _ = look.tick() => if let Some(what) = client.progress.overdue() {
+                return Ended::Overdue(what);
             }
         }
     }
 }
 
-/// What is no HTTP has been answered by hyper, with a bare 400, 414 or 431. Other errors are of connections that broke, and
-/// their requests say so themselves.
+/// What is no HTTP/1 has been answered in the name of hyper (`client_io`), what is no HTTP/2 with a GOAWAY. Other errors
+/// are of connections that broke, and their requests say so themselves.
 fn ended_badly(client: &Arc<Client>, error: &hyper::Error) {
-    if !error.is_parse() {
-        return tracing::debug!(%error, source = %client.call.source, "a client's connection ended");
+    let cannot = format!("the request cannot be read: {error}");
+    if error.is_parse() {
+        let reason = match client.progress.told() {
+            Some(status) => unreadable(status),
+            None if error.is_parse_too_large() => Reason::Limit,
+            None => Reason::BadHttp,
+        };
+        return unread(client, Version::HTTP_11, Refusal::new(reason, cannot));
     }
-    let limit = error.is_parse_too_large();
-    let reason = if limit { Reason::Limit } else { Reason::BadHttp };
+    let source = std::error::Error::source(error).and_then(|e| e.downcast_ref::<h2::Error>());
+    match source.filter(|e| e.is_library() && e.is_go_away()) {
+        Some(e) if e.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM) => {
+            let words = format!("the client asks too much of one HTTP/2 connection: {e}");
+            unread(client, Version::HTTP_2, Refusal::new(Reason::Limit, words));
+        }
+        Some(e) => {
+            let words = format!("what came is no HTTP/2: {e}");
+            unread(client, Version::HTTP_2, Refusal::new(Reason::BadHttp, words));
+        }
+        None => {
+            tracing::debug!(%error, source = %client.call.source, "a client's connection ended")
+        }
+    }
+}
+
+/// Records what was no request.
+fn unread(client: &Arc<Client>, version: Version, refusal: Refusal) {
     let (mut head, ()) = Request::new(()).into_parts();
     head.method = Method::from_bytes(b"UNREADABLE").unwrap_or_default();
+    head.version = version;
     let mut exchange = Exchange::begin(client.clone(), &head);
-    exchange.status = Some(if limit { 431 } else { 400 });
+    exchange.status = client.progress.told();
     exchange.admission = client.call.admission().ok();
-    exchange.refusal = Some(Refusal::new(reason, format!("the request cannot be read: {error}")));
+    exchange.refusal = Some(refusal);
 }

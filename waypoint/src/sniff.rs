@@ -15,15 +15,16 @@ use crate::config::Waits;
 
 /// What the client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Spoken {
+pub enum Spoken {
     Http1,
     Http2,
     /// Not HTTP: passed on as it is.
     Other,
 }
 
-/// The longest request line that is looked for: hyper's own limit. What is longer is left to hyper to refuse.
-const MAX_LINE: usize = 64 << 10;
+/// Bytes in which the end of a request line is looked for, empty lines before it included: hyper's own limit. What is longer is
+/// left to hyper to refuse.
+pub const MAX_LINE: usize = 64 << 10;
 /// Longest method: those that are registered have at most 17 letters.
 const MAX_METHOD: usize = 32;
 /// What every HTTP/2 client sends first.
@@ -36,7 +37,7 @@ pub(crate) async fn spoken(io: &mut TunnelIo) -> io::Result<Spoken> {
 
 /// The same on a port that speaks HTTP: only the version is to be found out.
 pub(crate) async fn version(io: &mut TunnelIo) -> io::Result<Spoken> {
-    look(io, |bytes| judge_preface(bytes).unwrap_or(Some(Spoken::Http1))).await
+    look(io, judge_version).await
 }
 
 async fn look(io: &mut TunnelIo, judge: fn(&[u8]) -> Option<Spoken>) -> io::Result<Spoken> {
@@ -62,6 +63,36 @@ async fn look(io: &mut TunnelIo, judge: fn(&[u8]) -> Option<Spoken>) -> io::Resu
     }
 }
 
+/// What begins with these bytes. `None`: it takes more of them to know.
+pub fn judge(bytes: &[u8]) -> Option<Spoken> {
+    if let Some(verdict) = judge_preface(bytes) {
+        return verdict;
+    }
+    // Empty lines before a request are skipped, as servers do (RFC 9112, 2.2).
+    let Some(begin) = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n')) else {
+        return (bytes.len() > MAX_LINE).then_some(Spoken::Http1);
+    };
+    let line = &bytes[begin..];
+    let end = line.iter().position(|b| *b == b'\n');
+    let line = &line[..end.unwrap_or(line.len())];
+    let method = line.iter().take_while(|b| is_token(**b)).count();
+    let after = line.get(method);
+    if method == 0 || method > MAX_METHOD || after.is_some_and(|b| *b != b' ') {
+        return Some(Spoken::Other);
+    }
+    match end {
+        Some(_) if is_request_line(line, method) => Some(Spoken::Http1),
+        Some(_) => Some(Spoken::Other),
+        None if bytes.len() > MAX_LINE => Some(Spoken::Http1),
+        None => None,
+    }
+}
+
+/// The same of what can only be HTTP.
+pub fn judge_version(bytes: &[u8]) -> Option<Spoken> {
+    judge_preface(bytes).unwrap_or(Some(Spoken::Http1))
+}
+
 /// `None`: this is no preface of HTTP/2. `Some(None)`: it could become one.
 fn judge_preface(bytes: &[u8]) -> Option<Option<Spoken>> {
     let shared = bytes.len().min(PREFACE.len());
@@ -71,7 +102,7 @@ fn judge_preface(bytes: &[u8]) -> Option<Option<Spoken>> {
 
 /// What a server said before its client did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ServerSaid {
+pub enum ServerSaid {
     /// HTTP: the client has yet to speak it.
     Http,
     /// Another protocol.
@@ -81,10 +112,10 @@ pub(crate) enum ServerSaid {
 }
 
 /// Bytes of a server that are looked at: the head of a frame.
-pub(crate) const SERVER_WORDS: usize = 9;
+pub const SERVER_WORDS: usize = 9;
 
 /// HTTP/2 begins with a SETTINGS frame (RFC 9113, 3.4) of the whole connection and with no flags. `None`: it takes more bytes.
-pub(crate) fn server_said(bytes: &[u8]) -> Option<ServerSaid> {
+pub fn server_said(bytes: &[u8]) -> Option<ServerSaid> {
     const STATUS: &[u8] = b"HTTP/";
     let shared = bytes.len().min(STATUS.len());
     if bytes[..shared] == STATUS[..shared] {
@@ -101,29 +132,6 @@ pub(crate) fn server_said(bytes: &[u8]) -> Option<ServerSaid> {
         return Some(ServerSaid::Other);
     }
     (bytes.len() >= SERVER_WORDS).then_some(ServerSaid::Http)
-}
-
-/// `None`: it takes more bytes to know.
-fn judge(bytes: &[u8]) -> Option<Spoken> {
-    if let Some(verdict) = judge_preface(bytes) {
-        return verdict;
-    }
-    // Empty lines before a request are skipped, as servers do (RFC 9112, 2.2).
-    let begin = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n'))?;
-    let line = &bytes[begin..];
-    let end = line.iter().position(|b| *b == b'\n');
-    let line = &line[..end.unwrap_or(line.len())];
-    let method = line.iter().take_while(|b| is_token(**b)).count();
-    let after = line.get(method);
-    if method == 0 || method > MAX_METHOD || after.is_some_and(|b| *b != b' ') {
-        return Some(Spoken::Other);
-    }
-    match end {
-        Some(_) if is_request_line(line, method) => Some(Spoken::Http1),
-        Some(_) => Some(Spoken::Other),
-        None if line.len() > MAX_LINE => Some(Spoken::Http1),
-        None => None,
-    }
 }
 
 /// A line that ends with a version, or one without that a server of HTTP/0.9 would take for a request: hyper refuses that.
@@ -182,6 +190,8 @@ mod tests {
         check(b"hello world\r\n", other);
         check(&[b'A'; MAX_METHOD + 1], other);
         assert_eq!(judge(&[b"GET /".as_slice(), &[b'a'; MAX_LINE]].concat()), http1);
+        assert_eq!(judge(&[b'\n'; MAX_LINE]), None);
+        assert_eq!(judge(&[b'\n'; MAX_LINE + 1]), http1);
     }
 
     #[test]

@@ -79,6 +79,14 @@ impl TunnelIo {
         }
     }
 
+    /// Resolves when the peer has reset the stream, or its connection broke: for who does not read, and would not hear of it.
+    pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        self.send.poll_reset(cx).map(|reason| match reason {
+            Ok(reason) => error(reason.into()),
+            Err(e) => error(e),
+        })
+    }
+
     /// Ends both directions at once, as a reset.
     pub fn reset(&mut self) {
         self.send.send_reset(Reason::CANCEL);

@@ -3,9 +3,10 @@
 //! Frames are handed on as they come, and the next is asked for when the receiver has room: nothing is gathered, whatever
 //! the size. gRPC messages are counted by their length prefixes.
 
+use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -13,10 +14,12 @@ use futures_util::task::AtomicWaker;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use model::{Reason, Refusal};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
 use super::exchange::Exchange;
+use super::progress::Owed;
 use crate::config::Waits;
 
 /// Why a body, or an answer, breaks off.
@@ -76,11 +79,13 @@ pub(crate) struct ClientBody {
     mirrors: Vec<Copies>,
 }
 
-/// What was counted of a request's body.
+/// What was counted of a request's body, and how it ended if not well.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) bytes: AtomicU64,
     pub(crate) messages: AtomicU64,
+    /// The client's fault, whatever an endpoint made of half a request.
+    pub(crate) fault: OnceLock<Refusal>,
 }
 
 impl RequestBody {
@@ -166,6 +171,7 @@ impl ClientBody {
             Some(Ok(frame)) => frame,
             Some(Err(e)) => {
                 self.mirrors.clear();
+                self.counts.fault.get_or_init(|| broke_off(&e));
                 return Poll::Ready(Some(Err(e.into())));
             }
             None => {
@@ -188,6 +194,29 @@ impl ClientBody {
         }
         Poll::Ready(Some(Ok(frame)))
     }
+}
+
+/// Why a client's body ended before its end: what came is no body, or nothing came any more.
+fn broke_off(error: &hyper::Error) -> Refusal {
+    let mut words = error.to_string();
+    let mut unreadable = false;
+    let mut cause = std::error::Error::source(error);
+    while let Some(e) = cause {
+        words = format!("{words}: {e}");
+        let kind = e.downcast_ref::<io::Error>().map(io::Error::kind);
+        unreadable |=
+            matches!(kind, Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData));
+        unreadable |= e.downcast_ref::<h2::Error>().is_some_and(h2::Error::is_library);
+        cause = e.source();
+    }
+    if unreadable {
+        return Refusal::new(
+            Reason::BadHttp,
+            format!("the request's body cannot be read: {words}"),
+        );
+    }
+    let words = format!("the client went away in the middle of its request: {words}");
+    Refusal::new(Reason::ConnectionBroken, words)
 }
 
 /// Opened when an endpoint wants the body.
@@ -355,6 +384,38 @@ impl Body for ResponseBody {
             }
             Self::Endpoint(body) => body.incoming.size_hint(),
         }
+    }
+}
+
+/// The body of an answer, and that the answer is owed until hyper has taken all of it.
+pub(crate) struct Owing {
+    body: ResponseBody,
+    _owed: Option<Owed>,
+}
+
+impl Owing {
+    pub(super) fn new(body: ResponseBody, owed: Option<Owed>) -> Self {
+        Self { body, _owed: owed }
+    }
+}
+
+impl Body for Owing {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.get_mut().body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -114,8 +114,10 @@ impl Exchange {
 
     /// The endpoint broke off in the middle of its answer.
     pub(crate) fn broke(&mut self, error: &hyper::Error) {
+        // It may have done so because its request broke off.
+        let fault = self.counts.as_ref().and_then(|counts| counts.fault.get().cloned());
         let words = format!("the endpoint broke off in the middle of its answer: {error}");
-        self.refusal = Some(Refusal::new(Reason::UpstreamBroken, words));
+        self.refusal = Some(fault.unwrap_or_else(|| Refusal::new(Reason::UpstreamBroken, words)));
     }
 
     /// The route's time is over in the middle of an answer.

@@ -167,7 +167,7 @@ impl Forward<'_> {
             let words = "the request has a content-length and no body";
             return Err(Refusal::new(Reason::BadHttp, words));
         }
-        exchange.counts = counts;
+        exchange.counts = counts.clone();
         mirror::send(&client, admission, plan, &parts, &mut body);
         plan.edit_request(&mut parts);
         if let Some(position) = &exchange.trace {
@@ -192,7 +192,9 @@ impl Forward<'_> {
         let sending = send(&client.call, admission, &candidates, http2, request, |candidate| {
             exchange.endpoint = Some(candidate.clone());
         });
-        let Answered { response, lease } = time.within(sending).await??;
+        let fault = || counts.as_ref().and_then(|counts| counts.fault.get().cloned());
+        let Answered { response, lease } =
+            time.within(sending).await?.map_err(|refusal| fault().unwrap_or(refusal))?;
         exchange.lease = Some(lease);
         Ok(response)
     }

@@ -1,21 +1,15 @@
-//! How far a client's connection is, and what was seen of its bytes: slow heads, idle connections, and two framings in one
-//! head, which hyper takes for one.
+//! How far a client's connection is, and what was seen of its bytes: slow heads, idle connections, answers that are owed, and
+//! two framings in one head, which hyper takes for one.
 //!
 //! A head that has both a length and a transfer coding is what request smuggling is made of. hyper would drop the length and
 //! go on, which is safe for this hop; but nobody sends both by mistake, so that it is refused and the connection closed
 //! (RFC 9112, 6.3).
 
-use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
 use crate::config::Waits;
-use crate::io::PeerIo;
 
 /// What the connection's own task, its reader and its requests tell each other.
 #[derive(Debug)]
@@ -31,6 +25,36 @@ pub(crate) struct Progress {
     requests: AtomicU32,
     /// The head that was read last has two framings.
     ambiguous: AtomicBool,
+    /// Requests that hyper has handed over, and how many of their answers it has not yet taken to the end.
+    asked: AtomicU32,
+    owed: AtomicU32,
+    /// The status that the client was told of a head that could not be read; 0: none was.
+    told: AtomicU16,
+}
+
+/// What a client's connection has been waited for, for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Overdue {
+    /// The end of a head that has begun.
+    Head,
+    Request,
+}
+
+/// A request that hyper has handed over, until its answer is all in hyper's buffer.
+pub(super) struct Owed(Arc<Progress>);
+
+impl Owed {
+    pub(super) fn new(progress: Arc<Progress>) -> Self {
+        progress.asked.fetch_add(1, Ordering::Relaxed);
+        progress.owed.fetch_add(1, Ordering::Relaxed);
+        Self(progress)
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.0.owed.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Progress {
@@ -42,6 +66,9 @@ impl Progress {
             idle: AtomicU64::new(0),
             requests: AtomicU32::new(0),
             ambiguous: AtomicBool::new(false),
+            asked: AtomicU32::new(0),
+            owed: AtomicU32::new(0),
+            told: AtomicU16::new(0),
         }
     }
 
@@ -63,15 +90,52 @@ impl Progress {
         self.ambiguous.swap(false, Ordering::Relaxed)
     }
 
-    /// Whether a head, or the next request, has been waited for too long.
-    pub(super) fn is_overdue(&self) -> bool {
+    /// How many requests were handed over, if nothing is owed for any of them.
+    pub(super) fn settled(&self) -> Option<u32> {
+        let none = self.owed.load(Ordering::Relaxed) == 0;
+        none.then(|| self.asked())
+    }
+
+    pub(super) fn asked(&self) -> u32 {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn tell(&self, status: u16) {
+        self.told.store(status, Ordering::Relaxed);
+    }
+
+    /// What the client was told of a head that could not be read.
+    pub(super) fn told(&self) -> Option<u16> {
+        Some(self.told.load(Ordering::Relaxed)).filter(|status| *status != 0)
+    }
+
+    /// Bytes have come. If they are of a head: how many requests were before it.
+    pub(super) fn heads(&self) -> Option<u32> {
+        // While a request is served its body comes; what follows it is looked at by hyper alone.
+        if self.serving.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        if self.head.load(Ordering::Relaxed) == 0 {
+            self.head.store(self.now(), Ordering::Relaxed);
+        }
+        Some(self.requests.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn mark_ambiguous(&self) {
+        self.ambiguous.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the end of a head, or the next request, has been waited for too long.
+    pub(super) fn overdue(&self) -> Option<Overdue> {
         let since = |moment: u64| Duration::from_millis(self.now().saturating_sub(moment));
         if self.serving.load(Ordering::Relaxed) > 0 {
-            return false;
+            return None;
         }
         match self.head.load(Ordering::Relaxed) {
-            0 => since(self.idle.load(Ordering::Relaxed)) > Waits::IDLE,
-            head => since(head) > Waits::HEAD,
+            0 => {
+                (since(self.idle.load(Ordering::Relaxed)) > Waits::IDLE).then_some(Overdue::Request)
+            }
+            head => (since(head) > Waits::HEAD).then_some(Overdue::Head),
         }
     }
 
@@ -80,50 +144,9 @@ impl Progress {
     }
 }
 
-/// A client's stream, as hyper reads it.
-#[derive(Debug)]
-pub(crate) struct ClientIo {
-    io: PeerIo,
-    /// HTTP/1 only: an HTTP/2 connection has bytes without a request, and knows its own framing.
-    progress: Option<Arc<Progress>>,
-    /// Of the head that is being read.
-    scan: Scan,
-    /// How many requests there were when the scan began.
-    requests: u32,
-}
-
-impl ClientIo {
-    pub(super) fn new(io: PeerIo, progress: Option<Arc<Progress>>) -> Self {
-        Self { io, progress, scan: Scan::default(), requests: 0 }
-    }
-
-    pub(super) fn into_inner(self) -> PeerIo {
-        self.io
-    }
-
-    fn look(&mut self, bytes: &[u8]) {
-        let Some(progress) = &self.progress else { return };
-        // While a request is served its body comes; what follows it is looked at by hyper alone.
-        if bytes.is_empty() || progress.serving.load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        let requests = progress.requests.load(Ordering::Relaxed);
-        if self.requests != requests {
-            (self.requests, self.scan) = (requests, Scan::default());
-        }
-        if progress.head.load(Ordering::Relaxed) == 0 {
-            progress.head.store(progress.now(), Ordering::Relaxed);
-        }
-        self.scan.feed(bytes);
-        if self.scan.length && self.scan.coding {
-            progress.ambiguous.store(true, Ordering::Relaxed);
-        }
-    }
-}
-
 /// Looks for the names of two headers in a head that comes in pieces.
 #[derive(Debug, Default)]
-struct Scan {
+pub(super) struct Scan {
     place: ScanPlace,
     length: bool,
     coding: bool,
@@ -161,7 +184,12 @@ impl Name {
 }
 
 impl Scan {
-    fn feed(&mut self, mut bytes: &[u8]) {
+    /// Both names have come.
+    pub(super) fn is_ambiguous(&self) -> bool {
+        self.length && self.coding
+    }
+
+    pub(super) fn feed(&mut self, mut bytes: &[u8]) {
         while let Some(first) = bytes.first() {
             match self.place {
                 ScanPlace::Body => return,
@@ -204,50 +232,6 @@ impl Scan {
             }
             _ => ScanPlace::Line,
         }
-    }
-}
-
-impl AsyncRead for ClientIo {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-        this.look(&buf.filled()[before..]);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for ClientIo {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

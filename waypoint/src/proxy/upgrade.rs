@@ -8,8 +8,8 @@ use hyper_util::rt::TokioIo;
 use model::{Reason, Refusal};
 use tokio::io::AsyncWriteExt as _;
 
+use super::client_io::ClientIo;
 use super::exchange::Exchange;
-use super::progress::ClientIo;
 use crate::call::Call;
 use crate::io::PeerIo;
 use crate::record::ended;

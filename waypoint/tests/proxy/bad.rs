@@ -1,98 +1,17 @@
 //! Clients and endpoints that misbehave: the right status, a reason, and nobody else is hurt.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::{Request, StatusCode};
-use model::http::Protocol;
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
+use model::http::{Protocol, Target};
 use model::{Change, Reason};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::http1::until;
 use crate::world::*;
-
-#[tokio::test]
-async fn requests_that_could_be_two_are_refused() {
-    let world = World::new(Protocol::Http);
-    let web = world.echo("web", "web").await;
-    let check = |name: &'static str,
-                 request: String,
-                 status: &'static str,
-                 reason: &'static str| {
-        let world = &world;
-        async move {
-            let mut io = world.connect().await;
-            io.write_all(request.as_bytes()).await.unwrap();
-            let mut all = Vec::new();
-            // The connection ends: where the next request begins, nobody knows.
-            let read = tokio::time::timeout(PATIENCE, io.read_to_end(&mut all)).await;
-            let answer = String::from_utf8_lossy(&all).into_owned();
-            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{name}: {answer} {read:?}");
-            assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{name}: {answer}");
-            assert!(read.is_ok(), "{name}: the connection stays open");
-            world.line(&["request failed", &format!("reason=\"{reason}\"")]).await;
-        }
-    };
-    let smuggled = "GET /admin HTTP/1.1\r\nhost: web\r\n\r\n";
-    let post = |headers: &str, body: &str| {
-        format!("POST / HTTP/1.1\r\nhost: web\r\n{headers}\r\n\r\n{body}")
-    };
-    let chunks = format!("0\r\n\r\n{smuggled}");
-    let rows = [
-        ("CL.TE", post("content-length: 4\r\ntransfer-encoding: chunked", &chunks)),
-        ("TE.CL", post("Transfer-Encoding: chunked\r\nContent-Length: 4", &chunks)),
-        ("two lengths", post("content-length: 4\r\ncontent-length: 5", "abcde")),
-        ("a signed length", post("content-length: +4", "abcd")),
-        ("TE twice", post("transfer-encoding: chunked\r\ntransfer-encoding: identity", &chunks)),
-        ("TE in parts", post("transfer-encoding: gzip, chunked", &chunks)),
-        ("TE with a tab", post("transfer-encoding:\x0bchunked", &chunks)),
-        ("obs-fold", post("x: a\r\n b", "")),
-        ("space before the colon", post("content-length : 4", "abcd")),
-        ("bare CR", post("x: a\rtransfer-encoding: chunked", "")),
-        ("NUL", post("x: a\0b", "")),
-        ("two hosts", "GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n".to_owned()),
-        ("no host", "GET / HTTP/1.1\r\n\r\n".to_owned()),
-        ("another host", "GET http://a/ HTTP/1.1\r\nhost: b\r\n\r\n".to_owned()),
-        ("CONNECT", "CONNECT web:80 HTTP/1.1\r\nhost: web:80\r\n\r\n".to_owned()),
-        ("no HTTP", "\x16\x03\x01\x02\0\x01\r\n\r\n".to_owned()),
-    ];
-    for (name, request) in rows {
-        check(name, request, "400", "bad_http").await;
-    }
-    let large = post(&format!("x: {}", "a".repeat(70_000)), "");
-    check("a large head", large, "431", "limit").await;
-    let many: String = (0..150).map(|n| format!("x-{n}: 1\r\n")).collect();
-    check("many headers", post(many.trim_end(), ""), "431", "limit").await;
-    assert_eq!(web.seen.requests.load(Ordering::SeqCst), 0, "none of it went on");
-    // And others are served.
-    assert_eq!(world.ask(get("/")).await.status(), 200);
-}
-
-#[tokio::test]
-async fn http2_brings_nothing_that_http1_would_read_otherwise() {
-    let world = World::new(Protocol::Http);
-    let web = world.echo("web", "web").await;
-    let check = |name: &'static str, request: Request<Body>, want: Option<StatusCode>| {
-        let world = &world;
-        async move {
-            let mut client = Http2::new(world.connect().await).await;
-            let answer = client.ask(request).await;
-            assert_eq!(answer.as_ref().ok().map(|a| a.status()), want, "{name}: {answer:?}");
-        }
-    };
-    let with = |name: &str, value: &str| {
-        Request::get("http://web.shop/").header(name, value).body(empty()).unwrap()
-    };
-    check("host", with("host", "other"), Some(StatusCode::BAD_REQUEST)).await;
-    check(
-        "path",
-        Request::get("http://web.shop/a%00b").body(empty()).unwrap(),
-        Some(StatusCode::BAD_REQUEST),
-    )
-    .await;
-    assert_eq!(web.seen.requests.load(Ordering::SeqCst), 0);
-}
 
 #[tokio::test]
 async fn endpoints_that_break_off() {
@@ -127,6 +46,102 @@ async fn endpoints_that_break_off() {
         let path = format!("path=\"/{}\"", said.len());
         world.line(&[&path, "reason=\"upstream_broken\""]).await;
     }
+}
+
+#[tokio::test]
+async fn endpoints_of_http2_that_break_off() {
+    let world = World::new(Protocol::Http2);
+    // Sends four bytes, and then, where a half is asked for, resets the stream at a word.
+    let web = world
+        .endpoint("web", "web", |io, seen| {
+            serve_http2(io, seen, |request, seen| async move {
+                let half = request.uri().path() == "/half";
+                let first = async { Ok::<_, Error>(Frame::data("half".into())) };
+                let rest = async move {
+                    if half {
+                        seen.go_on.notified().await;
+                        return Err("broken".into());
+                    }
+                    Ok(Frame::data("...all".into()))
+                };
+                let frames = futures_util::stream::once(first);
+                let frames =
+                    futures_util::StreamExt::chain(frames, futures_util::stream::once(rest));
+                Ok(http::Response::new(StreamBody::new(frames).boxed_unsync()))
+            })
+        })
+        .await;
+    for http2 in [true, false] {
+        let io = world.connect().await;
+        // The head has come: what is left is to break off, which is a reset of this stream, or of this connection.
+        let whole = if http2 {
+            let mut client = Http2::new(io).await;
+            let half = client.send(get2("/half")).await.unwrap();
+            web.seen.go_on.notify_one();
+            collect(half).await.unwrap_err();
+            client.ask(get2("/whole")).await.unwrap()
+        } else {
+            let half = Http1::new(io).await.send(get("/half")).await.unwrap();
+            web.seen.go_on.notify_one();
+            collect(half).await.unwrap_err();
+            world.ask(get("/whole")).await
+        };
+        assert_eq!(text(&whole), "half...all", "{http2}");
+        let line = world.take_line(&["path=\"/half\"", "request failed"]).await;
+        let words = ["reason=\"upstream_broken\"", "status=200"];
+        assert!(words.iter().all(|word| line.contains(word)), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_route_to_itself_is_no_loop() {
+    let world = World::new(Protocol::Http);
+    let (web, other) = (world.echo("web", "web").await, world.echo("other", "other").await);
+    world.speak("other", Protocol::Http);
+    // `web` to `web`: its endpoints, as they are.
+    world.rules(Protocol::Http, vec![(path("/"), rule(vec![], vec![to("web")]))]);
+    assert_eq!(world.ask(get("/self")).await.status(), 200);
+    assert_eq!((web.seen.requests(), other.seen.requests()), (1, 0));
+    // `web` to `other` and `other` to `web`: of a backend no routes are asked.
+    world.rules(Protocol::Http, vec![(path("/"), rule(vec![], vec![to("other")]))]);
+    world.rules_of("other", Protocol::Http, vec![(path("/"), rule(vec![], vec![to("web")]))]);
+    assert_eq!(world.ask(get("/each-other")).await.status(), 200);
+    assert_eq!((web.seen.requests(), other.seen.requests()), (1, 1));
+    // To the waypoint's own Service: its port is the mesh's own, and nothing is called.
+    let own = Target::Service { service: key("waypoint"), port: 80, subset: None };
+    let own = model::http::Backend { weight: 1, target: own, filters: vec![] };
+    world.rules(Protocol::Http, vec![(path("/"), rule(vec![], vec![own]))]);
+    let answer = world.ask(get("/waypoint")).await;
+    assert_eq!(answer.status(), 403, "{answer:?}");
+    assert_eq!(header(answer.headers(), "x-ambit-reason"), "mesh_port");
+    let line = world.take_line(&["path=\"/waypoint\""]).await;
+    assert!(line.contains("reason=\"mesh_port\"") && line.contains("status=403"), "{line}");
+    assert!(line.contains("route=\"HTTPRoute/shop/web\""), "{line}");
+}
+
+#[tokio::test]
+async fn a_backend_that_is_missing_is_named_where_the_operator_looks() {
+    let world = World::new(Protocol::Http);
+    let web = world.echo("web", "web").await;
+    let lost = Target::Invalid { message: "there is no Service shop/lost".into() };
+    let lost = model::http::Backend { weight: 1, target: lost, filters: vec![] };
+    let rules = vec![
+        (path("/lost"), rule(vec![], vec![lost])),
+        (path("/gone"), rule(vec![], vec![to("gone")])),
+        (path("/"), rule(vec![], vec![to("web")])),
+    ];
+    world.rules(Protocol::Http, rules);
+    for (at, words) in [("/lost", "there is no Service shop/lost"), ("/gone", "gone.shop.svc")] {
+        let answer = world.ask(get(at)).await;
+        assert_eq!(answer.status(), 500, "{at}");
+        assert_eq!(header(answer.headers(), "x-ambit-reason"), "bad_backend", "{at}");
+        assert!(!text(&answer).contains("shop"), "the client learns a name: {answer:?}");
+        let line = world.take_line(&[&format!("path=\"{at}\""), "reason=\"bad_backend\""]).await;
+        assert!(line.contains(words) && line.contains("route.rule=\"rules[0]\""), "{line}");
+        // Other rules of the same route serve.
+        assert_eq!(world.ask(get("/")).await.status(), 200);
+    }
+    assert_eq!(web.seen.requests(), 2);
 }
 
 #[tokio::test]

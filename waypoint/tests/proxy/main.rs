@@ -3,9 +3,11 @@
 
 mod bad;
 mod drain;
+mod frames;
 mod http1;
 mod http2;
 mod raw;
 mod routes;
+mod smuggling;
 mod threads;
 mod world;

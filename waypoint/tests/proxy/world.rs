@@ -234,6 +234,15 @@ impl World {
 
     /// Rules of `web`, each for everything that no rule before it matches.
     pub(crate) fn rules(&self, protocol: Protocol, rules: Vec<(RouteMatch, RouteRule)>) {
+        self.rules_of("web", protocol, rules);
+    }
+
+    pub(crate) fn rules_of(
+        &self,
+        service: &str,
+        protocol: Protocol,
+        rules: Vec<(RouteMatch, RouteRule)>,
+    ) {
         let (mut matches, mut all) = (Vec::new(), Vec::new());
         for (number, (m, rule)) in rules.into_iter().enumerate() {
             matches.push(RouteMatch { rule: u32::try_from(number).unwrap(), ..m });
@@ -246,7 +255,7 @@ impl World {
             all.into(),
             matches.into(),
         );
-        self.set_routes("web", protocol, vec![Arc::new(set.unwrap())]);
+        self.set_routes(service, protocol, vec![Arc::new(set.unwrap())]);
     }
 
     fn set_routes(&self, service: &str, protocol: Protocol, sets: Vec<Arc<RouteSet>>) {
@@ -324,11 +333,18 @@ impl World {
 
     /// Asks once, on a connection of its own.
     pub(crate) async fn ask(&self, request: Request<Body>) -> Response<Bytes> {
-        let mut client = Http1::new(self.connect().await).await;
-        client.ask(request).await.unwrap()
+        Http1::new(self.connect().await).await.ask(request).await.unwrap()
     }
 
-    /// The access log, once a line in it holds all of these words.
+    /// The same, and the line is not found again.
+    pub(crate) async fn take_line(&self, words: &[&str]) -> String {
+        let line = self.line(words).await;
+        let mut text = self.log.text.lock().unwrap();
+        *text = text.replacen(&line, "", 1);
+        line
+    }
+
+    /// The line of the access log, once there is one that holds all of these words.
     pub(crate) async fn line(&self, words: &[&str]) -> String {
         let search = async {
             loop {
@@ -396,6 +412,8 @@ pub(crate) struct Connect {
 pub(crate) struct Seen {
     pub(crate) tunnels: AtomicUsize,
     pub(crate) connects: Mutex<Vec<Connect>>,
+    /// The first lines of requests.
+    lines: Mutex<Vec<String>>,
     pub(crate) requests: AtomicUsize,
     pub(crate) refuse: Mutex<Option<(StatusCode, Reason)>>,
     /// For tests that hold an answer back.
@@ -405,6 +423,10 @@ pub(crate) struct Seen {
 impl Seen {
     pub(crate) fn requests(&self) -> usize {
         self.requests.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
     }
 
     pub(crate) fn connects(&self) -> Vec<Connect> {
@@ -459,9 +481,10 @@ where
 /// Answers with the request: its line and headers, an empty line, its body.
 pub(crate) async fn echo(
     request: Request<Incoming>,
-    _: Arc<Seen>,
+    seen: Arc<Seen>,
 ) -> Result<Response<Body>, Error> {
     let (parts, body) = request.into_parts();
+    seen.lines.lock().unwrap().push(format!("{} {}", parts.method, parts.uri));
     let mut text = format!("{} {} {:?}\n", parts.method, parts.uri, parts.version).into_bytes();
     for (name, value) in &parts.headers {
         text.extend(format!("{name}: ").bytes());
