@@ -21,6 +21,7 @@ use tokio::time::Sleep;
 use super::exchange::Exchange;
 use super::progress::Owed;
 use crate::config::Waits;
+use crate::upstream::InUse;
 
 /// Why a body, or an answer, breaks off.
 #[derive(Debug)]
@@ -77,6 +78,7 @@ pub(crate) struct ClientBody {
     messages: Option<Messages>,
     gate: Option<WaitForContinue>,
     mirrors: Vec<Copies>,
+    _counted: Option<Arc<InUse>>,
 }
 
 /// What was counted of a request's body, and how it ended if not well.
@@ -105,6 +107,7 @@ impl RequestBody {
             messages: grpc.then(Messages::default),
             gate: None,
             mirrors: Vec::new(),
+            _counted: None,
         };
         (Self::Client(Box::new(body)), Some(counts))
     }
@@ -118,6 +121,15 @@ impl RequestBody {
         Some(gate)
     }
 
+    /// Keeps the request counted on its connection while there may be more of the body.
+    pub(crate) fn keep(&mut self, counted: &Arc<InUse>) {
+        match self {
+            Self::Empty => {}
+            Self::Client(body) => body._counted = Some(counted.clone()),
+            Self::Mirror(body) => body._counted = Some(counted.clone()),
+        }
+    }
+
     /// A copy of the body for a mirror.
     pub(crate) fn copy(&mut self) -> Self {
         let Self::Client(body) = self else { return Self::Empty };
@@ -125,7 +137,7 @@ impl RequestBody {
         let behind = Arc::new(AtomicUsize::new(0));
         let hint = body.incoming.size_hint();
         body.mirrors.push(Copies { send, behind: behind.clone() });
-        Self::Mirror(MirrorBody { frames, behind, hint, ended: false })
+        Self::Mirror(MirrorBody { frames, behind, hint, ended: false, _counted: None })
     }
 }
 
@@ -280,6 +292,7 @@ pub(crate) struct MirrorBody {
     behind: Arc<AtomicUsize>,
     hint: SizeHint,
     ended: bool,
+    _counted: Option<Arc<InUse>>,
 }
 
 impl MirrorBody {
