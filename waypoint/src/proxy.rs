@@ -11,6 +11,7 @@ mod forward;
 mod mirror;
 mod progress;
 mod span;
+mod timed;
 mod upgrade;
 
 use std::pin::Pin;
@@ -79,7 +80,9 @@ pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
             .await
     };
     match ended {
-        Ended::Itself(Ok(())) | Ended::Overdue(Overdue::Request) | Ended::Waypoint => {}
+        Ended::Itself(Ok(()))
+        | Ended::Overdue(Overdue::Request | Overdue::Reader)
+        | Ended::Waypoint => {}
         Ended::Itself(Err(error)) => ended_badly(&client, &error),
         Ended::Overdue(Overdue::Head) => {
             let words = format!("a head has not come to its end within {:?}", Waits::HEAD);

@@ -20,6 +20,7 @@ use tokio::time::Sleep;
 
 use super::exchange::Exchange;
 use super::progress::Owed;
+use super::timed::TimedBody;
 use crate::config::Waits;
 use crate::upstream::InUse;
 
@@ -359,14 +360,14 @@ pub(crate) enum ResponseBody {
     Own(Option<Bytes>),
     /// Of an endpoint. The record is written when it has ended, however it does.
     Endpoint(Box<EndpointBody>),
+    /// The same where the route says how long it may take.
+    Timed(TimedBody),
 }
 
 pub(crate) struct EndpointBody {
     pub(crate) incoming: Incoming,
     pub(crate) exchange: Exchange,
     pub(crate) messages: Option<Messages>,
-    /// When the route says that it took too long.
-    pub(crate) deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Body for ResponseBody {
@@ -380,6 +381,7 @@ impl Body for ResponseBody {
         match self.get_mut() {
             Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Endpoint(body) => body.poll(cx),
+            Self::Timed(body) => body.poll(cx),
         }
     }
 
@@ -387,6 +389,7 @@ impl Body for ResponseBody {
         match self {
             Self::Own(bytes) => bytes.is_none(),
             Self::Endpoint(body) => body.incoming.is_end_stream(),
+            Self::Timed(body) => body.is_end_stream(),
         }
     }
 
@@ -396,6 +399,7 @@ impl Body for ResponseBody {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
             Self::Endpoint(body) => body.incoming.size_hint(),
+            Self::Timed(body) => body.size_hint(),
         }
     }
 }
@@ -433,18 +437,11 @@ impl Body for Owing {
 }
 
 impl EndpointBody {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let next = Pin::new(&mut self.incoming).poll_frame(cx);
-        if next.is_pending()
-            && let Some(deadline) = &mut self.deadline
-        {
-            ready!(deadline.as_mut().poll(cx));
-            self.deadline = None;
-            let words = "the route's time was over in the middle of the answer";
-            self.exchange.late(words);
-            return Poll::Ready(Some(Err(words.into())));
-        }
-        match ready!(next) {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match ready!(Pin::new(&mut self.incoming).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 if let Some(bytes) = frame.data_ref() {
                     self.exchange.sent(bytes.len() as u64);
