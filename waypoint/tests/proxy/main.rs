@@ -6,6 +6,7 @@ mod drain;
 mod frames;
 mod http1;
 mod http2;
+mod limits;
 mod raw;
 mod routes;
 mod smuggling;
