@@ -83,6 +83,11 @@ impl RouteSet {
         let index = PathIndex::new(matches.iter().map(|m| &m.path));
         Ok(Self { audience, ports, kind, rules, matches, index })
     }
+
+    /// Whether it is for this port of the Service.
+    pub fn is_for_port(&self, port: u16) -> bool {
+        self.ports.is_empty() || self.ports.contains(&port)
+    }
 }
 
 /// Whose requests a set is for.

@@ -1,15 +1,31 @@
 //! What routes ask for, carried out: backends, edits, redirects, faults, timeouts, mirrors.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{Request, Response, StatusCode};
-use model::Reason;
 use model::http::{
     Abort, Fault, Filter, FixedResponse, HeaderEdits, Mirror, PathRewrite, Protocol, Redirect,
     RedirectPort, Rewrite, RouteMatch, Share, Target, Timeouts,
 };
+use model::{Change, Reason};
 
 use crate::world::*;
+
+#[tokio::test]
+async fn routes_that_cannot_be_read_are_closed() {
+    let world = World::new(Protocol::Http);
+    let web = world.echo("web", "web").await;
+    assert_eq!(world.ask(get("/")).await.status(), 200);
+    let name = "shop/web.shop.svc.cluster.local";
+    let closed = xds::codec::closed_routes(name, &mut xds::codec::Interner::default()).unwrap();
+    world.change([Change::SetRoutes(Arc::new(closed))]);
+    let before = web.seen.requests();
+    let answer = world.ask(get("/")).await;
+    assert_eq!(answer.status(), 500);
+    assert_eq!(header(answer.headers(), "x-ambit-reason"), "unsupported");
+    assert_eq!(web.seen.requests(), before);
+}
 
 #[tokio::test]
 async fn rules_choose_backends_and_change_requests() {

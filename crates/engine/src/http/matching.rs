@@ -100,7 +100,7 @@ pub(super) fn set_for<'a>(
     namespace: Option<&Str>,
 ) -> Option<&'a Arc<RouteSet>> {
     let find = |fits: &dyn Fn(&Audience) -> bool| {
-        routes.sets.iter().find(|set| set.ports.contains(&port) && fits(&set.audience))
+        routes.sets.iter().find(|set| set.is_for_port(port) && fits(&set.audience))
     };
     namespace
         .and_then(|own| find(&|audience| matches!(audience, Audience::Namespace(n) if n == own)))

@@ -381,6 +381,12 @@ fn who_and_where() {
     check("A8: a port without routes", Some(&shop), 8080, &other, "web /");
     check("A8: the consumer's port", Some(&client), 8080, &asked, "consumer /r");
     check("A8: the consumer's port", Some(&client), 8080, &other, NO);
+    // As where routes cannot be read, and every port is closed.
+    let of_all_ports = world(vec![named(Audience::Everybody, &[], "all")]);
+    for port in [80, 8080] {
+        let plan = ask_as(&of_all_ports, &asked, 0, port, Some(&client));
+        assert_eq!(short(&plan, &asked), "all /r", "a set for every port");
+    }
     let no_routes = Snapshot::default();
     let plan = ask(&no_routes, &other, 0);
     assert_eq!(short(&plan, &other), "web /", "no routes at all");
