@@ -93,7 +93,7 @@ pub fn hold_idle(to: SocketAddr, connections: usize, time: Duration) -> io::Resu
     let mut errors = Errors::default();
     lines::begin()?;
     let began = Instant::now();
-    let held = open(to, connections, &mut errors)?;
+    let held = open(to, connections, KEEP, &mut errors)?;
     let opened_in = began.elapsed();
     lines::line(&json!({ "event": "open", "open": held.len() }))?;
     let mut poller = Poller::new()?;
@@ -153,7 +153,9 @@ impl Load {
         let mut errors = Errors::default();
         let poller = Poller::new()?;
         let mut slots = Vec::with_capacity(connections);
-        for (connection, token) in open(to, connections, &mut errors)?.into_iter().zip(0..) {
+        for (connection, token) in
+            open(to, connections, &request, &mut errors)?.into_iter().zip(0..)
+        {
             poller.reads(&connection, token)?;
             slots.push(Slot { connection, request: None, dead: false });
         }
@@ -257,7 +259,12 @@ impl Load {
 
 /// Opens `count` connections and has each answer once, so that what follows is in its steady state.
 /// What fails is counted and left out.
-fn open(to: SocketAddr, count: usize, errors: &mut Errors) -> io::Result<Vec<Connection>> {
+fn open(
+    to: SocketAddr,
+    count: usize,
+    request: &[u8],
+    errors: &mut Errors,
+) -> io::Result<Vec<Connection>> {
     let mut poller = Poller::new()?;
     let mut slots: Vec<Option<Opening>> = Vec::with_capacity(count);
     let mut opened = Vec::with_capacity(count);
@@ -274,7 +281,7 @@ fn open(to: SocketAddr, count: usize, errors: &mut Errors) -> io::Result<Vec<Con
                 continue;
             };
             let Some(opening) = slot.take() else { continue };
-            match opening.step(&poller, token, &mut buffer) {
+            match opening.step(&poller, token, request, &mut buffer) {
                 Ok(Step::Open(connection)) => opened.push(connection),
                 Ok(Step::Wait(opening)) => {
                     *slot = Some(opening);
@@ -314,10 +321,16 @@ impl Opening {
         Ok(Self { connection, asked: false, began: Instant::now() })
     }
 
-    fn step(mut self, poller: &Poller, token: u64, buffer: &mut [u8]) -> io::Result<Step> {
+    fn step(
+        mut self,
+        poller: &Poller,
+        token: u64,
+        request: &[u8],
+        buffer: &mut [u8],
+    ) -> io::Result<Step> {
         if !self.asked {
             self.connection.connected()?;
-            self.connection.send(KEEP)?;
+            self.connection.send(request)?;
             poller.now_reads(&self.connection, token)?;
             self.asked = true;
             return Ok(Step::Wait(self));

@@ -32,19 +32,25 @@ pub struct Entry {
     pub to: SocketAddr,
 }
 
-/// Starts a thread for each worker, with a listener of its own at this address, for HTTP/1.1.
+/// Starts a thread for each worker, with a listener of its own, for HTTP/1.1. The address where they listen.
 ///
 /// # Errors
 /// When the address is taken or not ours, or there is no thread to be had.
-pub fn start_workers(at: SocketAddr, workers: Vec<Arc<Worker>>, entry: &Entry) -> io::Result<()> {
+pub fn start_workers(
+    mut at: SocketAddr,
+    workers: Vec<Arc<Worker>>,
+    entry: &Entry,
+) -> io::Result<SocketAddr> {
     for (index, worker) in workers.into_iter().enumerate() {
         let (listener, entry) = (listen_at(at)?, entry.clone());
+        // The first may have been given any port; the others share it.
+        at = listener.local_addr()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new()
             .name(format!("worker-{index}"))
             .spawn(move || runtime.block_on(run(worker, listener, entry)))?;
     }
-    Ok(())
+    Ok(at)
 }
 
 async fn run(worker: Arc<Worker>, listener: std::net::TcpListener, entry: Entry) {

@@ -173,12 +173,6 @@ impl World {
         fs::rename(&new, &path).with_context(|| path.display().to_string())
     }
 
-    /// Process ids of the waypoints.
-    pub fn waypoints(&self) -> Vec<i32> {
-        let all = descendants(self.launcher()).into_iter();
-        all.filter(|p| p.program() == "waypoint").map(|p| p.pid).collect()
-    }
-
     /// The processes in between, ordered by node: the node proxies, or the relays.
     fn between(&self, arm: Arm) -> Result<Vec<Process>> {
         if arm != Arm::Relay {

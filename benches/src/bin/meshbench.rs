@@ -35,8 +35,11 @@ enum Mode {
     Quick(Options),
     /// Prints the page of a run that was measured before
     Render { json: PathBuf },
-    /// The same for a run of the part `http`
-    RenderHttp { json: PathBuf },
+    /// The same for runs of the part `http`: what one left out, the next may have
+    RenderHttp {
+        #[arg(required = true)]
+        json: Vec<PathBuf>,
+    },
     /// Sets values in a pod's network namespace (started by this program itself)
     #[command(hide = true)]
     Sysctl { pid: i32, lab: i32, settings: Vec<String> },
@@ -99,8 +102,16 @@ fn run(mode: Mode) -> Result<()> {
             print(&render::page(&serde_json::from_str(&text)?))
         }
         Mode::RenderHttp { json } => {
-            let text = fs::read_to_string(&json).with_context(|| json.display().to_string())?;
-            print(&http::page::page(&serde_json::from_str(&text)?))
+            let mut all: Option<http::HttpResults> = None;
+            for file in json {
+                let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+                let run: http::HttpResults = serde_json::from_str(&text)?;
+                match &mut all {
+                    None => all = Some(run),
+                    Some(all) => all.add(run),
+                }
+            }
+            print(&all.map(|all| http::page::page(&all)).unwrap_or_default())
         }
         Mode::Sysctl { pid, lab, settings } => sysctl::set_here(pid, lab, &settings),
     }
@@ -298,7 +309,9 @@ impl Bench {
 
     /// HTTP beside Envoy; `--only` names its lines by what they begin with.
     fn http(&mut self, options: &Options) -> Result<()> {
-        let waypoint = fs::metadata(self.programs.ztunnel.with_file_name("waypoint"))?.len();
+        let waypoint = self.programs.ztunnel.with_file_name("waypoint");
+        let waypoint =
+            fs::metadata(&waypoint).with_context(|| waypoint.display().to_string())?.len();
         let mut results = http::HttpResults {
             date: machine::today(),
             command: self.results.command.clone(),
@@ -317,7 +330,7 @@ impl Bench {
         let mut has = |name: &str| {
             let wanted = options.only.is_empty() || options.only.iter().any(|o| o == name);
             if !wanted {
-                results.missing.push(format!("{name}: left out by --only"));
+                results.missing.push(format!("{name}{}", http::LEFT_OUT));
             }
             wanted
         };

@@ -75,7 +75,8 @@ fn serve(cli: Cli) -> Result<()> {
     let workers = make_workers(&shared, recorder);
     let client = Arc::new(Identity::new("cluster.local", "bench", "client"));
     start_workers(cli.listen, workers, &Entry { client, to: cli.to })
-        .with_context(|| format!("cannot listen on {}", cli.listen))
+        .with_context(|| format!("cannot listen on {}", cli.listen))?;
+    Ok(())
 }
 
 /// What the objects mean.

@@ -358,3 +358,25 @@ fn tls(context: &str, secrets: &Secrets) -> Value {
     });
     named("envoy.transport_sockets.tls", config)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routes_are_as_many_as_asked_for() {
+        let check = |prefixes: usize, want: usize| {
+            let config = route_config(prefixes);
+            let routes = config["virtual_hosts"][0]["routes"].as_array().unwrap();
+            assert_eq!(routes.len(), want, "{prefixes} prefixes");
+            let via = &routes[want - 1]["response_headers_to_add"][0]["header"];
+            assert_eq!(via["key"], TO_CLIENT.0);
+        };
+        check(0, 2);
+        check(5, 5);
+        check(5_000, 5_000);
+        let file = route_file(5, "7");
+        let first = &file["resources"][0]["virtual_hosts"][0]["routes"][0];
+        assert_eq!(first["response_headers_to_add"][0]["header"]["value"], "7");
+    }
+}

@@ -53,6 +53,7 @@ const LOADS: &[(&str, &str, &[&str])] = &[
 ];
 
 /// A running mesh of this part.
+#[derive(Debug)]
 pub struct Place {
     pub(super) world: World,
     status: Value,

@@ -7,6 +7,7 @@
 //! Invariants: both proxies are asked the same question, and it is checked that both answer it before anything is measured;
 //! every way of a line is measured in each round, the order changing; nothing is dropped; errors are reported.
 
+pub mod bars;
 pub mod change;
 pub mod envoy;
 pub mod mesh;
@@ -148,7 +149,26 @@ impl Way {
     }
 }
 
+/// Behind the name of what a run was told to leave out.
+pub const LEFT_OUT: &str = ": left out by --only";
+
 impl HttpResults {
+    /// Adds what another run measured, which this one was told to leave out.
+    pub fn add(&mut self, other: Self) {
+        let Self { command, commit, lines, memory, changes, missing, .. } = other;
+        self.command = format!("{}` and `{command}", self.command);
+        if commit != self.commit {
+            self.commit = format!("{} and {commit}", self.commit);
+        }
+        self.lines.extend(lines);
+        self.memory.extend(memory);
+        self.changes.extend(changes);
+        // What neither has is said by both.
+        self.missing.retain(|m| !m.ends_with(LEFT_OUT) || missing.contains(m));
+        let more = missing.into_iter().filter(|m| !m.ends_with(LEFT_OUT));
+        self.missing.extend(more);
+    }
+
     pub fn line(&self, id: &str) -> Option<&Line> {
         self.lines.iter().find(|l| l.id == id)
     }

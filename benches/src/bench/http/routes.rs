@@ -102,3 +102,32 @@ pub(crate) fn world(v1: SocketAddr, v2: SocketAddr) -> String {
     ]
     .concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use compile::{Folder, MeshConfig, compile};
+
+    use super::*;
+
+    #[test]
+    fn every_rule_is_understood() {
+        let at = |last| SocketAddr::from(([127, 0, 0, last], 9001));
+        let check = |prefixes: usize, rules: usize| {
+            let mut folder = Folder::new();
+            let yaml = world(at(2), at(3)) + &http_routes("bench", prefixes);
+            folder.set_file(0, "objects.yaml", &yaml);
+            assert_eq!(folder.diagnostics(), vec![], "{prefixes} prefixes");
+            let mut objects = folder.objects();
+            objects.programmed.insert(("bench".into(), "waypoint".into()));
+            let compiled = compile(&objects, &MeshConfig::default());
+            assert_eq!(compiled.diagnostics, vec![], "{prefixes} prefixes");
+            let sets = compiled.routes.iter().flat_map(|r| r.sets.iter());
+            assert_eq!(sets.map(|s| s.rules.len()).sum::<usize>(), rules, "{prefixes} prefixes");
+            let bound = compiled.services.iter().filter(|s| s.waypoint.is_some());
+            assert_eq!(bound.map(|s| &*s.name).collect::<Vec<_>>(), ["web"]);
+        };
+        check(0, 2);
+        check(5, 5);
+        check(100, 100);
+    }
+}
