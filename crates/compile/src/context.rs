@@ -49,13 +49,55 @@ impl<'a> Context<'a> {
         shared
     }
 
-    /// A pattern, built once however often it is written: building one takes longer than reading a rule.
-    pub(crate) fn pattern(&mut self, text: &str) -> Result<Pattern, PatternError> {
-        if let Some(known) = self.patterns.get(text) {
-            return known.clone();
+    /// A pattern of an object, built once however often it is written: building one takes longer than reading a rule.
+    pub(crate) fn pattern(&mut self, text: &str, of: &mut Budget) -> Result<Pattern, String> {
+        of.check()?;
+        let pattern = match self.patterns.get(text) {
+            Some(known) => known.clone(),
+            None => {
+                let new = Pattern::new(text);
+                self.patterns.insert(text.into(), new.clone());
+                new
+            }
+        };
+        of.count(pattern)
+    }
+}
+
+/// What the patterns of one object may take once they are compiled: 4,096 of ordinary size, or 64 of the largest that may be.
+/// Each proxy holds them all; an object of a megabyte could have 50,000 that take gigabytes.
+const MOST_PATTERNS: usize = 16 << 20;
+
+/// What the patterns of one object have taken so far. A text counts once.
+#[derive(Debug, Default)]
+pub(crate) struct Budget {
+    used: usize,
+    counted: BTreeSet<Str>,
+}
+
+impl Budget {
+    /// A pattern that nobody keeps.
+    pub(crate) fn pattern(&mut self, text: &str) -> Result<Pattern, String> {
+        self.check()?;
+        self.count(Pattern::new(text))
+    }
+
+    fn count(&mut self, pattern: Result<Pattern, PatternError>) -> Result<Pattern, String> {
+        let pattern = pattern.map_err(|e| e.to_string())?;
+        if self.counted.insert(pattern.text().clone()) {
+            self.used += pattern.size();
         }
-        let pattern = Pattern::new(text);
-        self.patterns.insert(text.into(), pattern.clone());
-        pattern
+        self.check().map(|()| pattern)
+    }
+
+    /// Before a pattern is built, too: that is what takes time.
+    fn check(&self) -> Result<(), String> {
+        if self.used <= MOST_PATTERNS {
+            return Ok(());
+        }
+        let most = MOST_PATTERNS >> 20;
+        Err(format!(
+            "is one pattern too many: those of one object may take {most} MiB once compiled"
+        ))
     }
 }

@@ -16,7 +16,7 @@ use super::rules::{RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
 use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
 use super::{Api, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
-use crate::context::Context;
+use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::GROUP;
 use crate::object::{Meta, Objects, Origin, Sourced, Table, object_id};
@@ -112,6 +112,7 @@ fn attach<'a>(
         services,
         cx: &mut *cx,
         namespace: &object.key.0,
+        patterns: Budget::default(),
         diagnostics: Vec::new(),
         bad_references: Vec::new(),
         dropped: Vec::new(),

@@ -11,7 +11,7 @@ use model::{Provenance, Str};
 use super::matches::{self, Specific};
 use super::status::ConditionReason;
 use super::{filters, shape, targets, text};
-use crate::context::Context;
+use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::object::{Objects, Origin};
 use crate::services::ByNamespace;
@@ -26,6 +26,7 @@ pub(super) struct RuleCompiler<'a, 'm> {
     pub cx: &'a mut Context<'m>,
     /// The route's.
     pub namespace: &'a str,
+    pub patterns: Budget,
     /// Without object and place; each names its field.
     pub diagnostics: Vec<Diagnostic>,
     pub bad_references: Vec<(ConditionReason, String)>,
@@ -99,7 +100,7 @@ impl RuleCompiler<'_, '_> {
     }
 
     pub(super) fn pattern(&mut self, text: &str) -> Result<Pattern, String> {
-        self.cx.pattern(text).map_err(|e| format!("{text:.80?} {e}"))
+        self.cx.pattern(text, &mut self.patterns).map_err(|e| format!("{text:.80?} {e}"))
     }
 
     fn rule(

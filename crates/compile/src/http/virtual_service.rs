@@ -14,7 +14,7 @@ use model::{ServiceKey, Str};
 
 use super::hosts::{self, Host};
 use super::{Api, Contribution, Rank, Ranked, Specificity};
-use crate::context::Context;
+use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::VirtualService;
 use crate::istio::virtual_service::{HttpMatch, VirtualServiceSpec};
@@ -60,7 +60,8 @@ pub(crate) fn validate(spec: &VirtualServiceSpec, report: Report<'_>) {
     if spec.http.is_empty() && spec.tls.is_null() && spec.tcp.is_null() {
         report("spec.http".into(), "missing: there is no rule".into());
     }
-    let mut pattern = |text: &str| model::http::Pattern::new(text).map_err(|e| e.to_string());
+    let mut budget = Budget::default();
+    let mut pattern = |text: &str| budget.pattern(text);
     let mut reader = Reader::new(&mut pattern);
     for (i, rule) in spec.http.iter().enumerate() {
         reader.rule(i, rule, &Place::Nowhere);
@@ -308,8 +309,9 @@ fn compile((key, sourced): Entry<'_>, place: &Place<'_>, cx: &mut Context<'_>) -
     let mut rules: Vec<Arc<RouteRule>> = Vec::new();
     let mut matches = Vec::new();
     let mut found = Vec::new();
+    let mut budget = Budget::default();
     for (i, rule) in sourced.value.spec.http.iter().enumerate() {
-        let mut pattern = |text: &str| cx.pattern(text).map_err(|e| e.to_string());
+        let mut pattern = |text: &str| cx.pattern(text, &mut budget);
         let mut reader = Reader::new(&mut pattern);
         let compiled = reader.rule(i, rule, place);
         found.append(&mut reader.found);

@@ -10,6 +10,9 @@ use crate::Str;
 const MAX_TEXT: usize = 1024;
 /// Bytes that a compiled pattern may take: `(a{1000}){1000}` is refused here.
 const MAX_COMPILED: usize = 256 << 10;
+/// Sizes that are told apart: the regex crate says only whether a pattern fits. With all that it builds beside (the same
+/// backwards, once more for whole texts) a pattern takes about five times as much.
+const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, MAX_COMPILED];
 
 /// A regular expression that fits only the whole text. Matching takes time linear in the text.
 #[derive(Clone)]
@@ -17,6 +20,7 @@ pub struct Pattern {
     text: Str,
     whole: Regex,
     part: Regex,
+    size: usize,
 }
 
 /// Why a pattern is not acceptable.
@@ -31,13 +35,26 @@ impl Pattern {
                 text.len()
             )));
         }
-        let build = |text: &str| {
-            RegexBuilder::new(text).size_limit(MAX_COMPILED).dfa_size_limit(MAX_COMPILED).build()
+        let build = |text: &str, size: usize| {
+            RegexBuilder::new(text).size_limit(size).dfa_size_limit(MAX_COMPILED).build()
         };
         // First as it is: `a)(b` is no pattern, but would be one inside a group.
-        let part = build(text).map_err(|e| PatternError::of(&e))?;
-        let whole = build(&format!("^(?:{text})$")).map_err(|e| PatternError::of(&e))?;
-        Ok(Self { text: text.into(), whole, part })
+        let mut fits = Err(regex::Error::CompiledTooBig(MAX_COMPILED));
+        for size in SIZES {
+            fits = build(text, size).map(|part| (part, size));
+            if !matches!(fits, Err(regex::Error::CompiledTooBig(_))) {
+                break;
+            }
+        }
+        let (part, size) = fits.map_err(|e| PatternError::of(&e))?;
+        let whole = format!("^(?:{text})$");
+        let whole = build(&whole, MAX_COMPILED).map_err(|e| PatternError::of(&e))?;
+        Ok(Self { text: text.into(), whole, part, size })
+    }
+
+    /// Bytes that it takes once compiled, rounded up to one of a few sizes: to bound the sum of many patterns.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     /// As the user wrote it.
@@ -136,6 +153,12 @@ mod tests {
             let error = Pattern::new(text).unwrap_err().to_string();
             assert!(error.contains(words), "{text:.20}: {error}");
         }
+    }
+
+    #[test]
+    fn size_is_what_it_takes_not_what_is_written() {
+        let size = |text: &str| Pattern::new(text).unwrap().size() >> 10;
+        assert_eq!([size("/v[0-9]+/.*"), size("a{4000}"), size("a{300}")], [4, 256, 16]);
     }
 
     #[test]

@@ -76,6 +76,14 @@ fn values_that_no_request_has() {
     let regex =
         "[{matches: [{headers: [{name: a, type: RegularExpression, value: '(a{1000}){1000}'}]}]}]";
     judged("P7", regex, UNSUPPORTED, &["invalid_field spec.rules[0].matches[0].headers[0].value"]);
+    // Each is allowed; all of them together would take gigabytes in every proxy.
+    let one = |n: usize| {
+        format!("{{matches: [{{path: {{type: RegularExpression, value: '/{n}a{{4000}}'}}}}]}}")
+    };
+    let many: Vec<_> = (0..65).map(one).collect();
+    let found = codes(&shop(&http(&format!("[{}]", many.join(", ")))));
+    let over: Vec<_> = found.iter().filter(|code| code.ends_with("path.value")).collect();
+    assert_eq!(over, ["invalid_field spec.rules[64].matches[0].path.value"], "P7");
     let name = "[{matches: [{headers: [{name: 'a b', value: c}]}]}]";
     judged("M1", name, UNSUPPORTED, &["invalid_field spec.rules[0].matches[0].headers[0].name"]);
     // M9: a word that Gateway API does not know is refused where the file is read, as by an API server.

@@ -375,6 +375,11 @@ fn what_an_api_server_refuses() {
         &rule("match: [{uri: {regex: '(a{1000}){1000}'}}]"),
         "invalid_field spec.http[0].match[0].uri.regex",
     );
+    let many: Vec<_> = (0..65).map(|n| format!("{{uri: {{regex: '/{n}a{{4000}}'}}}}")).collect();
+    check(
+        &rule(&format!("match: [{}]", many.join(", "))),
+        "invalid_field spec.http[0].match[64].uri.regex",
+    );
     check(
         &rule("match: [{headers: {'a b': {}}}]"),
         "invalid_field spec.http[0].match[0].headers.a b",
