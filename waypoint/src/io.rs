@@ -16,17 +16,6 @@ pub(crate) enum PeerIo {
     Tcp(TcpStream),
 }
 
-impl PeerIo {
-    /// Resolves when the peer has reset the stream: for who does not read, and would not hear of it. A socket's end is
-    /// heard of by reading alone.
-    pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        match self {
-            Self::Tunnel(io) => io.poll_gone(cx),
-            Self::Tcp(_) => Poll::Pending,
-        }
-    }
-}
-
 macro_rules! either {
     ($self:ident, $io:ident => $call:expr) => {
         match $self.get_mut() {
@@ -40,6 +29,17 @@ macro_rules! either {
             }
         }
     };
+}
+
+impl PeerIo {
+    /// Resolves when the peer has reset a stream: for who does not read, and would not hear of it. Of a socket nobody hears
+    /// before it is read or written.
+    pub(crate) fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        match self {
+            Self::Tunnel(io) => io.poll_gone(cx),
+            Self::Tcp(_) => Poll::Pending,
+        }
+    }
 }
 
 impl AsyncRead for PeerIo {

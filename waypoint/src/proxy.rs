@@ -11,6 +11,7 @@ mod forward;
 mod mirror;
 mod progress;
 mod span;
+mod timed;
 mod upgrade;
 
 use std::pin::Pin;
@@ -40,9 +41,12 @@ const MAX_BUFFER: usize = engine::http::MAX_HEAD + (8 << 10);
 const MAX_HEADERS: usize = 2 * engine::http::MAX_HEADERS;
 /// Requests at once on one HTTP/2 connection, as Envoy's waypoint has it.
 const MAX_STREAMS: u32 = 100;
-/// What a client may send ahead on one stream, and on one connection: these bound what a slow endpoint holds here.
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 1 << 20;
+/// What a client may send ahead on one stream: this bounds what a slow endpoint holds here. As much as one that is as far as
+/// 2 ms sends with 32 MB/s.
+const STREAM_WINDOW: u32 = 64 << 10;
+/// The same on one connection: 6.25 MiB, enough for the windows of all its streams. Were it less, some bodies that no endpoint
+/// reads would use it up, and all others of this connection would stop.
+const CONNECTION_WINDOW: u32 = MAX_STREAMS * STREAM_WINDOW;
 
 /// A client's HTTP connection.
 #[derive(Debug)]
@@ -79,7 +83,9 @@ pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
             .await
     };
     match ended {
-        Ended::Itself(Ok(())) | Ended::Overdue(Overdue::Request) | Ended::Waypoint => {}
+        Ended::Itself(Ok(()))
+        | Ended::Overdue(Overdue::Request | Overdue::Reader)
+        | Ended::Waypoint => {}
         Ended::Itself(Err(error)) => ended_badly(&client, &error),
         Ended::Overdue(Overdue::Head) => {
             let words = format!("a head has not come to its end within {:?}", Waits::HEAD);

@@ -32,7 +32,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Waits for as many bytes as it takes to know. A client that ends before made no request.
 pub(crate) async fn spoken(io: &mut TunnelIo) -> io::Result<Spoken> {
-    look(io, judge).await
+    let mut first = FirstBytes::default();
+    look(io, |bytes| first.judge(bytes)).await
 }
 
 /// The same on a port that speaks HTTP: only the version is to be found out.
@@ -40,7 +41,10 @@ pub(crate) async fn version(io: &mut TunnelIo) -> io::Result<Spoken> {
     look(io, judge_version).await
 }
 
-async fn look(io: &mut TunnelIo, judge: fn(&[u8]) -> Option<Spoken>) -> io::Result<Spoken> {
+async fn look(
+    io: &mut TunnelIo,
+    mut judge: impl FnMut(&[u8]) -> Option<Spoken>,
+) -> io::Result<Spoken> {
     let (mut seen, mut deadline) = (0, None);
     loop {
         let more = std::future::poll_fn(|cx| {
@@ -65,26 +69,50 @@ async fn look(io: &mut TunnelIo, judge: fn(&[u8]) -> Option<Spoken>) -> io::Resu
 
 /// What begins with these bytes. `None`: it takes more of them to know.
 pub fn judge(bytes: &[u8]) -> Option<Spoken> {
-    if let Some(verdict) = judge_preface(bytes) {
-        return verdict;
-    }
-    // Empty lines before a request are skipped, as servers do (RFC 9112, 2.2).
-    let Some(begin) = bytes.iter().position(|b| !matches!(b, b'\r' | b'\n')) else {
-        return (bytes.len() > MAX_LINE).then_some(Spoken::Http1);
-    };
-    let line = &bytes[begin..];
-    let end = line.iter().position(|b| *b == b'\n');
-    let line = &line[..end.unwrap_or(line.len())];
-    let method = line.iter().take_while(|b| is_token(**b)).count();
-    let after = line.get(method);
-    if method == 0 || method > MAX_METHOD || after.is_some_and(|b| *b != b' ') {
-        return Some(Spoken::Other);
-    }
-    match end {
-        Some(_) if is_request_line(line, method) => Some(Spoken::Http1),
-        Some(_) => Some(Spoken::Other),
-        None if bytes.len() > MAX_LINE => Some(Spoken::Http1),
-        None => None,
+    FirstBytes::default().judge(bytes)
+}
+
+/// The first bytes of a client, as they come. Each is looked at once, however small the pieces are in which they come.
+#[derive(Debug, Default)]
+pub struct FirstBytes {
+    /// Of empty lines before the request line.
+    empty: usize,
+    /// Looked at. More than `empty`: the line has begun, and has no end in these.
+    seen: usize,
+}
+
+impl FirstBytes {
+    /// The same for all bytes that have come so far; those of the last time are at their front.
+    pub fn judge(&mut self, bytes: &[u8]) -> Option<Spoken> {
+        if let Some(verdict) = judge_preface(bytes) {
+            return verdict;
+        }
+        let long = bytes.len() > MAX_LINE;
+        if self.seen == self.empty {
+            // Empty lines before a request are skipped, as servers do (RFC 9112, 2.2).
+            let rest = bytes.get(self.empty..).unwrap_or_default();
+            self.empty += rest.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
+            self.seen = self.empty;
+        }
+        if bytes.len() <= self.empty {
+            return long.then_some(Spoken::Http1);
+        }
+        let line = &bytes[self.empty..];
+        let new = bytes.get(self.seen..).unwrap_or_default();
+        let end = new.iter().position(|b| *b == b'\n').map(|at| self.seen - self.empty + at);
+        self.seen = bytes.len();
+        let line = &line[..end.unwrap_or(line.len())];
+        let method = line.iter().take(MAX_METHOD + 1).take_while(|b| is_token(**b)).count();
+        let after = line.get(method);
+        if method == 0 || method > MAX_METHOD || after.is_some_and(|b| *b != b' ') {
+            return Some(Spoken::Other);
+        }
+        match end {
+            Some(_) if is_request_line(line, method) => Some(Spoken::Http1),
+            Some(_) => Some(Spoken::Other),
+            None if long => Some(Spoken::Http1),
+            None => None,
+        }
     }
 }
 
@@ -158,9 +186,13 @@ mod tests {
         let check = |bytes: &[u8], want: Option<Spoken>| {
             assert_eq!(judge(bytes), want, "{}", bytes.escape_ascii());
             // However it is cut, no part of it says something else before.
+            let mut byte_by_byte = FirstBytes::default();
             for end in 0..bytes.len() {
                 let part = judge(&bytes[..end]);
                 assert!(part.is_none() || part == want, "{}", bytes[..end].escape_ascii());
+                if byte_by_byte.judge(&bytes[..end]).is_some() {
+                    break;
+                }
             }
         };
         let (http1, http2, other) = (Some(Spoken::Http1), Some(Spoken::Http2), Some(Spoken::Other));
@@ -213,6 +245,19 @@ mod tests {
     }
 
     proptest::proptest! {
+        #[test]
+        fn pieces_are_judged_as_the_whole(line in "(\r\n){0,3}(PRI|GET|get) ?[/a* ]{0,5}( HTTP/1.1|2.0)?(\r?\n){0,3}", cuts in proptest::collection::vec(1_usize..9, 60)) {
+            let (mut first, mut end) = (FirstBytes::default(), 0);
+            for cut in cuts {
+                end = line.len().min(end + cut);
+                let got = first.judge(&line.as_bytes()[..end]);
+                proptest::prop_assert_eq!(got, judge(&line.as_bytes()[..end]));
+                if got.is_some() {
+                    break;
+                }
+            }
+        }
+
         #[test]
         fn any_bytes_are_judged(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
             if let Some(first) = judge(&bytes) {

@@ -17,7 +17,7 @@ use crate::call::Call;
 use crate::io::PeerIo;
 use crate::record::{Counted, Record};
 use crate::sniff::{SERVER_WORDS, ServerSaid, Spoken, server_said, spoken};
-use crate::upstream::{Open, connect_first};
+use crate::upstream::{Open, UpstreamIo, connect_first};
 use crate::worker::{Stage, reached};
 
 /// Pause before a socket is looked at again that has shown the beginning of what may be HTTP.
@@ -210,7 +210,8 @@ async fn reach(call: &Call, record: &mut Record) -> Result<(PeerIo, Open), Refus
     };
     record.service = service;
     record.client = admission.client.clone();
-    connect_first(call, &admission, &candidates, |candidate| record.chosen(candidate)).await
+    let chosen = |candidate: &Candidate| record.chosen(candidate);
+    connect_first(call, &admission, &candidates, chosen).await.map(UpstreamIo::into_parts)
 }
 
 /// Relays until both directions end, or the waypoint does.
@@ -233,11 +234,12 @@ async fn carry(
 pub(crate) async fn carry_upgraded(
     call: &Call,
     mut client: TunnelIo,
-    mut server: PeerIo,
+    server: UpstreamIo,
     ahead: (Bytes, Bytes),
     moved: Arc<Transfer>,
 ) -> Result<Ended, Refusal> {
     let _registered = call.worker.connections.register(live(call, "upgraded", moved.clone()), None);
+    let (mut server, _open) = server.into_parts();
     client.unread(ahead.0);
     match &mut server {
         PeerIo::Tunnel(io) => io.unread(ahead.1),

@@ -9,12 +9,13 @@
 //! repeat (RFC 9110, 9.2.2), and then once.
 
 mod dial;
+mod io;
+mod kept;
 mod settings;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, Weak};
 
 use agent::trace::SpanContext;
 use engine::{Candidate, Transport};
@@ -22,22 +23,14 @@ use http::{Method, Request, Response, request};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use model::{Identity, Reason, Refusal, WorkloadUid};
-use rustc_hash::FxHashMap;
 
 use crate::call::{Admission, Call};
-use crate::io::PeerIo;
 use crate::proxy::body::RequestBody;
+use crate::record::lock;
 pub(crate) use dial::{connect, connect_first};
-
-/// HTTP/1 connections without a request that are kept for one key: what a burst of a busy client needed, and no more.
-const MAX_IDLE: usize = 128;
-/// Such a connection is closed after this long: shorter than most servers do it themselves, so that few requests meet a
-/// connection that is being closed.
-const IDLE: Duration = Duration::from_secs(30);
-/// Connections of one worker. Each is a stream of some kilobytes, and one connection of the application.
-const MAX_OPEN: usize = 16_384;
-/// Requests that one HTTP/2 connection carries before another is opened, as most servers allow.
-const MAX_STREAMS: usize = 100;
+pub(crate) use io::UpstreamIo;
+use kept::Ticket;
+pub(crate) use kept::{InUse, Open, Upstreams};
 
 /// Everything that two requests must share to share a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -70,36 +63,6 @@ impl UpstreamKey {
     }
 }
 
-/// The connections of one worker. Only its own thread locks it.
-#[derive(Default)]
-pub struct Upstreams {
-    slots: Mutex<FxHashMap<UpstreamKey, Slot>>,
-    open: Arc<AtomicUsize>,
-}
-
-#[derive(Default)]
-struct Slot {
-    /// The one that was used last is at the end.
-    idle: Vec<(http1::SendRequest<RequestBody>, Instant)>,
-    shared: Vec<Shared>,
-}
-
-/// An HTTP/2 connection.
-struct Shared {
-    send: http2::SendRequest<RequestBody>,
-    requests: Arc<AtomicUsize>,
-    /// When it was last given a request.
-    used: Instant,
-}
-
-impl std::fmt::Debug for Upstreams {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Upstreams")
-            .field("open", &self.open.load(Ordering::Relaxed))
-            .finish_non_exhaustive()
-    }
-}
-
 /// A connection, for one request.
 pub(crate) struct Lease {
     key: UpstreamKey,
@@ -107,105 +70,8 @@ pub(crate) struct Lease {
 }
 
 enum Connection {
-    Http1(http1::SendRequest<RequestBody>),
-    Http2 { send: http2::SendRequest<RequestBody>, _counted: InUse },
-}
-
-/// Counts a request of an HTTP/2 connection, until dropped.
-struct InUse(Arc<AtomicUsize>);
-
-impl InUse {
-    fn new(requests: &Arc<AtomicUsize>) -> Self {
-        requests.fetch_add(1, Ordering::Relaxed);
-        Self(requests.clone())
-    }
-}
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Counts an open connection, until dropped.
-pub(crate) struct Open(Arc<AtomicUsize>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl Upstreams {
-    /// Gives a connection back whose answer was read to its end.
-    pub(crate) fn give_back(&self, lease: Lease) {
-        let Connection::Http1(send) = lease.connection else { return };
-        // Not ready: the answer came before the end of the request, or said that the connection closes.
-        if !send.is_ready() {
-            return;
-        }
-        let mut slots = self.lock();
-        let idle = &mut slots.entry(lease.key).or_default().idle;
-        if idle.len() < MAX_IDLE {
-            idle.push((send, Instant::now()));
-        }
-    }
-
-    /// Forgets connections that were closed, or idle for long.
-    pub fn sweep(&self, now: Instant) {
-        self.lock().retain(|_, slot| {
-            let fresh = |since: &Instant| now.saturating_duration_since(*since) < IDLE;
-            slot.idle.retain(|(send, since)| !send.is_closed() && fresh(since));
-            slot.shared.retain(|shared| {
-                let used = shared.requests.load(Ordering::Relaxed) > 0 || fresh(&shared.used);
-                !shared.send.is_closed() && used
-            });
-            !slot.idle.is_empty() || !slot.shared.is_empty()
-        });
-    }
-
-    /// Open connections, for the admin page.
-    pub fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
-    }
-
-    /// A place for one more connection.
-    pub(crate) fn place(&self) -> Result<Open, Refusal> {
-        if self.open() >= MAX_OPEN {
-            let words = format!("{MAX_OPEN} connections to endpoints are open on one thread");
-            return Err(Refusal::new(Reason::Limit, words));
-        }
-        self.open.fetch_add(1, Ordering::Relaxed);
-        Ok(Open(self.open.clone()))
-    }
-
-    fn take(&self, key: &UpstreamKey) -> Option<Connection> {
-        let mut slots = self.lock();
-        let slot = slots.get_mut(key)?;
-        while let Some((send, _)) = slot.idle.pop() {
-            if send.is_ready() && !send.is_closed() {
-                return Some(Connection::Http1(send));
-            }
-        }
-        slot.shared.retain(|shared| !shared.send.is_closed());
-        let free = |shared: &&mut Shared| shared.requests.load(Ordering::Relaxed) < MAX_STREAMS;
-        let shared = slot.shared.iter_mut().find(free)?;
-        shared.used = Instant::now();
-        let counted = InUse::new(&shared.requests);
-        Some(Connection::Http2 { send: shared.send.clone(), _counted: counted })
-    }
-
-    fn share(&self, key: &UpstreamKey, send: http2::SendRequest<RequestBody>) -> Connection {
-        let requests = Arc::default();
-        let in_use = InUse::new(&requests);
-        let shared = Shared { send: send.clone(), requests, used: Instant::now() };
-        self.lock().entry(key.clone()).or_default().shared.push(shared);
-        Connection::Http2 { send, _counted: in_use }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FxHashMap<UpstreamKey, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    Http1 { send: http1::SendRequest<RequestBody>, ticket: Weak<Ticket> },
+    Http2 { send: http2::SendRequest<RequestBody>, counted: Arc<InUse> },
 }
 
 /// An endpoint's answer, and the connection on which the rest of it comes.
@@ -298,11 +164,14 @@ async fn to_one(
 impl Lease {
     async fn send(
         &mut self,
-        request: Request<RequestBody>,
+        mut request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
         match &mut self.connection {
-            Connection::Http1(send) => send.try_send_request(request).await,
-            Connection::Http2 { send, .. } => send.try_send_request(request).await,
+            Connection::Http1 { send, .. } => send.try_send_request(request).await,
+            Connection::Http2 { send, counted } => {
+                request.body_mut().keep(counted);
+                send.try_send_request(request).await
+            }
         }
     }
 }
@@ -311,31 +180,29 @@ impl Lease {
 async fn handshake(
     upstreams: &Upstreams,
     key: &UpstreamKey,
-    (io, open): (PeerIo, Open),
+    io: UpstreamIo,
 ) -> Result<Connection, Refusal> {
+    let (ticket, target) = (io.ticket(), key.target);
     let io = hyper_util::rt::TokioIo::new(io);
-    let failed = |e: hyper::Error| {
-        Refusal::new(Reason::UpstreamBroken, format!("HTTP with {}: {e}", key.target))
-    };
+    let failed =
+        |e: hyper::Error| Refusal::new(Reason::UpstreamBroken, format!("HTTP with {target}: {e}"));
     if key.http2 {
         let (send, connection) = settings::http2_settings().handshake(io).await.map_err(failed)?;
-        tokio::spawn(driven(connection, open, key.target));
-        return Ok(upstreams.share(key, send));
+        let driver = Arc::new(Mutex::new(connection));
+        let connection = upstreams.share(key, send, Arc::downgrade(&driver), ticket);
+        let driving = std::future::poll_fn(move |cx| Pin::new(&mut *lock(&driver)).poll(cx));
+        tokio::spawn(driven(driving, target));
+        return Ok(connection);
     }
     let (send, connection) = settings::http1_settings().handshake(io).await.map_err(failed)?;
-    tokio::spawn(driven(connection.with_upgrades(), open, key.target));
-    Ok(Connection::Http1(send))
+    tokio::spawn(driven(connection.with_upgrades(), target));
+    Ok(Connection::Http1 { send, ticket })
 }
 
-async fn driven(
-    connection: impl Future<Output = hyper::Result<()>>,
-    open: Open,
-    target: SocketAddr,
-) {
+async fn driven(connection: impl Future<Output = hyper::Result<()>>, target: SocketAddr) {
     if let Err(error) = connection.await {
         tracing::debug!(%error, %target, "connection to an endpoint ended");
     }
-    drop(open);
 }
 
 fn broken(candidate: &Candidate, error: &hyper::Error) -> Failed {

@@ -2,7 +2,11 @@
 //!
 //! Frames are handed on without a copy; the next is taken when the one before has found room in the other tunnel, so that
 //! memory is bounded by the windows of both. Half-close is kept, a reset is passed on as a reset.
+//!
+//! A peer that has ended its direction and then resets the stream wants nothing more (RFC 9113, 8.1): what it has said still
+//! goes out, and the other end hears of the rest afterwards.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,13 +37,13 @@ pub fn relay_streams<S: Future + Unpin>(
         let (ended, word) = if let Poll::Ready(word) = Pin::new(&mut stop).poll(cx) {
             (Ended { by: EndedBy::Stopped, error: None }, Some(word))
         } else {
-            let sent = up.poll(cx, &moved.up);
+            let sent = step(cx, &mut up, &mut down, &moved.up);
             let ended = match sent {
                 Poll::Ready(Err(e)) => e.ended(EndedBy::Socket, EndedBy::Peer),
-                sent => match (down.poll(cx, &moved.down), sent) {
+                sent => match (step(cx, &mut down, &mut up, &moved.down), sent) {
                     (Poll::Ready(Err(e)), _) => e.ended(EndedBy::Peer, EndedBy::Socket),
                     (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => {
-                        return Poll::Ready((Ended { by: EndedBy::Both, error: None }, None));
+                        return Poll::Ready((both_ended(&mut up, &mut down), None));
                     }
                     _ => return Poll::Pending,
                 },
@@ -52,6 +56,35 @@ pub fn relay_streams<S: Future + Unpin>(
     })
 }
 
+/// Moves one direction on. Where its receiver wants nothing more, but has come to its own end, the other direction goes on.
+fn step(
+    cx: &mut Context<'_>,
+    leg: &mut Leg,
+    other: &mut Leg,
+    moved: &AtomicU64,
+) -> Poll<Result<(), LegError>> {
+    match leg.poll(cx, moved) {
+        Poll::Ready(Err(LegError::To(e))) if other.take_rest(cx) => {
+            leg.unwanted = Some(e);
+            leg.done = true;
+            // What the other waits for has been taken for it.
+            cx.waker().wake_by_ref();
+            Poll::Ready(Ok(()))
+        }
+        moved => moved,
+    }
+}
+
+/// How it ended when there is nothing more to move. Streams of which an end is left open are reset when they are dropped,
+/// behind what is on its way in them.
+fn both_ended(up: &mut Leg, down: &mut Leg) -> Ended {
+    match (up.unwanted.take(), down.unwanted.take()) {
+        (Some(e), _) => LegError::To(e).ended(EndedBy::Socket, EndedBy::Peer),
+        (None, Some(e)) => LegError::To(e).ended(EndedBy::Peer, EndedBy::Socket),
+        (None, None) => Ended { by: EndedBy::Both, error: None },
+    }
+}
+
 /// One direction.
 struct Leg {
     from: RecvStream,
@@ -60,7 +93,11 @@ struct Leg {
     held: Bytes,
     /// How much of `held` the sender has not been given back room for.
     owed: usize,
+    /// All that was left in the one when it was reset.
+    rest: VecDeque<Bytes>,
     done: bool,
+    /// The other takes nothing more, and there was more.
+    unwanted: Option<h2::Error>,
 }
 
 enum LegError {
@@ -80,13 +117,29 @@ impl LegError {
 impl Leg {
     fn new(from: RecvStream, unread: Bytes, mut to: SendStream<Bytes>) -> Self {
         to.reserve_capacity(unread.len());
-        Self { from, to, held: unread, owed: 0, done: false }
+        Self { from, to, held: unread, owed: 0, rest: VecDeque::new(), done: false, unwanted: None }
+    }
+
+    /// Of a stream that was reset: takes what came before. True: its end came before, too. Else it was cut off.
+    fn take_rest(&mut self, cx: &mut Context<'_>) -> bool {
+        while !self.done {
+            match self.from.poll_data(cx) {
+                Poll::Ready(Some(Ok(bytes))) => self.rest.push_back(bytes),
+                Poll::Ready(None) => return true,
+                Poll::Ready(Some(Err(_))) | Poll::Pending => return false,
+            }
+        }
+        true
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, moved: &AtomicU64) -> Poll<Result<(), LegError>> {
         while !self.done {
             if self.held.is_empty() {
-                match ready!(self.from.poll_data(cx)) {
+                let next = match self.rest.pop_front() {
+                    Some(bytes) => Some(Ok(bytes)),
+                    None => ready!(self.from.poll_data(cx)),
+                };
+                match next {
                     Some(Ok(bytes)) => {
                         self.owed = bytes.len();
                         self.to.reserve_capacity(bytes.len());

@@ -121,6 +121,29 @@ async fn what_is_looked_at_is_still_there() {
 }
 
 #[tokio::test]
+async fn looking_at_many_small_pieces_does_not_copy_all_of_them_again() {
+    let mut tunnel = tunnel().await;
+    let (mut ours, mut theirs) = pair(&mut tunnel).await;
+    let sent = data(2048);
+    let (mut moves, mut last) = (0, std::ptr::null());
+    for (seen, byte) in sent.iter().enumerate() {
+        ours.write_all(&[*byte]).await.unwrap();
+        let at = std::future::poll_fn(|cx| {
+            let look = |bytes: Option<&[u8]>| {
+                let bytes = bytes.unwrap();
+                assert!(bytes == &sent[..=seen]);
+                bytes.as_ptr()
+            };
+            theirs.poll_peek(cx, seen).map_ok(look)
+        });
+        let at = at.await.unwrap();
+        moves += usize::from(at != last);
+        last = at;
+    }
+    assert!(moves < 30, "moved {moves} times");
+}
+
+#[tokio::test]
 async fn a_cut_is_no_end() {
     let mut tunnel = tunnel().await;
     let (mut ours, theirs) = pair(&mut tunnel).await;
@@ -187,4 +210,55 @@ async fn a_relay_passes_on_a_cut_and_can_be_stopped() {
     assert_eq!((ended.by, word), (EndedBy::Stopped, Some(Ok("word"))));
     client.read_to_end(&mut Vec::new()).await.unwrap_err();
     server.read_to_end(&mut Vec::new()).await.unwrap_err();
+}
+
+/// Writes until the stream takes no more, and returns when it is gone.
+async fn pour(mut io: impl tokio::io::AsyncWrite + Unpin) {
+    let chunk = data(256 << 10);
+    while io.write_all(&chunk).await.is_ok() {}
+}
+
+#[tokio::test]
+async fn an_answer_is_whole_though_its_sender_wants_nothing_more() {
+    let (mut before, mut behind) = (tunnel().await, tunnel().await);
+    let (client, first) = pair(&mut before).await;
+    let (second, mut server) = pair(&mut behind).await;
+    let relaying = relay_streams(first, second, Arc::default(), std::future::pending::<()>());
+    let relay = tokio::spawn(relaying);
+    let (mut read, write) = tokio::io::split(client);
+    let pouring = tokio::spawn(pour(write));
+    let mut some = vec![0; 100];
+    server.read_exact(&mut some).await.unwrap();
+    let answer = data(200_000);
+    server.write_all(&answer).await.unwrap();
+    server.shutdown().await.unwrap();
+    // While the client still sends: END_STREAM, and then RST_STREAM with NO_ERROR.
+    drop(server);
+    let mut got = Vec::new();
+    read.read_to_end(&mut got).await.unwrap();
+    assert!(got == answer, "{} bytes of {}", got.len(), answer.len());
+    assert_eq!(relay.await.unwrap().0.by, EndedBy::Peer, "what it did not take is said to be lost");
+    pouring.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_is_cut_off_ends_a_relay_that_waits_for_the_server() {
+    let (mut before, mut behind) = (tunnel().await, tunnel().await);
+    let (client, first) = pair(&mut before).await;
+    let (second, server) = pair(&mut behind).await;
+    let relaying = relay_streams(first, second, Arc::default(), std::future::pending::<()>());
+    let relay = tokio::spawn(relaying);
+    // Neither reads: both directions wait for room.
+    let (client_half, write) = tokio::io::split(client);
+    let sending = tokio::spawn(pour(write));
+    let (_server_half, write) = tokio::io::split(server);
+    let answering = tokio::spawn(pour(write));
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    sending.abort();
+    assert!(sending.await.unwrap_err().is_cancelled());
+    drop(client_half);
+    let limit = std::time::Duration::from_secs(20);
+    let (ended, _) = tokio::time::timeout(limit, relay).await.unwrap().unwrap();
+    assert_eq!(ended.by, EndedBy::Socket);
+    answering.await.unwrap();
 }

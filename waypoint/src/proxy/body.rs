@@ -21,7 +21,9 @@ use tokio::time::Sleep;
 
 use super::exchange::Exchange;
 use super::progress::Owed;
+use super::timed::TimedBody;
 use crate::config::Waits;
+use crate::upstream::InUse;
 
 /// Why a body, or an answer, breaks off.
 #[derive(Debug)]
@@ -78,6 +80,7 @@ pub(crate) struct ClientBody {
     messages: Option<Messages>,
     gate: Option<WaitForContinue>,
     mirrors: Vec<Copies>,
+    _counted: Option<Arc<InUse>>,
 }
 
 /// What was counted of a request's body, and how it ended if not well.
@@ -106,6 +109,7 @@ impl RequestBody {
             messages: grpc.then(Messages::default),
             gate: None,
             mirrors: Vec::new(),
+            _counted: None,
         };
         (Self::Client(Box::new(body)), Some(counts))
     }
@@ -119,6 +123,15 @@ impl RequestBody {
         Some(gate)
     }
 
+    /// Keeps the request counted on its connection while there may be more of the body.
+    pub(crate) fn keep(&mut self, counted: &Arc<InUse>) {
+        match self {
+            Self::Empty => {}
+            Self::Client(body) => body._counted = Some(counted.clone()),
+            Self::Mirror(body) => body._counted = Some(counted.clone()),
+        }
+    }
+
     /// A copy of the body for a mirror.
     pub(crate) fn copy(&mut self) -> Self {
         let Self::Client(body) = self else { return Self::Empty };
@@ -126,7 +139,7 @@ impl RequestBody {
         let behind = Arc::new(AtomicUsize::new(0));
         let hint = body.incoming.size_hint();
         body.mirrors.push(Copies { send, behind: behind.clone() });
-        Self::Mirror(MirrorBody { frames, behind, hint, ended: false })
+        Self::Mirror(MirrorBody { frames, behind, hint, ended: false, _counted: None })
     }
 }
 
@@ -285,6 +298,7 @@ pub(crate) struct MirrorBody {
     behind: Arc<AtomicUsize>,
     hint: SizeHint,
     ended: bool,
+    _counted: Option<Arc<InUse>>,
 }
 
 impl MirrorBody {
@@ -351,14 +365,14 @@ pub(crate) enum ResponseBody {
     Own(Option<Bytes>),
     /// Of an endpoint. The record is written when it has ended, however it does.
     Endpoint(Box<EndpointBody>),
+    /// The same where the route says how long it may take.
+    Timed(TimedBody),
 }
 
 pub(crate) struct EndpointBody {
     pub(crate) incoming: Incoming,
     pub(crate) exchange: Exchange,
     pub(crate) messages: Option<Messages>,
-    /// When the route says that it took too long.
-    pub(crate) deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Body for ResponseBody {
@@ -372,6 +386,7 @@ impl Body for ResponseBody {
         match self.get_mut() {
             Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Endpoint(body) => body.poll(cx),
+            Self::Timed(body) => body.poll(cx),
         }
     }
 
@@ -379,6 +394,7 @@ impl Body for ResponseBody {
         match self {
             Self::Own(bytes) => bytes.is_none(),
             Self::Endpoint(body) => body.incoming.is_end_stream(),
+            Self::Timed(body) => body.is_end_stream(),
         }
     }
 
@@ -388,6 +404,7 @@ impl Body for ResponseBody {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
             Self::Endpoint(body) => body.incoming.size_hint(),
+            Self::Timed(body) => body.size_hint(),
         }
     }
 }
@@ -425,18 +442,11 @@ impl Body for Owing {
 }
 
 impl EndpointBody {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let next = Pin::new(&mut self.incoming).poll_frame(cx);
-        if next.is_pending()
-            && let Some(deadline) = &mut self.deadline
-        {
-            ready!(deadline.as_mut().poll(cx));
-            self.deadline = None;
-            let words = "the route's time was over in the middle of the answer";
-            self.exchange.late(words);
-            return Poll::Ready(Some(Err(words.into())));
-        }
-        match ready!(next) {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match ready!(Pin::new(&mut self.incoming).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 if let Some(bytes) = frame.data_ref() {
                     self.exchange.sent(bytes.len() as u64);

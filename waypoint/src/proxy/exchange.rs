@@ -120,8 +120,15 @@ impl Exchange {
         self.refusal = Some(fault.unwrap_or_else(|| Refusal::new(Reason::UpstreamBroken, words)));
     }
 
-    /// The route's time is over in the middle of an answer.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// The route's time is over in the middle of an answer. An HTTP/1 client hears of it by the end of its connection.
     pub(crate) fn late(&mut self, words: &str) {
+        if self.version < Version::HTTP_2 {
+            self.client.progress.end_soon();
+        }
         self.refusal = Some(Refusal::new(Reason::RequestTimeout, words));
     }
 

@@ -24,6 +24,7 @@ use model::{Reason, Refusal, Snapshot};
 use super::Client;
 use super::body::{BodyError, EndpointBody, Messages, RequestBody, ResponseBody};
 use super::exchange::{Exchange, REQUEST_ID};
+use super::timed::TimedBody;
 use super::{mirror, span, upgrade};
 use crate::call::Admission;
 use crate::upstream::{Answered, send};
@@ -281,12 +282,16 @@ fn finish(
     exchange.trailers(&parts.headers);
     leave(&exchange, &mut parts.headers);
     let messages = exchange.grpc.then(Messages::default);
-    let mut body = EndpointBody { incoming, exchange, messages, deadline: time.sleep() };
+    let mut body = EndpointBody { incoming, exchange, messages };
     if body.incoming.is_end_stream() {
         body.exchange.complete();
         return Response::from_parts(parts, ResponseBody::Own(None));
     }
-    Response::from_parts(parts, ResponseBody::Endpoint(Box::new(body)))
+    let body = match time.deadline() {
+        Some((end, ..)) => ResponseBody::Timed(TimedBody::new(body, end)),
+        None => ResponseBody::Endpoint(Box::new(body)),
+    };
+    Response::from_parts(parts, body)
 }
 
 /// An answer of the proxy itself.
@@ -356,10 +361,5 @@ impl Time {
             let words = format!("not answered within {limit:?}, the route's timeout ({name})");
             Refusal::new(Reason::RequestTimeout, words)
         })
-    }
-
-    fn sleep(&self) -> Option<std::pin::Pin<Box<tokio::time::Sleep>>> {
-        let (at, ..) = self.deadline()?;
-        Some(Box::pin(tokio::time::sleep_until(at.into())))
     }
 }

@@ -30,6 +30,8 @@ pub(crate) struct Progress {
     owed: AtomicU32,
     /// The status that the client was told of a head that could not be read; 0: none was.
     told: AtomicU16,
+    /// An answer was broken off. Who reads it finds out, and ends the connection; who does not read does not.
+    broken: AtomicBool,
 }
 
 /// What a client's connection has been waited for, for too long.
@@ -38,6 +40,8 @@ pub(super) enum Overdue {
     /// The end of a head that has begun.
     Head,
     Request,
+    /// That an answer that was broken off is read.
+    Reader,
 }
 
 /// A request that hyper has handed over, until its answer is all in hyper's buffer.
@@ -69,6 +73,7 @@ impl Progress {
             asked: AtomicU32::new(0),
             owed: AtomicU32::new(0),
             told: AtomicU16::new(0),
+            broken: AtomicBool::new(false),
         }
     }
 
@@ -125,9 +130,17 @@ impl Progress {
         self.ambiguous.store(true, Ordering::Relaxed);
     }
 
+    /// An answer was broken off: the connection ends, whether its client reads it or not.
+    pub(super) fn end_soon(&self) {
+        self.broken.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the end of a head, or the next request, has been waited for too long.
     pub(super) fn overdue(&self) -> Option<Overdue> {
         let since = |moment: u64| Duration::from_millis(self.now().saturating_sub(moment));
+        if self.broken.load(Ordering::Relaxed) {
+            return Some(Overdue::Reader);
+        }
         if self.serving.load(Ordering::Relaxed) > 0 {
             return None;
         }

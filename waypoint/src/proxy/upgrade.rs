@@ -14,6 +14,7 @@ use crate::call::Call;
 use crate::io::PeerIo;
 use crate::record::ended;
 use crate::tcp::carry_upgraded;
+use crate::upstream::UpstreamIo;
 use crate::worker::Busy;
 
 /// Carries the connections on, in a task of its own; the record is written at their end.
@@ -58,7 +59,7 @@ async fn join(
     let Parts { io: client, read_buf: from_client, .. } =
         client.downcast::<TokioIo<ClientIo>>().map_err(unknown)?;
     let Parts { io: server, read_buf: from_server, .. } =
-        server.downcast::<TokioIo<PeerIo>>().map_err(unknown)?;
+        server.downcast::<TokioIo<UpstreamIo>>().map_err(unknown)?;
     let PeerIo::Tunnel(client) = client.into_inner().into_inner() else {
         let words = "protocols are switched for clients that came in a tunnel only";
         return Err(Refusal::new(Reason::ConnectionBroken, words));

@@ -8,7 +8,7 @@ use hbone::{ConnectHeaders, PoolKey, TunnelError, TunnelIo};
 use model::{Reason, Refusal};
 use tokio::net::TcpStream;
 
-use super::Open;
+use super::UpstreamIo;
 use crate::call::{Admission, Call};
 use crate::config::Waits;
 use crate::io::PeerIo;
@@ -22,13 +22,13 @@ pub(crate) async fn connect(
     candidate: &Candidate,
     another: bool,
     trace: Option<SpanContext>,
-) -> Result<(PeerIo, Open), (Refusal, bool)> {
+) -> Result<UpstreamIo, (Refusal, bool)> {
     let open = call.worker.upstreams.place().map_err(|refusal| (refusal, true))?;
     let limit = if another { Waits::BEFORE_ANOTHER } else { Waits::CONNECT };
     // Boxed: few requests need a new connection, and the others should not carry its size.
     let attempt = Box::pin(try_one(call, admission, candidate, trace));
     match tokio::time::timeout(limit, attempt).await {
-        Ok(connected) => connected.map(|io| (io, open)),
+        Ok(connected) => connected.map(|io| UpstreamIo::new(io, open)),
         Err(_) => {
             let (name, seconds) = (&candidate.workload.name, limit.as_secs());
             let words = format!("{name} did not answer within {seconds} s");
@@ -43,7 +43,7 @@ pub(crate) async fn connect_first(
     admission: &Admission,
     candidates: &[Candidate],
     mut chosen: impl FnMut(&Candidate),
-) -> Result<(PeerIo, Open), Refusal> {
+) -> Result<UpstreamIo, Refusal> {
     let mut last = None;
     for (number, candidate) in (1..).zip(candidates) {
         if number > 1 && !candidate.is_current(&call.worker.shared.store.load()) {

@@ -7,6 +7,7 @@ mod frames;
 mod framing;
 mod http1;
 mod http2;
+mod limits;
 mod plain;
 mod raw;
 mod routes;

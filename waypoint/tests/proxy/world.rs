@@ -539,10 +539,17 @@ pub(crate) struct Http2 {
 
 impl Http2 {
     pub(crate) async fn new(io: TunnelIo) -> Self {
-        let (send, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(io))
-                .await
-                .unwrap();
+        Self::with_windows(io, 2 << 20, 5 << 20).await
+    }
+
+    /// What the waypoint may send ahead on a stream, and on all together.
+    pub(crate) async fn with_windows(io: TunnelIo, stream: u32, connection: u32) -> Self {
+        let (send, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(stream)
+            .initial_connection_window_size(connection)
+            .handshake(TokioIo::new(io))
+            .await
+            .unwrap();
         tokio::spawn(connection);
         Self { send }
     }

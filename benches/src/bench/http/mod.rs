@@ -7,6 +7,7 @@
 //! Invariants: both proxies are asked the same question, and it is checked that both answer it before anything is measured;
 //! every way of a line is measured in each round, the order changing; nothing is dropped; errors are reported.
 
+pub mod bars;
 pub mod change;
 pub mod envoy;
 pub mod mesh;

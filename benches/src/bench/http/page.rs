@@ -3,18 +3,8 @@
 use std::fmt::Write as _;
 
 use super::plain::{FEW, MANY};
-use super::{HttpResults, Line, Run};
+use super::{HttpResults, Line, Run, bars};
 use crate::bench::stats::{Spread, text};
-
-/// One number with its bars; at most is better throughout.
-struct Bar {
-    line: String,
-    envoy: Option<Spread>,
-    ours: Option<Spread>,
-    start: f64,
-    target: f64,
-    digits: usize,
-}
 
 /// The page. Writing to a String cannot fail, so results of `write!` are dropped throughout.
 pub fn page(results: &HttpResults) -> String {
@@ -62,111 +52,41 @@ fn head(out: &mut String, results: &HttpResults) {
         results.rounds,
         results.seconds,
     );
+    let _ = writeln!(
+        out,
+        "* While 1000 requests/s went directly to a server, which takes a fifth of a core, {} cores of the machine were busy: what is \
+         above is other work beside the run. It makes requests/s and latency worse for every way alike, and CPU per request a little.",
+        text(beside(results), 2),
+    );
+}
+
+/// Work that had nothing to do with the run. Where next to nothing is asked for, what the machine does is others' work.
+fn beside(results: &HttpResults) -> Option<Spread> {
+    let busy = |r: &Run| r.machine_cpu_s / r.number("seconds");
+    let idlest = |id: &str, way: &str| way_of(results.line(id)?, way, busy);
+    idlest("plain-rate", "direct").or_else(|| idlest("mesh-rate", "no mesh"))
 }
 
 fn bars(out: &mut String, results: &HttpResults) {
-    let mut all = Vec::new();
-    for (n, start, target) in [(1, 7.5, 6.0), (16, 3.7, 3.0), (64, 3.2, 2.6)] {
-        let cost = |way: &str| {
-            let line = results.line(&format!("plain-{n}"))?;
-            way_of(line, way, |r| r.cpu_per_100k("proxy"))
-        };
-        all.push(Bar {
-            line: format!("HTTP proxy, {n} connections: CPU s per 100k requests"),
-            envoy: cost("Envoy, log off"),
-            ours: cost("waypoint, log off"),
-            start,
-            target,
-            digits: 2,
-        });
-    }
-    let after = |process: String| {
-        let row = results.memory.iter().find(|m| m.process == process)?;
-        Spread::of([row.after_load_mb])
-    };
-    for (title, way, start, target) in [
-        ("RSS after load, MB".to_owned(), "log off".to_owned(), 24.0, 16.0),
-        (format!("RSS with {MANY} routes, MB"), format!("{MANY} routes"), 40.0, 40.0),
-    ] {
-        all.push(Bar {
-            line: title,
-            envoy: after(format!("Envoy, {way}")),
-            ours: after(format!("waypoint, {way}")),
-            start,
-            target,
-            digits: 1,
-        });
-    }
-    let last = |who: &str, routes: usize| {
-        let line = results.line("routes")?;
-        way_of(line, &format!("{who}, {routes} routes"), |r| r.cpu_per_100k("proxy"))
-    };
-    all.push(Bar {
-        line: format!("the last of {MANY} path prefixes: CPU s per 100k requests"),
-        envoy: last("Envoy", MANY),
-        ours: last("waypoint", MANY),
-        start: 4.0,
-        target: 3.1,
-        digits: 2,
-    });
-    for (n, start, target) in [(1, 13.4, 9.0), (16, 5.21, 3.6), (64, 4.39, 3.0)] {
-        let cost = |way: &str| {
-            way_of(results.line(&format!("mesh-{n}"))?, way, |r| r.cpu_per_100k("waypoint"))
-        };
-        all.push(Bar {
-            line: format!(
-                "as waypoint, HBONE on both sides, {n} connections: CPU s per 100k requests"
-            ),
-            envoy: cost(WAYPOINTS[1]),
-            ours: cost(WAYPOINTS[0]),
-            start,
-            target,
-            digits: 2,
-        });
-    }
-    for (title, routes, start, target) in [
-        ("a saved route to the first request on it, small: p99 ms", 2, 100.0, 5.0),
-        ("the same with 5,000 routes: p99 ms", MANY, 300.0, 30.0),
-    ] {
-        let time = |who: &str| {
-            let found =
-                results.changes.iter().find(|c| c.title.starts_with(who) && c.routes == routes)?;
-            Spread::of([found.quantile(0.99)])
-        };
-        let (envoy, ours) = (time("Envoy"), time("waypoint"));
-        all.push(Bar { line: title.to_owned(), envoy, ours, start, target, digits: 1 });
-    }
-    let ratio = |who: &str| Spread::of([last(who, MANY)?.median / last(who, FEW)?.median]);
-    all.push(Bar {
-        line: format!("the same against {FEW} prefixes"),
-        envoy: ratio("Envoy"),
-        ours: ratio("waypoint"),
-        start: 1.05,
-        target: 1.05,
-        digits: 3,
-    });
     out.push_str(
         "\n## Bars\n\n| line | Envoy here | waypoint here | no worse from the start | | where to go | |\n|---|---|---|---|---|---|---|\n",
     );
-    for bar in all {
+    for bar in bars::all(results) {
+        let digits = bar.digits;
         let word = |limit: f64| match bar.ours {
-            Some(ours) if ours.median <= limit => "reached",
+            Some(ours) if ours <= limit => "reached",
             Some(_) => "**not reached**",
             None => "not measured",
         };
-        let median = |s: Option<Spread>| {
-            s.map_or_else(|| "–".to_owned(), |s| format!("{:.*}", bar.digits, s.median))
-        };
+        let shown = |n: Option<f64>| n.map_or_else(|| "–".to_owned(), |n| format!("{n:.digits$}"));
         let _ = writeln!(
             out,
-            "| {} | {} | {} | ≤ {:.*} | {} | ≤ {:.*} | {} |",
+            "| {} | {} | {} | ≤ {:.digits$} | {} | ≤ {:.digits$} | {} |",
             bar.line,
-            median(bar.envoy),
-            median(bar.ours),
-            bar.digits,
+            shown(bar.envoy),
+            shown(bar.ours),
             bar.start,
             word(bar.start),
-            bar.digits,
             bar.target,
             word(bar.target),
         );
@@ -203,7 +123,8 @@ fn routes(out: &mut String, results: &HttpResults) {
     requests(out, line, "proxy");
 }
 
-const WAYPOINTS: [&str; 2] = ["layer 4 and waypoint", "layer 4 and Envoy"];
+/// Ours, and Envoy in its place.
+pub(super) const WAYPOINTS: [&str; 2] = ["layer 4 and waypoint", "layer 4 and Envoy"];
 
 fn mesh(out: &mut String, results: &HttpResults) {
     let lines: Vec<&Line> =
@@ -365,7 +286,7 @@ fn quantiles(way: &super::Way, names: &[&str]) -> String {
     names.iter().map(median).collect::<Vec<String>>().join("/")
 }
 
-fn way_of(line: &Line, title: &str, value: impl Fn(&Run) -> f64) -> Option<Spread> {
+pub(super) fn way_of(line: &Line, title: &str, value: impl Fn(&Run) -> f64) -> Option<Spread> {
     line.ways.iter().find(|w| w.title == title)?.spread(value)
 }
 
