@@ -12,7 +12,9 @@
 pub mod app;
 mod call;
 pub mod config;
+mod io;
 mod listener;
+pub mod plain;
 mod proxy;
 pub mod record;
 mod sniff;

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use crate::call::Call;
 use crate::config::Waits;
+use crate::io::PeerIo;
 use crate::proxy;
 use crate::record::Record;
 use crate::sniff::{Spoken, spoken, version};
@@ -197,7 +198,7 @@ async fn declared(call: Call, mut io: TunnelIo) {
     let said = tokio::time::timeout(Waits::IDLE, version(&mut io)).await;
     let http2 = matches!(said, Ok(Ok(Spoken::Http2)));
     if matches!(said, Ok(Ok(_))) {
-        proxy::serve(call, io, http2).await;
+        proxy::serve(call, PeerIo::Tunnel(io), http2).await;
     }
 }
 
@@ -205,15 +206,15 @@ async fn declared(call: Call, mut io: TunnelIo) {
 async fn undeclared(call: Call, mut io: TunnelIo, record: Record) {
     let said = tokio::time::timeout(Waits::FIRST_BYTES, spoken(&mut io)).await;
     match said {
-        Ok(Ok(Spoken::Http1)) => proxy::serve(call, io, false).await,
-        Ok(Ok(Spoken::Http2)) => proxy::serve(call, io, true).await,
+        Ok(Ok(Spoken::Http1)) => proxy::serve(call, PeerIo::Tunnel(io), false).await,
+        Ok(Ok(Spoken::Http2)) => proxy::serve(call, PeerIo::Tunnel(io), true).await,
         Ok(Ok(Spoken::Other)) => tcp::pass(call, io, record).await,
         // It went away.
         Ok(Err(_)) => {}
         Err(_) => {
             if let Some((call, io, _, http2)) = Box::pin(tcp::pass_or_http(call, io, record)).await
             {
-                proxy::serve(call, io, http2).await;
+                proxy::serve(call, PeerIo::Tunnel(io), http2).await;
             }
         }
     }

@@ -16,7 +16,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hbone::TunnelIo;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -26,6 +25,7 @@ use model::{Reason, Refusal};
 
 use crate::call::Call;
 use crate::config::Waits;
+use crate::io::PeerIo;
 use crate::worker::{Stage, reached};
 use body::{BodyError, ResponseBody};
 use exchange::Exchange;
@@ -52,7 +52,7 @@ pub(crate) struct Client {
 type Answer = Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, BodyError>> + Send>>;
 
 /// Serves a client's stream until it ends.
-pub(crate) async fn serve(call: Call, io: TunnelIo, http2: bool) {
+pub(crate) async fn serve(call: Call, io: PeerIo, http2: bool) {
     let progress = Arc::new(Progress::new());
     let client = Arc::new(Client { call, progress: progress.clone() });
     let of_requests = client.clone();

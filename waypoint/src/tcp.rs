@@ -14,9 +14,10 @@ use rustc_hash::FxHashMap;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::call::Call;
+use crate::io::PeerIo;
 use crate::record::{Counted, Record};
 use crate::sniff::{SERVER_WORDS, ServerSaid, Spoken, server_said, spoken};
-use crate::upstream::{Open, UpstreamIo, connect_first};
+use crate::upstream::{Open, connect_first};
 use crate::worker::{Stage, reached};
 
 /// Pause before a socket is looked at again that has shown the beginning of what may be HTTP.
@@ -171,15 +172,15 @@ pub(crate) async fn pass_or_http(
 }
 
 /// Waits until an endpoint has sent something, or ended. Nothing is taken.
-async fn first_words(server: &mut UpstreamIo) -> ServerSaid {
+async fn first_words(server: &mut PeerIo) -> ServerSaid {
     let mut seen = 0;
     loop {
         let words = match server {
-            UpstreamIo::Tunnel(io) => {
+            PeerIo::Tunnel(io) => {
                 let look = |bytes: Option<&[u8]>| bytes.map(|b| (b.len(), server_said(b)));
                 std::future::poll_fn(|cx| io.poll_peek(cx, seen).map_ok(look)).await
             }
-            UpstreamIo::Tcp(tcp) => {
+            PeerIo::Tcp(tcp) => {
                 let mut words = [0; SERVER_WORDS];
                 let peeked = tcp.peek(&mut words).await;
                 peeked.map(|n| (n > seen).then(|| (n, server_said(&words[..n]))))
@@ -190,7 +191,7 @@ async fn first_words(server: &mut UpstreamIo) -> ServerSaid {
             // A part of what may be HTTP.
             Ok(Some((length, None))) => seen = length,
             // A socket shows the same part again until there is more.
-            Ok(None) if seen > 0 && matches!(server, UpstreamIo::Tcp(_)) => {
+            Ok(None) if seen > 0 && matches!(server, PeerIo::Tcp(_)) => {
                 tokio::time::sleep(PEEK_AGAIN).await;
             }
             Ok(None) if seen > 0 => return ServerSaid::Other,
@@ -200,7 +201,7 @@ async fn first_words(server: &mut UpstreamIo) -> ServerSaid {
 }
 
 /// Connects to an endpoint of what the client asked for.
-async fn reach(call: &Call, record: &mut Record) -> Result<(UpstreamIo, Open), Refusal> {
+async fn reach(call: &Call, record: &mut Record) -> Result<(PeerIo, Open), Refusal> {
     let admission = call.admission()?;
     let (candidates, service) = {
         let snapshot = call.worker.shared.store.load();
@@ -216,7 +217,7 @@ async fn reach(call: &Call, record: &mut Record) -> Result<(UpstreamIo, Open), R
 async fn carry(
     call: &Call,
     io: TunnelIo,
-    (server, open): (UpstreamIo, Open),
+    (server, open): (PeerIo, Open),
     record: &mut Record,
 ) -> Result<Ended, Refusal> {
     let counted = call.worker.recorder.opened(record);
@@ -232,15 +233,15 @@ async fn carry(
 pub(crate) async fn carry_upgraded(
     call: &Call,
     mut client: TunnelIo,
-    mut server: UpstreamIo,
+    mut server: PeerIo,
     ahead: (Bytes, Bytes),
     moved: Arc<Transfer>,
 ) -> Result<Ended, Refusal> {
     let _registered = call.worker.connections.register(live(call, "upgraded", moved.clone()), None);
     client.unread(ahead.0);
     match &mut server {
-        UpstreamIo::Tunnel(io) => io.unread(ahead.1),
-        UpstreamIo::Tcp(_) => {
+        PeerIo::Tunnel(io) => io.unread(ahead.1),
+        PeerIo::Tcp(_) => {
             moved.down.fetch_add(ahead.1.len() as u64, Ordering::Relaxed);
             client.write_all(&ahead.1).await.map_err(|e| broke("the client", &e))?;
         }
@@ -252,14 +253,14 @@ pub(crate) async fn carry_upgraded(
 async fn relay(
     call: &Call,
     client: TunnelIo,
-    server: UpstreamIo,
+    server: PeerIo,
     moved: Arc<Transfer>,
 ) -> Result<Ended, Refusal> {
     let mut stage = call.worker.shared.stage();
     let stop = Box::pin(reached(&mut stage, Stage::is_ended));
     let relaying = match server {
-        UpstreamIo::Tunnel(server) => Either::Left(relay_streams(client, server, moved, stop)),
-        UpstreamIo::Tcp(mut tcp) => {
+        PeerIo::Tunnel(server) => Either::Left(relay_streams(client, server, moved, stop)),
+        PeerIo::Tcp(mut tcp) => {
             let (send, receive, unread, _slot) = client.into_parts();
             if !unread.is_empty() {
                 moved.up.fetch_add(unread.len() as u64, Ordering::Relaxed);

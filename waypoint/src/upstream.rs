@@ -9,7 +9,7 @@
 //! repeat (RFC 9110, 9.2.2), and then once.
 
 mod dial;
-mod io;
+mod settings;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,9 +24,9 @@ use model::{Identity, Reason, Refusal, WorkloadUid};
 use rustc_hash::FxHashMap;
 
 use crate::call::{Admission, Call};
+use crate::io::PeerIo;
 use crate::proxy::body::RequestBody;
 pub(crate) use dial::{connect, connect_first};
-pub(crate) use io::UpstreamIo;
 
 /// HTTP/1 connections without a request that are kept for one key: what a burst of a busy client needed, and no more.
 const MAX_IDLE: usize = 128;
@@ -308,18 +308,18 @@ impl Lease {
 async fn handshake(
     upstreams: &Upstreams,
     key: &UpstreamKey,
-    (io, open): (UpstreamIo, Open),
+    (io, open): (PeerIo, Open),
 ) -> Result<Connection, Refusal> {
     let io = hyper_util::rt::TokioIo::new(io);
     let failed = |e: hyper::Error| {
         Refusal::new(Reason::UpstreamBroken, format!("HTTP with {}: {e}", key.target))
     };
     if key.http2 {
-        let (send, connection) = io::http2_settings().handshake(io).await.map_err(failed)?;
+        let (send, connection) = settings::http2_settings().handshake(io).await.map_err(failed)?;
         tokio::spawn(driven(connection, open, key.target));
         return Ok(upstreams.share(key, send));
     }
-    let (send, connection) = io::http1_settings().handshake(io).await.map_err(failed)?;
+    let (send, connection) = settings::http1_settings().handshake(io).await.map_err(failed)?;
     tokio::spawn(driven(connection.with_upgrades(), open, key.target));
     Ok(Connection::Http1(send))
 }

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use hbone::TunnelIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::config::Waits;
+use crate::io::PeerIo;
 
 /// What the connection's own task, its reader and its requests tell each other.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ impl Progress {
 /// A client's stream, as hyper reads it.
 #[derive(Debug)]
 pub(crate) struct ClientIo {
-    io: TunnelIo,
+    io: PeerIo,
     /// HTTP/1 only: an HTTP/2 connection has bytes without a request, and knows its own framing.
     progress: Option<Arc<Progress>>,
     /// Of the head that is being read.
@@ -93,11 +93,11 @@ pub(crate) struct ClientIo {
 }
 
 impl ClientIo {
-    pub(super) fn new(io: TunnelIo, progress: Option<Arc<Progress>>) -> Self {
+    pub(super) fn new(io: PeerIo, progress: Option<Arc<Progress>>) -> Self {
         Self { io, progress, scan: Scan::default(), requests: 0 }
     }
 
-    pub(super) fn into_inner(self) -> TunnelIo {
+    pub(super) fn into_inner(self) -> PeerIo {
         self.io
     }
 

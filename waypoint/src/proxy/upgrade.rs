@@ -11,9 +11,9 @@ use tokio::io::AsyncWriteExt as _;
 use super::exchange::Exchange;
 use super::progress::ClientIo;
 use crate::call::Call;
+use crate::io::PeerIo;
 use crate::record::ended;
 use crate::tcp::carry_upgraded;
-use crate::upstream::UpstreamIo;
 use crate::worker::Busy;
 
 /// Carries the connections on, in a task of its own; the record is written at their end.
@@ -58,8 +58,12 @@ async fn join(
     let Parts { io: client, read_buf: from_client, .. } =
         client.downcast::<TokioIo<ClientIo>>().map_err(unknown)?;
     let Parts { io: server, read_buf: from_server, .. } =
-        server.downcast::<TokioIo<UpstreamIo>>().map_err(unknown)?;
-    let (client, server) = (client.into_inner().into_inner(), server.into_inner());
+        server.downcast::<TokioIo<PeerIo>>().map_err(unknown)?;
+    let PeerIo::Tunnel(client) = client.into_inner().into_inner() else {
+        let words = "protocols are switched for clients that came in a tunnel only";
+        return Err(Refusal::new(Reason::ConnectionBroken, words));
+    };
+    let server = server.into_inner();
     let how = carry_upgraded(call, client, server, (from_client, from_server), moved).await;
     ended(how).map_or(Ok(()), Err)
 }

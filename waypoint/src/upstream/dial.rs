@@ -7,9 +7,10 @@ use hbone::{ConnectHeaders, PoolKey, TunnelError, TunnelIo};
 use model::{Reason, Refusal};
 use tokio::net::TcpStream;
 
-use super::{Open, UpstreamIo};
+use super::Open;
 use crate::call::{Admission, Call};
 use crate::config::Waits;
+use crate::io::PeerIo;
 
 /// Connects to one candidate; for less long where there is `another`. The flag beside a refusal says that no other candidate
 /// should be tried: policy said no, and trying around a denial would make the policy of one endpoint look like noise.
@@ -18,7 +19,7 @@ pub(crate) async fn connect(
     admission: &Admission,
     candidate: &Candidate,
     another: bool,
-) -> Result<(UpstreamIo, Open), (Refusal, bool)> {
+) -> Result<(PeerIo, Open), (Refusal, bool)> {
     let open = call.worker.upstreams.place().map_err(|refusal| (refusal, true))?;
     let limit = if another { Waits::BEFORE_ANOTHER } else { Waits::CONNECT };
     // Boxed: few requests need a new connection, and the others should not carry its size.
@@ -39,7 +40,7 @@ pub(crate) async fn connect_first(
     admission: &Admission,
     candidates: &[Candidate],
     mut chosen: impl FnMut(&Candidate),
-) -> Result<(UpstreamIo, Open), Refusal> {
+) -> Result<(PeerIo, Open), Refusal> {
     let mut last = None;
     for (number, candidate) in (1..).zip(candidates) {
         if number > 1 && !candidate.is_current(&call.worker.shared.store.load()) {
@@ -59,9 +60,9 @@ async fn try_one(
     call: &Call,
     admission: &Admission,
     candidate: &Candidate,
-) -> Result<UpstreamIo, (Refusal, bool)> {
+) -> Result<PeerIo, (Refusal, bool)> {
     let Transport::Hbone { gateway, expected } = &candidate.transport else {
-        return plain(candidate.target).await.map(UpstreamIo::Tcp).map_err(|r| (r, false));
+        return plain(candidate.target).await.map(PeerIo::Tcp).map_err(|r| (r, false));
     };
     let worker = &call.worker;
     let credentials = worker.credentials().await.map_err(|refusal| (refusal, true))?;
@@ -82,7 +83,7 @@ async fn try_one(
     let opened =
         worker.tunnels.open(&key, &credentials, candidate.target, &headers, || tcp(*gateway));
     match opened.await {
-        Ok(stream) => Ok(UpstreamIo::Tunnel(TunnelIo::opened(stream))),
+        Ok(stream) => Ok(PeerIo::Tunnel(TunnelIo::opened(stream))),
         Err(e) => {
             let name = &candidate.workload.name;
             let denied = matches!(e, TunnelError::Refused { status: 401 | 403, .. });

@@ -5,6 +5,7 @@ mod bad;
 mod drain;
 mod http1;
 mod http2;
+mod plain;
 mod raw;
 mod routes;
 mod threads;

@@ -1,45 +1,19 @@
-//! The bytes of a connection to an endpoint, and how HTTP is spoken on it.
+//! A connection to a client or to an endpoint: a stream inside a tunnel, or a socket.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use hbone::TunnelIo;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::TokioExecutor;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-/// The head of an answer, and what is buffered of a body at each step: Envoy's limit for heads is 60 KiB.
-const MAX_BUFFER: usize = 64 << 10;
-/// Headers of an answer.
-const MAX_HEADERS: usize = 100;
-/// What an endpoint may send ahead on one stream, and on one connection: these bound what a slow client holds here.
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-
-/// A connection to an endpoint.
+/// See the module.
 #[derive(Debug)]
-pub(crate) enum UpstreamIo {
+pub(crate) enum PeerIo {
     Tunnel(TunnelIo),
-    /// The endpoint is outside the mesh.
+    /// The endpoint is outside the mesh, or the client is one of [`crate::plain`].
     Tcp(TcpStream),
-}
-
-pub(super) fn http1_settings() -> http1::Builder {
-    let mut settings = http1::Builder::new();
-    settings.max_buf_size(MAX_BUFFER).max_headers(MAX_HEADERS);
-    settings
-}
-
-pub(super) fn http2_settings() -> http2::Builder<TokioExecutor> {
-    let mut settings = http2::Builder::new(TokioExecutor::new());
-    settings
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(64 << 10)
-        .max_send_buf_size(MAX_BUFFER);
-    settings
 }
 
 macro_rules! either {
@@ -57,7 +31,7 @@ macro_rules! either {
     };
 }
 
-impl AsyncRead for UpstreamIo {
+impl AsyncRead for PeerIo {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -67,7 +41,7 @@ impl AsyncRead for UpstreamIo {
     }
 }
 
-impl AsyncWrite for UpstreamIo {
+impl AsyncWrite for PeerIo {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
