@@ -39,6 +39,10 @@ bench: ## the paired benchmark; writes benches/RESULTS.md (about 20 minutes, on 
 	$(CARGO) build --profile dist --locked --bins
 	$(TARGET)/dist/meshbench full
 
+bench-http: programs ## HTTP through the waypoint beside the real Envoy; writes benches/HTTP.md (about 20 minutes, on a quiet machine)
+	$(CARGO) build --profile dist --locked --bins
+	$(TARGET)/dist/meshbench full --parts http
+
 bench-quick: ## a look at the numbers in two minutes; writes nothing into the repository
 	$(CARGO) build --release --locked --bins
 	$(TARGET)/release/meshbench quick
@@ -102,5 +106,5 @@ $(DENY_STAMP):
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
-.PHONY: help build test unit sim e2e demo bench bench-quick profile fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs \
+.PHONY: help build test unit sim e2e demo bench bench-http bench-quick profile fuzz fuzz-planted fuzz-merge lint fmt deny docs clean programs \
 	cluster-up cluster-down cluster-test clean-cluster conformance-baseline

@@ -24,8 +24,13 @@ pub const BUFFER: usize = 64 * 1024;
 const TICKER: u64 = u64::MAX;
 
 /// Each connection sends its next request when it has the answer to the last one.
-pub fn closed_loop(to: SocketAddr, connections: usize, time: Duration) -> io::Result<()> {
-    let mut load = Load::open(to, connections)?;
+pub fn closed_loop(
+    to: SocketAddr,
+    connections: usize,
+    time: Duration,
+    request: Vec<u8>,
+) -> io::Result<()> {
+    let mut load = Load::open(to, connections, request)?;
     lines::begin()?;
     let began = Instant::now();
     for index in 0..load.slots.len() {
@@ -50,8 +55,9 @@ pub fn open_schedule(
     connections: usize,
     rate: u32,
     time: Duration,
+    request: Vec<u8>,
 ) -> io::Result<()> {
-    let mut load = Load::open(to, connections)?;
+    let mut load = Load::open(to, connections, request)?;
     let period = Duration::from_secs(1) / rate.max(1);
     let mut idle: VecDeque<usize> = (0..load.slots.len()).collect();
     lines::begin()?;
@@ -87,7 +93,7 @@ pub fn hold_idle(to: SocketAddr, connections: usize, time: Duration) -> io::Resu
     let mut errors = Errors::default();
     lines::begin()?;
     let began = Instant::now();
-    let held = open(to, connections, &mut errors)?;
+    let held = open(to, connections, KEEP, &mut errors)?;
     let opened_in = began.elapsed();
     lines::line(&json!({ "event": "open", "open": held.len() }))?;
     let mut poller = Poller::new()?;
@@ -118,6 +124,7 @@ pub fn hold_idle(to: SocketAddr, connections: usize, time: Duration) -> io::Resu
 /// Connections under load, and what was measured.
 struct Load {
     poller: Poller,
+    request: Vec<u8>,
     slots: Vec<Slot>,
     /// Requests without an answer.
     busy: usize,
@@ -142,16 +149,19 @@ struct Slot {
 }
 
 impl Load {
-    fn open(to: SocketAddr, connections: usize) -> io::Result<Self> {
+    fn open(to: SocketAddr, connections: usize, request: Vec<u8>) -> io::Result<Self> {
         let mut errors = Errors::default();
         let poller = Poller::new()?;
         let mut slots = Vec::with_capacity(connections);
-        for (connection, token) in open(to, connections, &mut errors)?.into_iter().zip(0..) {
+        for (connection, token) in
+            open(to, connections, &request, &mut errors)?.into_iter().zip(0..)
+        {
             poller.reads(&connection, token)?;
             slots.push(Slot { connection, request: None, dead: false });
         }
         Ok(Self {
             poller,
+            request,
             slots,
             busy: 0,
             from_due: Histogram::default(),
@@ -168,7 +178,7 @@ impl Load {
         let slot = &mut self.slots[index];
         let sent = Instant::now();
         self.late.record(nanos(sent - due));
-        match slot.connection.send(KEEP) {
+        match slot.connection.send(&self.request) {
             Ok(()) => {
                 slot.request = Some((due, sent));
                 self.busy += 1;
@@ -249,7 +259,12 @@ impl Load {
 
 /// Opens `count` connections and has each answer once, so that what follows is in its steady state.
 /// What fails is counted and left out.
-fn open(to: SocketAddr, count: usize, errors: &mut Errors) -> io::Result<Vec<Connection>> {
+fn open(
+    to: SocketAddr,
+    count: usize,
+    request: &[u8],
+    errors: &mut Errors,
+) -> io::Result<Vec<Connection>> {
     let mut poller = Poller::new()?;
     let mut slots: Vec<Option<Opening>> = Vec::with_capacity(count);
     let mut opened = Vec::with_capacity(count);
@@ -266,7 +281,7 @@ fn open(to: SocketAddr, count: usize, errors: &mut Errors) -> io::Result<Vec<Con
                 continue;
             };
             let Some(opening) = slot.take() else { continue };
-            match opening.step(&poller, token, &mut buffer) {
+            match opening.step(&poller, token, request, &mut buffer) {
                 Ok(Step::Open(connection)) => opened.push(connection),
                 Ok(Step::Wait(opening)) => {
                     *slot = Some(opening);
@@ -306,10 +321,16 @@ impl Opening {
         Ok(Self { connection, asked: false, began: Instant::now() })
     }
 
-    fn step(mut self, poller: &Poller, token: u64, buffer: &mut [u8]) -> io::Result<Step> {
+    fn step(
+        mut self,
+        poller: &Poller,
+        token: u64,
+        request: &[u8],
+        buffer: &mut [u8],
+    ) -> io::Result<Step> {
         if !self.asked {
             self.connection.connected()?;
-            self.connection.send(KEEP)?;
+            self.connection.send(request)?;
             poller.now_reads(&self.connection, token)?;
             self.asked = true;
             return Ok(Step::Wait(self));

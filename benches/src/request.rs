@@ -12,6 +12,17 @@ pub const KEEP: &[u8] = b"GET / HTTP/1.1\r\nHost: meshload\r\n\r\n";
 /// Asks the server to close after the answer.
 pub const CLOSE: &[u8] = b"GET / HTTP/1.1\r\nHost: meshload\r\nConnection: close\r\n\r\n";
 
+/// A request for this path that keeps the connection.
+///
+/// # Errors
+/// When the path is none.
+pub fn get(path: &str) -> io::Result<Vec<u8>> {
+    if !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(bad("a path begins with / and holds no blanks"));
+    }
+    Ok(format!("GET {path} HTTP/1.1\r\nHost: meshload\r\n\r\n").into_bytes())
+}
+
 /// Largest answer head that is looked at; the servers of this tool send under 100 bytes.
 const HEAD_LIMIT: usize = 16 * 1024;
 

@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
@@ -104,6 +104,36 @@ pub fn ping(url: &str, count: u64, every: Duration, patience: Duration) -> Resul
     }
 }
 
+/// Between two questions of [`watch`]: what it adds to a time, at most.
+const WATCH_PAUSE: Duration = Duration::from_micros(500);
+
+/// Asks on one connection and prints a line when a header of the answer has another value, with the time of that answer in
+/// microseconds since 1970. Ends after `time`, which is its way to succeed.
+pub fn watch(url: &str, header: &str, time: Duration, patience: Duration) -> Result<()> {
+    let url = Url::parse(url)?;
+    let mut talk = Talk::begin(url.address()?, patience)?;
+    let (began, mut last, mut failed) = (Instant::now(), None, 0_u64);
+    while began.elapsed() < time {
+        let (head, _) = talk.answer(&url, false)?;
+        let status = status_of(&head)?;
+        if status != 200 {
+            failed += 1;
+        }
+        let value = field(&head, header).unwrap_or_default().to_owned();
+        if last.as_ref() != Some(&value) {
+            let micros = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
+            let micros = u64::try_from(micros)?;
+            lines::line(
+                &json!({ "event": "changed", "value": value, "at_us": micros, "failed": failed, "status": status }),
+            )?;
+            last = Some(value);
+        }
+        thread::sleep(WATCH_PAUSE);
+    }
+    lines::line(&json!({ "event": "watched", "failed": failed }))?;
+    Ok(())
+}
+
 /// Sends standard input over one connection, ends its own direction, and prints what comes back.
 pub fn cat(to: &str, patience: Duration) -> Result<()> {
     let mut input = Vec::new();
@@ -132,19 +162,18 @@ impl Talk {
     }
 
     fn ask(&mut self, url: &Url, last: bool) -> Result<(u16, Vec<u8>)> {
+        let (head, body) = self.answer(url, last)?;
+        Ok((status_of(&head)?, body))
+    }
+
+    /// The lines of an answer's head, and its body.
+    fn answer(&mut self, url: &Url, last: bool) -> Result<(Vec<String>, Vec<u8>)> {
         let close = if last { "Connection: close\r\n" } else { "" };
         let request =
             format!("GET {} HTTP/1.1\r\nHost: {}\r\n{close}\r\n", url.path, url.authority);
         self.stream.get_mut().write_all(request.as_bytes()).context("cannot send the request")?;
         let head = self.head().context("no answer")?;
-        let status = head.first().and_then(|l| l.split(' ').nth(1)?.parse().ok());
-        let status =
-            status.with_context(|| format!("the answer is not HTTP: {:?}", head.first()))?;
-        let length = head
-            .iter()
-            .filter_map(|l| l.split_once(':'))
-            .find(|(n, _)| n.eq_ignore_ascii_case("content-length"));
-        let length: Option<u64> = length.and_then(|(_, v)| v.trim().parse().ok());
+        let length: Option<u64> = field(&head, "content-length").and_then(|v| v.parse().ok());
         let mut body = Vec::new();
         let limit = length.unwrap_or(BODY_MAX).min(BODY_MAX);
         Read::by_ref(&mut self.stream)
@@ -153,7 +182,7 @@ impl Talk {
             .context("the body broke off")?;
         let whole = length.is_none_or(|l| l == body.len() as u64);
         ensure!(whole, "the body broke off after {} of {} bytes", body.len(), length.unwrap_or(0));
-        Ok((status, body))
+        Ok((head, body))
     }
 
     fn head(&mut self) -> io::Result<Vec<String>> {
@@ -171,6 +200,17 @@ impl Talk {
         }
         Err(io::Error::new(ErrorKind::InvalidData, "the head of the answer does not end"))
     }
+}
+
+fn status_of(head: &[String]) -> Result<u16> {
+    let status = head.first().and_then(|l| l.split(' ').nth(1)?.parse().ok());
+    status.with_context(|| format!("the answer is not HTTP: {:?}", head.first()))
+}
+
+/// The first header of this name.
+fn field<'a>(head: &'a [String], name: &str) -> Option<&'a str> {
+    let mut fields = head.iter().filter_map(|l| l.split_once(':'));
+    fields.find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! which they happened; congestion control is the same in every pod, and named.
 
 pub mod bars;
+pub mod http;
 pub mod machine;
 pub mod memory;
 pub mod procfs;

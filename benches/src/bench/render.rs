@@ -81,7 +81,7 @@ fn bars_table(out: &mut String, results: &Results) {
             word(bar.target_reached()),
         );
     }
-    out.push_str("\nWhere the rest of what is not reached goes: [PROFILE.md](PROFILE.md).\n");
+    out.push_str("\nWhere the rest of what is not reached goes: [PROFILE.md](PROFILE.md). The waypoint beside Envoy: [HTTP.md](HTTP.md).\n");
 }
 
 /// What the machine itself charges: the part of a bar that no program can change.

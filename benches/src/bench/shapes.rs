@@ -21,9 +21,7 @@ pub const PAIRS: usize = 100;
 /// Two hundred pods start on two cores.
 const UP_LIMIT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(500);
-const NAMESPACES: &[&str] = &["plain", "mesh", "direct", "policy", "routed"];
-/// The namespace whose Services are bound to a waypoint.
-const ROUTED: &str = "routed";
+const NAMESPACES: &[&str] = &["plain", "mesh", "direct", "policy"];
 
 /// One way to do the work of a shape.
 #[derive(Clone, Copy, Debug)]
@@ -34,16 +32,10 @@ struct Way {
     /// `NAMESPACE/POD` of the server.
     server: &'static str,
     ipv6: bool,
-    /// Calls the Service of the server's name, port 80, in place of the pod: only then a waypoint is on the way.
-    service: bool,
 }
 
 const fn way(title: &'static str, client: &'static str, server: &'static str) -> Way {
-    Way { title, client, server, ipv6: false, service: false }
-}
-
-const fn by_service(title: &'static str, client: &'static str, server: &'static str) -> Way {
-    Way { title, client, server, ipv6: false, service: true }
+    Way { title, client, server, ipv6: false }
 }
 
 /// Some work, done in several ways.
@@ -85,9 +77,6 @@ const GRPC_CALL: [&str; 4] = [
 
 const BULK: Work = Work::Load(&["send", "-n", "1"], 8081);
 const REQUESTS: Work = Work::Load(&["closed", "-n", "16"], 8080);
-const ONE: Work = Work::Load(&["closed", "-n", "1"], 8080);
-const MANY: Work = Work::Load(&["closed", "-n", "64"], 8080);
-const STEADY: Work = Work::Load(&["rate", "-n", "16", "--rate", "1000"], 8080);
 const CONNECTIONS: Work = Work::Load(&["connect", "-n", "16", "--closing", "reset"], 8080);
 const RATE: Work = Work::Churn(&["rate", "-n", "16", "--rate", "1000"], 8080);
 
@@ -107,13 +96,6 @@ const POLICED: &[Way] = &[
 ];
 const PLAIN_AND_MESH: &[Way] =
     &[way("no mesh", "plain/client", "plain/far"), way("mesh", "mesh/client", "mesh/far")];
-
-/// What articles compare: nothing, layer 4, and layer 4 with a waypoint.
-const LAYERS: &[Way] = &[
-    by_service("no mesh", "plain/client", "plain/far"),
-    by_service("layer 4", "mesh/client", "mesh/far"),
-    by_service("with waypoint", "routed/client", "routed/far"),
-];
 
 const PAIRED: &[Way] = &[
     way("one pair", "mesh/client", "mesh/far"),
@@ -178,22 +160,6 @@ pub const SHAPES: &[Shape] = &[
         RATE,
         PLAIN_AND_MESH,
     ),
-    shape("waypoint-one", "Waypoint: requests, 1 connection", Kind::Requests, ONE, LAYERS),
-    shape(
-        "waypoint-requests",
-        "Waypoint: requests, 16 connections",
-        Kind::Requests,
-        REQUESTS,
-        LAYERS,
-    ),
-    shape("waypoint-many", "Waypoint: requests, 64 connections", Kind::Requests, MANY, LAYERS),
-    shape(
-        "waypoint-rate",
-        "Waypoint: 1000 requests/s on 16 connections",
-        Kind::Rate,
-        STEADY,
-        LAYERS,
-    ),
     shape("pairs", "100 clients at once, 1 connection each", Kind::Requests, Work::Pairs, PAIRED),
 ];
 
@@ -230,8 +196,7 @@ impl<'w> Place<'w> {
                 Ok(status) => {
                     let unready = unready(&status);
                     if unready.is_empty() {
-                        let mut pids: Vec<i32> = world.proxies()?.iter().map(|p| p.pid).collect();
-                        pids.extend(world.waypoints());
+                        let pids = world.proxies()?.iter().map(|p| p.pid).collect();
                         return Ok(Self { world, pids, status });
                     }
                     unready.join(", ")
@@ -254,18 +219,6 @@ impl<'w> Place<'w> {
             .find(|ip| ip.contains(':') == ipv6)
             .with_context(|| format!("no address of {pod}"))?;
         Ok(if ipv6 { format!("[{ip}]") } else { ip.to_owned() })
-    }
-
-    /// The virtual address, IPv4, of the Service of a server's name.
-    fn service(&self, server: &str) -> Result<String> {
-        let (namespace, name) = server.split_once('/').context("NAMESPACE/POD")?;
-        let all = self.status["services"].as_array().context("no services")?;
-        let found = all.iter().find(|s| s["namespace"] == namespace && s["name"] == name);
-        let ips = found
-            .and_then(|s| s["addresses"].as_array())
-            .with_context(|| format!("no Service {server}"))?;
-        let ip = ips.iter().filter_map(Value::as_str).find(|ip| !ip.contains(':'));
-        Ok(ip.with_context(|| format!("no IPv4 address of Service {server}"))?.to_owned())
     }
 
     /// Measures the ways of a shape in turns.
@@ -292,10 +245,7 @@ impl<'w> Place<'w> {
     fn once(&self, shape: &Shape, way: &Way, seconds: f64) -> Result<Outcome> {
         let time = seconds.to_string();
         let to = |port: u16| {
-            Ok::<_, anyhow::Error>(match way.service {
-                true => format!("{}:80", self.service(way.server)?),
-                false => format!("{}:{port}", self.address(way.server, way.ipv6)?),
-            })
+            Ok::<_, anyhow::Error>(format!("{}:{port}", self.address(way.server, way.ipv6)?))
         };
         match shape.work {
             Work::Load(arguments, port) => self.load(way.client, arguments, &to(port)?, &time),
@@ -404,13 +354,8 @@ fn unready(status: &Value) -> Vec<String> {
     if pods.is_empty() {
         return vec!["no pod yet".to_owned()];
     }
-    // A waypoint's own pod is not captured.
-    let is_waypoint = |p: &Value| {
-        p["namespace"] == ROUTED && p["name"].as_str().is_some_and(|n| n.starts_with("waypoint-"))
-    };
-    let belongs = |p: &Value| {
-        (p["namespace"] != "plain" && !is_waypoint(p)) == p["captured"].as_bool().unwrap_or(false)
-    };
+    let belongs =
+        |p: &Value| (p["namespace"] != "plain") == p["captured"].as_bool().unwrap_or(false);
     let bad = pods.iter().filter(|p| p["ready"] != true || !belongs(p));
     bad.map(|p| format!("{}/{}: {}", p["namespace"], p["name"], p["message"])).collect()
 }
@@ -438,9 +383,8 @@ pub fn manifest(echo: &Path) -> String {
     let mut yaml = String::new();
     for namespace in NAMESPACES {
         let mode = if *namespace == "plain" { "none" } else { "ambient" };
-        let waypoint = if *namespace == ROUTED { ", istio.io/use-waypoint: waypoint" } else { "" };
         yaml += &format!(
-            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{istio.io/dataplane-mode: {mode}{waypoint}}}}}\n---\n"
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, labels: {{istio.io/dataplane-mode: {mode}}}}}\n---\n"
         );
         for (name, node, command) in [("client", 1, "pause"), ("near", 1, "all"), ("far", 2, "all")]
         {
@@ -452,17 +396,6 @@ pub fn manifest(echo: &Path) -> String {
              spec: {{selector: {{app: far}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n---\n"
         );
     }
-    // A header match, weights and edited headers: the work that Envoy and others were given in the figures we compare with.
-    yaml += &format!(
-        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: waypoint, namespace: {ROUTED}}}\nspec:\n  \
-         gatewayClassName: istio-waypoint\n  listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]\n---\n\
-         apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: far, namespace: {ROUTED}}}\nspec:\n  \
-         parentRefs: [{{group: '', kind: Service, name: far}}]\n  rules:\n  \
-         - matches: [{{headers: [{{name: x-version, value: v2}}]}}]\n    backendRefs: [{{name: far, port: 80}}]\n  \
-         - filters:\n    - {{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: x-mesh, value: ambit}}]}}}}\n    \
-         - {{type: ResponseHeaderModifier, responseHeaderModifier: {{set: [{{name: x-via, value: ambit}}]}}}}\n    \
-         backendRefs: [{{name: far, port: 80, weight: 90}}, {{name: far, port: 80, weight: 10}}]\n---\n"
-    );
     for pair in 0..PAIRS {
         yaml += &pod("mesh", &format!("client-{pair}"), 1, "pause", None);
         yaml += &pod("mesh", &format!("server-{pair}"), 2, "all", None);

@@ -22,6 +22,8 @@ const RELAY_PORT: u16 = 9080;
 const UP_LIMIT: Duration = Duration::from_secs(90);
 /// Time to end in order; after that the processes are killed.
 const DOWN_LIMIT: Duration = Duration::from_secs(30);
+/// Of the pairs.
+const NODES: usize = 2;
 /// Between two looks at whether something is there yet.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -80,6 +82,7 @@ impl Programs {
 pub struct World {
     programs: Programs,
     name: String,
+    nodes: usize,
     launcher: Child,
     folder: PathBuf,
     servers: [String; 3],
@@ -96,7 +99,7 @@ pub struct Outcome {
 impl World {
     /// Starts a mesh and waits until both pairs answer; in `folder` its YAML and its output are kept.
     pub fn up(programs: &Programs, folder: &Path, name: &str) -> Result<Self> {
-        let mut world = Self::start(programs, folder, name, &manifest(), &[])?;
+        let mut world = Self::start(programs, folder, name, NODES, &manifest(), &[])?;
         // The relay's client talks to the relay in its own pod.
         world.servers = [
             world.address_of_server(Arm::Plain)?,
@@ -112,6 +115,7 @@ impl World {
         programs: &Programs,
         folder: &Path,
         name: &str,
+        nodes: usize,
         manifest: &str,
         more: &[&str],
     ) -> Result<Self> {
@@ -123,7 +127,7 @@ impl World {
         let launcher = Command::new(&programs.meshctl)
             .args(["local", "up"])
             .arg(&yaml)
-            .args(["--nodes", "2", "--name", name, "--image"])
+            .args(["--nodes", &nodes.to_string(), "--name", name, "--image"])
             .arg(format!("meshload={}", programs.meshload.display()))
             .args(more)
             .stdin(Stdio::null())
@@ -134,6 +138,7 @@ impl World {
         Ok(Self {
             programs: programs.clone(),
             name: name.to_owned(),
+            nodes,
             launcher,
             folder: folder.to_owned(),
             servers: [const { String::new() }; 3],
@@ -156,14 +161,16 @@ impl World {
         let mut found: Vec<Process> =
             descendants(self.launcher()).into_iter().filter(|p| p.program() == "ztunnel").collect();
         found.sort_by(|a, b| (a.flag("--node"), a.pid).cmp(&(b.flag("--node"), b.pid)));
-        ensure!(found.len() == 2, "expected two ztunnel processes, found {found:?}");
+        ensure!(found.len() == self.nodes, "expected {} ztunnel, found {found:?}", self.nodes);
         Ok(found)
     }
 
-    /// Process ids of the waypoints.
-    pub fn waypoints(&self) -> Vec<i32> {
-        let all = descendants(self.launcher()).into_iter();
-        all.filter(|p| p.program() == "waypoint").map(|p| p.pid).collect()
+    /// Writes a file of the mesh, by a rename as editors do it.
+    pub fn write(&self, name: &str, text: &str) -> Result<()> {
+        let folder = self.folder.join("mesh");
+        let (new, path) = (folder.join(format!(".{name}.tmp")), folder.join(name));
+        fs::write(&new, text).with_context(|| new.display().to_string())?;
+        fs::rename(&new, &path).with_context(|| path.display().to_string())
     }
 
     /// The processes in between, ordered by node: the node proxies, or the relays.

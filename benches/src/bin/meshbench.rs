@@ -12,7 +12,7 @@ use meshload::bench::results::Results;
 use meshload::bench::suite::{self, Task};
 use meshload::bench::sysctl::{self, Allowed, CONGESTION_PIN};
 use meshload::bench::world::{Arm, Programs, World};
-use meshload::bench::{memory, render, shapes, sizes};
+use meshload::bench::{http, memory, render, shapes, sizes};
 use serde_json::Value;
 
 /// Workloads in a configuration.
@@ -35,6 +35,11 @@ enum Mode {
     Quick(Options),
     /// Prints the page of a run that was measured before
     Render { json: PathBuf },
+    /// The same for runs of the part `http`: what one left out, the next may have
+    RenderHttp {
+        #[arg(required = true)]
+        json: Vec<PathBuf>,
+    },
     /// Sets values in a pod's network namespace (started by this program itself)
     #[command(hide = true)]
     Sysctl { pid: i32, lab: i32, settings: Vec<String> },
@@ -71,6 +76,8 @@ enum Part {
     Sizes,
     /// The snapshot and handshake benchmarks
     Programs,
+    /// HTTP beside the real Envoy; has a page of its own, benches/HTTP.md
+    Http,
 }
 
 impl Options {
@@ -94,6 +101,18 @@ fn run(mode: Mode) -> Result<()> {
             let text = fs::read_to_string(&json).with_context(|| json.display().to_string())?;
             print(&render::page(&serde_json::from_str(&text)?))
         }
+        Mode::RenderHttp { json } => {
+            let mut all: Option<http::HttpResults> = None;
+            for file in json {
+                let text = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+                let run: http::HttpResults = serde_json::from_str(&text)?;
+                match &mut all {
+                    None => all = Some(run),
+                    Some(all) => all.add(run),
+                }
+            }
+            print(&all.map(|all| http::page::page(&all)).unwrap_or_default())
+        }
         Mode::Sysctl { pid, lab, settings } => sysctl::set_here(pid, lab, &settings),
     }
 }
@@ -104,6 +123,12 @@ fn full(options: &Options) -> Result<()> {
         bench.results.rounds >= 5 || !options.only.is_empty(),
         "a full run has at least five rounds"
     );
+    if options.has(Part::Http) {
+        bench.http(options)?;
+        if options.parts == [Part::Http] {
+            return Ok(());
+        }
+    }
     if options.has(Part::Memory) {
         bench.memory()?;
     }
@@ -127,16 +152,27 @@ fn full(options: &Options) -> Result<()> {
     }
     bench.clean();
     let results = &bench.results;
+    write_down(options, "", results, "RESULTS.md", &render::page(results))?;
+    check_bytes(results)
+}
+
+/// Writes the raw measurements, with this behind their name, and their page.
+fn write_down<T: serde::Serialize>(
+    options: &Options,
+    part: &str,
+    results: &T,
+    page: &str,
+    text: &str,
+) -> Result<()> {
     let folder = options.out.join("results");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let file =
-        folder.join(format!("{}-{}.json", results.date, results.commit.replace('+', "-changed")));
+    let commit = machine::commit().replace('+', "-changed");
+    let file = folder.join(format!("{}-{commit}{part}.json", machine::today()));
     fs::write(&file, serde_json::to_string_pretty(results)?)
         .with_context(|| file.display().to_string())?;
-    let page = options.out.join("RESULTS.md");
-    fs::write(&page, render::page(results)).with_context(|| page.display().to_string())?;
-    print(&format!("{}\n{}\n", file.display(), page.display()))?;
-    check_bytes(results)
+    let page = options.out.join(page);
+    fs::write(&page, text).with_context(|| page.display().to_string())?;
+    print(&format!("{}\n{}\n", file.display(), page.display()))
 }
 
 fn quick(options: &Options) -> Result<()> {
@@ -254,7 +290,7 @@ impl Bench {
         let (folder, manifest) =
             (self.folder.join("bench-shapes"), shapes::manifest(&self.programs.echo_server));
         let more = ["--same-node-direct", "direct"];
-        let world = World::start(&self.programs, &folder, "bench-shapes", &manifest, &more)?;
+        let world = World::start(&self.programs, &folder, "bench-shapes", 2, &manifest, &more)?;
         let place = shapes::Place::ready(&world)?;
         if self.allowed.is_some() {
             world.pin_congestion()?;
@@ -269,6 +305,77 @@ impl Bench {
             }
         }
         world.down()
+    }
+
+    /// HTTP beside Envoy; `--only` names its lines by what they begin with.
+    fn http(&mut self, options: &Options) -> Result<()> {
+        let waypoint = self.programs.ztunnel.with_file_name("waypoint");
+        let waypoint =
+            fs::metadata(&waypoint).with_context(|| waypoint.display().to_string())?.len();
+        let mut results = http::HttpResults {
+            date: machine::today(),
+            command: self.results.command.clone(),
+            commit: self.results.commit.clone(),
+            machine: self.results.machine.clone(),
+            congestion: self.results.congestion.clone(),
+            envoy: http::envoy::version(&http::envoy::program()?)?,
+            rounds: self.results.rounds,
+            seconds: self.results.seconds,
+            waypoint_mb: f64::from(u32::try_from(waypoint).unwrap_or(u32::MAX)) / 1e6,
+            lines: vec![],
+            memory: vec![],
+            changes: vec![],
+            missing: vec![],
+        };
+        let mut has = |name: &str| {
+            let wanted = options.only.is_empty() || options.only.iter().any(|o| o == name);
+            if !wanted {
+                results.missing.push(format!("{name}{}", http::LEFT_OUT));
+            }
+            wanted
+        };
+        let (plain, mesh, change) = (has("plain"), has("mesh"), has("change"));
+        let (programs, folder) = (&self.programs, &self.folder);
+        if plain {
+            say("plain HTTP beside Envoy")?;
+            if let Err(error) = http::plain::measure(programs, folder, &mut results) {
+                results.missing.push(format!("plain: {error:#}"));
+            }
+        }
+        if change {
+            say("changes of Envoy's routes")?;
+            if let Err(error) = http::change::of_envoy(programs, folder, &mut results) {
+                results.missing.push(format!("changes of Envoy's routes: {error:#}"));
+            }
+        }
+        if mesh || change {
+            say("starting a mesh (bench-http)")?;
+            if let Err(error) = self.http_mesh(mesh, change, &mut results) {
+                results.missing.push(format!("in a mesh: {error:#}"));
+            }
+        }
+        if results.missing.is_empty() {
+            self.clean();
+        }
+        let page = http::page::page(&results);
+        write_down(options, "-http", &results, "HTTP.md", &page)
+    }
+
+    /// What needs a mesh.
+    fn http_mesh(&self, loads: bool, change: bool, results: &mut http::HttpResults) -> Result<()> {
+        let place = http::mesh::Place::up(&self.programs, &self.folder)?;
+        if self.allowed.is_some() {
+            place.pin_congestion()?;
+        }
+        if loads {
+            say("through waypoints")?;
+            place.measure(results)?;
+        }
+        if change {
+            say("changes of routes")?;
+            http::change::ours(&place, results)?;
+        }
+        place.down()
     }
 
     /// Proxies with configurations of several sizes.

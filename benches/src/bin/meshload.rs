@@ -13,6 +13,7 @@ use meshload::connections::{self, Closing, Plan};
 use meshload::dns;
 use meshload::lines;
 use meshload::relay;
+use meshload::request;
 use meshload::server::{self, Greeting};
 use meshload::talk;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -49,7 +50,12 @@ enum Mode {
     /// Does nothing until it is ended, for a pod that only runs clients
     Pause,
     /// Closed loop: each connection sends again when it has its answer
-    Closed(Load),
+    Closed {
+        #[command(flatten)]
+        load: Load,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// Fixed rate; latency from when a request was due
     Rate {
         #[command(flatten)]
@@ -57,6 +63,8 @@ enum Mode {
         /// Requests a second
         #[arg(long, default_value_t = 1000)]
         rate: u32,
+        #[command(flatten)]
+        ask: Ask,
     },
     /// A new connection for every request
     Connect {
@@ -108,6 +116,18 @@ enum Mode {
         #[command(flatten)]
         patience: Patience,
     },
+    /// Asks on one connection as long as it lives; a line with the time whenever a header of the answer changes
+    Watch {
+        url: String,
+        /// The header
+        #[arg(long)]
+        header: String,
+        /// Seconds until it ends
+        #[arg(short, long, default_value_t = 60.0)]
+        duration: f64,
+        #[command(flatten)]
+        patience: Patience,
+    },
     /// Sends standard input to HOST:PORT over one connection and prints what comes back
     Cat {
         to: String,
@@ -150,6 +170,13 @@ struct Load {
     duration: f64,
 }
 
+/// What is asked for.
+#[derive(Args)]
+struct Ask {
+    #[arg(long, default_value = "/")]
+    path: String,
+}
+
 impl Load {
     fn address(&self) -> anyhow::Result<SocketAddr> {
         talk::resolve(&self.to)
@@ -181,11 +208,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Mode::Pause => loop {
             std::thread::park();
         },
-        Mode::Closed(load) => {
-            clients::closed_loop(load.address()?, load.connections, load.time()?)?
+        Mode::Closed { load, ask } => {
+            let request = request::get(&ask.path)?;
+            clients::closed_loop(load.address()?, load.connections, load.time()?, request)?;
         }
-        Mode::Rate { load, rate } => {
-            clients::open_schedule(load.address()?, load.connections, rate, load.time()?)?;
+        Mode::Rate { load, rate, ask } => {
+            let (to, request) = (load.address()?, request::get(&ask.path)?);
+            clients::open_schedule(to, load.connections, rate, load.time()?, request)?;
         }
         Mode::Connect { load, closing, most, window } => connections::run(&Plan {
             to: load.address()?,
@@ -213,6 +242,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Mode::Get { url, patience } => talk::get(&url, seconds(patience.timeout)?)?,
         Mode::Ping { url, count, every, patience } => {
             talk::ping(&url, count, seconds(every)?, seconds(patience.timeout)?)?;
+        }
+        Mode::Watch { url, header, duration, patience } => {
+            talk::watch(&url, &header, seconds(duration)?, seconds(patience.timeout)?)?;
         }
         Mode::Cat { to, patience } => talk::cat(&to, seconds(patience.timeout)?)?,
         Mode::Addresses => {
