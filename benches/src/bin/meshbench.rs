@@ -363,7 +363,7 @@ impl Bench {
 
     /// What needs a mesh.
     fn http_mesh(&self, loads: bool, change: bool, results: &mut http::HttpResults) -> Result<()> {
-        let place = http::mesh::Place::up(&self.programs, &self.folder, http::plain::MANY)?;
+        let place = http::mesh::Place::up(&self.programs, &self.folder)?;
         if self.allowed.is_some() {
             place.pin_congestion()?;
         }

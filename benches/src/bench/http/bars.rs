@@ -130,3 +130,63 @@ fn changes(results: &HttpResults) -> Vec<Bar> {
     };
     [("small", 2, 100.0, 5.0), ("5,000 routes", MANY, 300.0, 30.0)].map(bar).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::bench::http::{LEFT_OUT, Line, Role, Way, page};
+
+    fn run(cpu: f64) -> Run {
+        let result = json!({ "requests": 100_000, "seconds": 2.0, "per_second": 50_000.0 });
+        let cpu_s = [(Role::new("proxy", 1).name, cpu)].into();
+        Run { round: 0, cpu_s, machine_cpu_s: 4.0, steal_s: 0.0, result }
+    }
+
+    fn results(missing: &str) -> HttpResults {
+        let way = |title: &str, cpu: f64| Way {
+            title: title.to_owned(),
+            runs: vec![run(cpu), run(cpu * 3.0), run(cpu * 2.0)],
+        };
+        let ways = vec![way("Envoy, log off", 5.0), way("waypoint, log off", 1.6)];
+        let line = Line { id: "plain-16".into(), title: "16 connections".into(), ways };
+        HttpResults {
+            date: "2026-11-21".into(),
+            command: "bench".into(),
+            commit: "1".into(),
+            machine: Default::default(),
+            congestion: String::new(),
+            envoy: String::new(),
+            rounds: 3,
+            seconds: 2.0,
+            waypoint_mb: 1.0,
+            lines: vec![line],
+            memory: vec![],
+            changes: vec![],
+            missing: vec![missing.to_owned()],
+        }
+    }
+
+    #[test]
+    fn bars_are_of_medians_and_say_what_was_not_measured() {
+        let all = all(&results("x"));
+        let measured: Vec<_> = all.iter().filter(|b| b.ours.is_some()).collect();
+        assert_eq!(measured.len(), 1, "{all:?}");
+        assert_eq!((measured[0].envoy, measured[0].ours), (Some(10.0), Some(3.2)));
+        let page = page::page(&results("x"));
+        assert!(page.contains("| 10.00 | 3.20 | ≤ 3.70 | reached | ≤ 3.00 | **not reached** |"));
+        assert!(page.contains("| not measured |") && page.contains("\n* x\n"), "{page}");
+    }
+
+    #[test]
+    fn a_second_run_has_what_the_first_left_out() {
+        let (mut first, second) = (results(&format!("mesh{LEFT_OUT}")), results("broken"));
+        first.add(second);
+        assert_eq!((first.lines.len(), first.missing), (2, vec!["broken".to_owned()]));
+        let neither = format!("mesh{LEFT_OUT}");
+        let mut first = results(&neither);
+        first.add(results(&neither));
+        assert_eq!(first.missing, [neither]);
+    }
+}

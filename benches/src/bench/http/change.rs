@@ -56,6 +56,9 @@ pub struct Changes {
 /// Ours, in the local world.
 pub fn ours(place: &Place, results: &mut HttpResults) -> Result<()> {
     for (namespace, routes) in [("routed", 2), (CROWDED, MANY)] {
+        if routes == MANY {
+            place.crowd(MANY)?;
+        }
         let pids = place.movers(namespace)?;
         let write = |value: &str| {
             place.world.write(&format!("{namespace}-probe.yaml"), &probe(namespace, value))
@@ -66,6 +69,7 @@ pub fn ours(place: &Place, results: &mut HttpResults) -> Result<()> {
         let title = "waypoint, in the local world";
         results.changes.push(measure(title, routes, watcher, &pids, write)?);
     }
+    results.memory.push(place.crowded_memory()?);
     Ok(())
 }
 

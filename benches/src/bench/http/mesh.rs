@@ -61,20 +61,23 @@ pub struct Place {
 
 impl Place {
     /// Starts the mesh, Envoy in it, and waits until every way leads where it should.
-    pub fn up(programs: &Programs, folder: &Path, crowd: usize) -> Result<Self> {
+    pub fn up(programs: &Programs, folder: &Path) -> Result<Self> {
         let folder = folder.join("http-mesh");
         let image = format!("envoy={}", envoy::program()?.display());
         let more = ["--image", image.as_str()];
-        let world = World::start(programs, &folder, "bench-http", NODES, &manifest(crowd), &more)?;
-        for (n, part) in crowd_files(crowd).iter().enumerate() {
-            world.write(&format!("crowd-{n}.yaml"), part)?;
-        }
+        let world = World::start(programs, &folder, "bench-http", NODES, &manifest(), &more)?;
         let mut place = Self { world, status: Value::Null };
         place.until("the pods", |p| p.settled())?;
         place.start_envoy()?;
         place.until("Envoy's pod", |p| p.settled())?;
         place.until("the ways", |p| WAYS.iter().try_for_each(|(ns, _)| p.leads(ns)))?;
         Ok(place)
+    }
+
+    /// Many routes for one namespace, which has none before.
+    pub(super) fn crowd(&self, routes: usize) -> Result<()> {
+        let mut files = (0..).zip(crowd_files(routes));
+        files.try_for_each(|(n, part)| self.world.write(&format!("crowd-{n}.yaml"), &part))
     }
 
     fn until(&mut self, what: &str, look: impl Fn(&Self) -> Result<()>) -> Result<()> {
@@ -262,21 +265,15 @@ impl Place {
             .zip(self.world.proxies()?)
             .map(|(n, p)| (format!("ztunnel of node-{n}"), p.pid))
             .collect();
-        for namespace in ["routed", ENVOYED, CROWDED] {
-            let who = if namespace == ENVOYED { "Envoy as waypoint" } else { "waypoint" };
-            all.push((format!("{who} of {namespace}"), self.waypoint(namespace)?));
-        }
-        let row = |(process, pid): (String, i32)| {
-            let memory = Memory::of(pid)?;
-            Ok(MemoryRow {
-                title: format!("{NODES} nodes, {SERVICES} Services"),
-                process,
-                idle_mb: memory.rss_mb,
-                after_load_mb: memory.rss_mb,
-                peak_mb: memory.peak_mb,
-            })
-        };
-        all.into_iter().map(row).collect()
+        all.push(("waypoint of routed".to_owned(), self.waypoint("routed")?));
+        all.push(("Envoy as waypoint of envoyed".to_owned(), self.waypoint(ENVOYED)?));
+        let title = format!("{NODES} nodes, {SERVICES} Services");
+        all.into_iter().map(|(process, pid)| memory_of(&title, &process, pid)).collect()
+    }
+
+    /// The waypoint with the many routes.
+    pub(super) fn crowded_memory(&self) -> Result<MemoryRow> {
+        memory_of("the same, and many routes", "waypoint of crowded", self.waypoint(CROWDED)?)
     }
 
     /// Starts a client that tells when an answer's header changes.
@@ -297,6 +294,18 @@ impl Place {
     }
 }
 
+/// At this moment.
+fn memory_of(title: &str, process: &str, pid: i32) -> Result<MemoryRow> {
+    let memory = Memory::of(pid)?;
+    Ok(MemoryRow {
+        title: title.to_owned(),
+        process: process.to_owned(),
+        idle_mb: memory.rss_mb,
+        after_load_mb: memory.rss_mb,
+        peak_mb: memory.peak_mb,
+    })
+}
+
 fn client(namespace: &str) -> String {
     format!("{namespace}/client")
 }
@@ -310,7 +319,7 @@ fn environment(pid: i32, name: &str) -> String {
 }
 
 /// Everything but Envoy's pod, which needs a certificate first, and the many routes.
-fn manifest(crowd: usize) -> String {
+fn manifest() -> String {
     let mut yaml = String::new();
     for (namespace, _) in WAYS {
         let waypoint = matches!(*namespace, "routed" | ENVOYED);
@@ -321,9 +330,6 @@ fn manifest(crowd: usize) -> String {
     }
     yaml += "---\n";
     yaml += &one_namespace(CROWDED, true);
-    if crowd == 0 {
-        yaml += &http_routes(CROWDED, 0);
-    }
     // The user's own Service of that name: nobody starts our waypoint there.
     yaml += &format!(
         "---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: waypoint, namespace: {ENVOYED}}}\n\
@@ -340,7 +346,7 @@ fn manifest(crowd: usize) -> String {
 
 /// The many routes, in files that the control plane reads: at most 1 MiB.
 fn crowd_files(crowd: usize) -> Vec<String> {
-    let yaml = if crowd == 0 { String::new() } else { http_routes(CROWDED, crowd) };
+    let yaml = http_routes(CROWDED, crowd);
     let documents: Vec<&str> = yaml.split("---\n").filter(|d| !d.is_empty()).collect();
     // Some 4 KiB each.
     documents.chunks(64).map(|part| part.join("---\n")).collect()
