@@ -40,5 +40,5 @@ async fn a_plain_client_reaches_nothing_that_is_not_bound_here() {
     let world = World::new(Protocol::Http);
     let answer = ask(&world, SocketAddr::from(([10, 96, 0, 99], 80))).await;
     assert_eq!(answer, "");
-    world.line(&["reason=not_bound"]).await;
+    world.line(&["reason=\"not_bound\""]).await;
 }
