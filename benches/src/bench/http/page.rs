@@ -55,7 +55,7 @@ fn head(out: &mut String, results: &HttpResults) {
     let _ = writeln!(
         out,
         "* While 1000 requests/s went directly to a server, which takes a fifth of a core, {} cores of the machine were busy: what is \
-         above is other work beside the run. It makes requests/s and latency worse for every way alike, and CPU per request a little.",
+         above is other work beside the run. It makes requests/s, latency and CPU per request worse for every way.",
         text(beside(results), 2),
     );
 }

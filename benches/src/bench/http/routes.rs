@@ -86,9 +86,13 @@ pub(crate) fn world(v1: SocketAddr, v2: SocketAddr) -> String {
              status: {{phase: Running, podIP: {ip}, podIPs: [{{ip: {ip}}}], conditions: [{{type: Ready, status: 'True'}}]}}\n"
         )
     };
+    let account = |name: &str| {
+        format!("---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: bench}}\n")
+    };
     let waypoint = ", networking.istio.io/tunnel: http, istio.io/dataplane-mode: none";
     [
         "apiVersion: v1\nkind: Namespace\nmetadata: {name: bench}\n".to_owned(),
+        ["waypoint", "v1", "v2"].map(account).concat(),
         "---\napiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: waypoint, namespace: bench}\nspec:\n  \
          gatewayClassName: istio-waypoint\n  listeners: [{name: mesh, port: 15008, protocol: HBONE}]\n"
             .to_owned(),
