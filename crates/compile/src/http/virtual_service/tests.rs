@@ -355,7 +355,7 @@ fn what_cannot_be_honoured_fails_closed() {
         "unsupported spec.http[0].headers.request.set.content-length",
     );
     // What our engine of patterns does not take, and others may: the rule is lost, the object is not.
-    for text in [r"(a{1000}){1000}", r"\pL+", &"a".repeat(1025)] {
+    for text in [r"(a{1000}){1000}", r"\Qa.b\E", &"a".repeat(1025)] {
         check(
             &format!(
                 "match: [{{uri: {{regex: '{text}'}}}}], route: [{{destination: {{host: v1}}}}]"
@@ -370,7 +370,7 @@ fn what_cannot_be_honoured_fails_closed() {
         "unsupported spec.http[0].match[64].uri.regex",
     );
     check(
-        &rule(r"rewrite: {uriRegexRewrite: {match: '\pL', rewrite: a}}"),
+        &rule(r"rewrite: {uriRegexRewrite: {match: '\Qa', rewrite: a}}"),
         "unsupported spec.http[0].rewrite.uriRegexRewrite.match",
     );
     check(

@@ -108,7 +108,7 @@ const STRING_MATCH: &[Field] = &[
     Field::honoured("regex", Text, "match_uri")
         .note(
             "the whole text has to fit; `*` alone means: there at all; a pattern that only our engine does not take \
-             (Unicode properties, over 1024 bytes) is `unsupported`, what fits the rest of the match is answered with 500",
+             (`\\Q`, over 1024 bytes) is `unsupported`, what fits the rest of the match is answered with 500",
         ),
 ];
 
