@@ -18,7 +18,7 @@ build: ## build the programs, optimized
 
 test: programs ## install what the tests need where that is allowed, then run the whole suite
 	$(CARGO) build --workspace --bins --locked
-	$(CARGO) test --workspace --locked --no-fail-fast
+	.ci/tests
 
 unit: ## the tests that need no namespaces and no other programs
 	$(CARGO) test --locked -p model -p engine -p compile -p xds -p sim -p echo -p tidy

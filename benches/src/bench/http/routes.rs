@@ -74,9 +74,11 @@ pub(crate) const WEB: &str = "10.96.0.10";
 /// outside the mesh, whose ports are the same.
 pub(crate) fn world(v1: SocketAddr, v2: SocketAddr) -> String {
     let service = |name: &str, ip: &str, labels: &str, port: u16| {
+        // `web` itself is only called: its routes name the versions.
+        let app = if name == "web" { "v1" } else { name };
         format!(
             "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: bench, labels: {{{labels}}}}}\nspec:\n  \
-             clusterIP: {ip}\n  clusterIPs: [{ip}]\n  selector: {{app: {name}}}\n  ports: [{{name: http, port: 80, targetPort: {port}}}]\n"
+             clusterIP: {ip}\n  clusterIPs: [{ip}]\n  selector: {{app: {app}}}\n  ports: [{{name: http, port: 80, targetPort: {port}}}]\n"
         )
     };
     let pod = |name: &str, ip: &str, labels: &str| {
@@ -87,7 +89,9 @@ pub(crate) fn world(v1: SocketAddr, v2: SocketAddr) -> String {
         )
     };
     let account = |name: &str| {
-        format!("---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: bench}}\n")
+        format!(
+            "---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {name}, namespace: bench}}\n"
+        )
     };
     let waypoint = ", networking.istio.io/tunnel: http, istio.io/dataplane-mode: none";
     [

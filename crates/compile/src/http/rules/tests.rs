@@ -177,7 +177,7 @@ fn redirects_and_rewrites() {
         Rewrite { host: Some("b.example".into()), path: Some(PathRewrite::Segments("/x/".into())) };
     assert_eq!(rewrite, [Filter::Rewrite(want)], "F11 F14");
     for (row, text, field) in [
-        ("F5", "statusCode: 418", "statusCode"),
+        ("F5", "hostname: a.example, statusCode: 418", "statusCode"),
         ("F7", "port: 0", "port"),
         ("F6", "hostname: 'a b'", "hostname"),
         ("F9", "path: {type: ReplaceFullPath, replaceFullPath: 'a b'}", "path.replaceFullPath"),
