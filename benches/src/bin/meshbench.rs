@@ -215,7 +215,11 @@ impl Bench {
         let size = fs::metadata(&programs.ztunnel)?.len();
         let results = Results {
             date: machine::today(),
-            command: std::env::args().collect::<Vec<_>>().join(" "),
+            // Without the folder where the program lay that day.
+            command: std::iter::once("meshbench".to_owned())
+                .chain(std::env::args().skip(1))
+                .collect::<Vec<_>>()
+                .join(" "),
             commit: machine::commit(),
             machine: Machine::here(),
             congestion,
