@@ -93,12 +93,13 @@ fn one(
         shape::Filter::Mirror(m) => mirror(m, &format!("{at}.requestMirror"), c).map(Some),
         shape::Filter::Redirect(r) => {
             let at = format!("{at}.requestRedirect");
+            let filter = redirect(r, &at, prefixes)?;
             if r.scheme.is_none() && r.hostname.is_none() && r.port.is_none() && r.path.is_none() {
                 let message = "leads back to where it comes from";
                 let d = Diagnostic::warning(Code::NoEffect, message).field(at.as_str());
                 c.diagnostics.push(d.help("say one of scheme, hostname, port and path"));
             }
-            redirect(r, &at, prefixes).map(Some)
+            some(filter)
         }
         shape::Filter::Rewrite { hostname, path } => {
             let at = format!("{at}.urlRewrite");
