@@ -1,7 +1,6 @@
 //! Clients and endpoints that misbehave: the right status, a reason, and nobody else is hurt.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt as _, StreamBody};
@@ -185,7 +184,7 @@ async fn an_endpoint_whose_certificate_is_anothers_gets_nothing() {
 #[tokio::test]
 async fn a_head_that_never_ends_does_not_hold_others() {
     let world = World::new(Protocol::Http);
-    let _web = world.echo("web", "web").await;
+    let web = world.echo("web", "web").await;
     let mut slow = world.connect().await;
     slow.write_all(b"GET / HTTP/1.1\r\nhost: web\r\n").await.unwrap();
     for _ in 0..3 {
@@ -198,7 +197,7 @@ async fn a_head_that_never_ends_does_not_hold_others() {
     gone.write_all(b"POST /gone HTTP/1.1\r\nhost: web\r\ncontent-length: 100\r\n\r\nhalf")
         .await
         .unwrap();
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    wait_until("the endpoint to be asked", || web.seen.requests() == 5).await;
     gone.reset();
     world.line(&["path=\"/gone\"", "request failed"]).await;
 }

@@ -30,9 +30,7 @@ fn begin(world: &World) -> (tokio::task::JoinHandle<std::io::Result<()>>, Arc<No
 }
 
 async fn until_asked(web: &Endpoint) {
-    while web.seen.requests() == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    wait_until("the request", || web.seen.requests() > 0).await;
 }
 
 #[tokio::test]
@@ -47,14 +45,10 @@ async fn requests_that_have_begun_are_finished() {
     let mut http2 = Http2::new(hbone::TunnelIo::opened(b)).await;
     let first = tokio::spawn(async move { (http1.ask(get("/")).await, http1) });
     let second = tokio::spawn(async move { http2.ask(get2("/")).await });
-    while web.seen.requests() < 2 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    wait_until("both requests", || web.seen.requests() == 2).await;
     let (drained, _) = begin(&world);
     // A GOAWAY: the tunnel takes no further stream.
-    while !tunnel.is_closed() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    wait_until("the GOAWAY", || tunnel.is_closed()).await;
     web.seen.go_on.notify_waiters();
     let (answer, http1) = first.await.unwrap();
     let answer = answer.unwrap();

@@ -159,10 +159,5 @@ async fn a_mirror_of_grpc_is_grpc() {
         .unwrap();
     let mut client = Http2::new(world.connect().await).await;
     assert_eq!(client.ask(request).await.unwrap().status(), 200);
-    let mirrored = async {
-        while copy.seen.requests() == 0 {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, mirrored).await.unwrap();
+    wait_until("the mirror", || copy.seen.requests() > 0).await;
 }

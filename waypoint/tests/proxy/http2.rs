@@ -1,7 +1,5 @@
 //! HTTP/2 and gRPC: streams, trailers, both directions at once, and HTTP/2 in front of HTTP/1.1.
 
-use std::sync::atomic::Ordering;
-
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt as _, StreamBody};
@@ -157,9 +155,7 @@ async fn a_client_that_goes_takes_its_request_with_it() {
         .await;
     let mut client = Http2::new(world.connect().await).await;
     let asked = tokio::spawn(async move { client.send(get2("/")).await });
-    while web.seen.requests.load(Ordering::SeqCst) == 0 {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
+    wait_until("the request", || web.seen.requests() > 0).await;
     asked.abort();
     tokio::time::timeout(PATIENCE, heard.recv()).await.expect("the endpoint was not told");
     let line = world.line(&["request failed", "connection_broken"]).await;

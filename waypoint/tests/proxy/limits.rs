@@ -36,18 +36,6 @@ async fn serve_few(io: hbone::TunnelIo, seen: Arc<Seen>, at_once: u32) {
     let _ = connection.await;
 }
 
-async fn until(what: &str, condition: impl Fn() -> bool) {
-    let waiting = async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    assert!(
-        tokio::time::timeout(PATIENCE, waiting).await.is_ok(),
-        "not within {PATIENCE:?}: {what}"
-    );
-}
-
 #[tokio::test]
 async fn an_endpoint_that_takes_few_requests_at_once_gets_more_connections() {
     let world = World::new(Protocol::Http2);
@@ -61,7 +49,7 @@ async fn an_endpoint_that_takes_few_requests_at_once_gets_more_connections() {
             tokio::spawn(async move { client.ask(get2(&format!("/{n}"))).await.unwrap().status() })
         })
         .collect();
-    until("all are with the endpoint", || web.seen.requests() == 6).await;
+    wait_until("all are with the endpoint", || web.seen.requests() == 6).await;
     let connections = web.seen.connects().len();
     assert!((3..=6).contains(&connections), "{connections} for five requests, two on each");
     web.seen.go_on.notify_waiters();
@@ -243,5 +231,5 @@ async fn a_switched_connection_keeps_its_place() {
     let open = || world.workers.iter().map(|worker| worker.upstreams.open()).sum::<usize>();
     assert_eq!(open(), 1, "it is open");
     drop(io);
-    until("its place is free", || open() == 0).await;
+    wait_until("its place is free", || open() == 0).await;
 }

@@ -100,10 +100,10 @@ async fn http_that_comes_late_or_in_pieces_is_http() {
 #[tokio::test]
 async fn a_server_of_http2_that_says_its_settings_first_is_no_way_around() {
     let world = World::new(Protocol::Undeclared);
-    let _web = world.echo2("web", "web").await;
+    let web = world.echo2("web", "web").await;
     let io = world.connect().await;
-    // Long enough for the endpoint to be called, and to say its settings.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The endpoint says its settings as soon as it is called; the client's words come then, before or after them.
+    wait_until("the endpoint to be called", || !web.seen.connects().is_empty()).await;
     let answer = Http2::new(io).await.ask(get2("/late")).await.unwrap();
     assert!(text(&answer).contains("x-request-id"), "it went around the proxy: {answer:?}");
     world.line(&["path=\"/late\""]).await;

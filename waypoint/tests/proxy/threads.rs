@@ -1,7 +1,5 @@
 //! One tunnel and several threads.
 
-use std::time::Duration;
-
 use hbone::{ConnectHeaders, TunnelIo};
 use model::http::Protocol;
 
@@ -51,10 +49,5 @@ async fn a_busy_tunnel_is_served_by_every_thread() {
     }
     // Each thread forgets what it served, whoever has the tunnel.
     drop(clients);
-    let ended = async {
-        while served(&world).iter().any(|&served| served > 0) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, ended).await.unwrap();
+    wait_until("all to be forgotten", || served(&world).iter().all(|&served| served == 0)).await;
 }

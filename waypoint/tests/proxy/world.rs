@@ -47,6 +47,19 @@ pub(crate) type Body = UnsyncBoxBody<Bytes, Error>;
 /// How long anything may take before a test fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Waits for a condition, as long as anything may take.
+pub(crate) async fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(
+        tokio::time::timeout(PATIENCE, waiting).await.is_ok(),
+        "not within {PATIENCE:?}: {what}"
+    );
+}
+
 pub(crate) fn empty() -> Body {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }

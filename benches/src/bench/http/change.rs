@@ -36,8 +36,6 @@ const SECONDS: f64 = 120.0;
 const BETWEEN: Duration = Duration::from_millis(250);
 /// The header that shows which version of the route answered.
 const HEADER: &str = "x-route";
-/// Until the first version is there.
-const SETTLE: Duration = Duration::from_secs(1);
 
 /// What was measured of one way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -64,7 +62,6 @@ pub fn ours(place: &Place, results: &mut HttpResults) -> Result<()> {
             place.world.write(&format!("{namespace}-probe.yaml"), &probe(namespace, value))
         };
         write("0")?;
-        thread::sleep(SETTLE);
         let watcher = place.watcher(namespace, HEADER, SECONDS)?;
         let title = "waypoint, in the local world";
         results.changes.push(measure(title, routes, watcher, &pids, write)?);
@@ -100,7 +97,6 @@ pub fn of_envoy(programs: &Programs, folder: &Path, results: &mut HttpResults) -
         write("0")?;
         let (at, admin) = (free_port([127, 0, 0, 1])?, free_port([127, 0, 0, 1])?);
         let process = start(&folder, &file, server, at, admin)?;
-        thread::sleep(SETTLE);
         let mut command = Command::new(&programs.meshload);
         command.args(["watch", &format!("http://{at}/probe"), "--header", HEADER]);
         command.args(["-d", &SECONDS.to_string()]);
@@ -156,8 +152,14 @@ fn measure(
         let line = lines.next().context("the client ended")??;
         serde_json::from_str(&line).with_context(|| format!("meshload printed {line:?}"))
     };
-    // The first version may have been on its way when the client began; it ends by itself if that never comes.
-    while next()?["value"] != "v0" {}
+    // The first version may be on its way when the client begins, and what was answered before it is no change's fault; the
+    // client ends by itself if it never comes.
+    let first = loop {
+        let seen = next()?;
+        if seen["value"] == "v0" {
+            break seen["failed"].as_u64().unwrap_or_default();
+        }
+    };
     let before = Cpu::now(pids)?;
     let (mut milliseconds, mut failed) = (Vec::new(), 0);
     for change in 1..=CHANGES {
@@ -168,7 +170,7 @@ fn measure(
         ensure!(seen["value"] == format!("v{change}"), "{title}: change {change} shows {seen}");
         let at = seen["answered_us"].as_u64().context("no time")?;
         milliseconds.push(thousandths(at.saturating_sub(begun)));
-        failed = seen["failed"].as_u64().unwrap_or_default();
+        failed = seen["failed"].as_u64().unwrap_or_default() - first;
     }
     let after = Cpu::now(pids)?;
     let cpu: f64 = pids.iter().map(|p| after.processes[p] - before.processes[p]).sum::<f64>() * 1e3;
