@@ -56,6 +56,45 @@ fn nothing_is_left_undone() {
     report("unfinished code", &findings);
 }
 
+/// What is not run must not be there: no documentation test (`doctest = false`), no test in a program beside a library (`test =
+/// false`), since each of them would be one more program to build and link.
+#[test]
+fn tests_stand_where_they_are_run() {
+    let mut findings = Vec::new();
+    for package in packages().iter().filter(|p| !p.is_detached()) {
+        let dir = root().join(&package.dir);
+        if !dir.join("src/lib.rs").exists() {
+            continue;
+        }
+        if !package.manifest.contains("doctest = false") {
+            findings.push(format!("{}: [lib] lacks doctest = false", package.dir.display()));
+        }
+        let is_program =
+            |path: &Path| path == dir.join("src/main.rs") || path.starts_with(dir.join("src/bin"));
+        let programs = rust_files(&dir).into_iter().filter(|path| is_program(path));
+        let tests = programs.filter(|path| read(path).contains("#[test]"));
+        findings.extend(tests.map(|path| format!("{}: a test in a program", shown(&path))));
+    }
+    for path in rust_files(&root()) {
+        let text = read(&path);
+        let mut fences = text.lines().zip(1..).filter(|(line, _)| {
+            let line = line.trim_start();
+            line.starts_with("//! ```") || line.starts_with("/// ```")
+        });
+        // Each opens with its language, and the next one closes it.
+        while let Some((open, line)) = fences.next() {
+            if !open.ends_with("```text") {
+                findings.push(format!(
+                    "{}:{line} a block of documentation that is not ```text",
+                    shown(&path)
+                ));
+            }
+            fences.next();
+        }
+    }
+    report("tests that nobody runs", &findings);
+}
+
 #[test]
 fn functions_fit_a_screen() {
     let list = read(&root().join(LONG_FUNCTIONS));
