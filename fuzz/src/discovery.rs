@@ -8,7 +8,7 @@ use prost::Message;
 use xds::client::Client;
 use xds::codec::{self, Address, Defaults, Interner};
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use xds::server::{Connection, Resources};
+use xds::server::{Connection, Mesh, Resources};
 use xds::{Kind, ambit, security, workload as wire};
 
 use crate::planted;
@@ -170,7 +170,14 @@ fn desired() -> Resources {
         families: model::FamilyPolicy::default(),
     };
     let push = model::ConfigVersion { epoch: 1, number: 1 };
-    Resources::new(push, [&workload], [&service], [], [&routes], [&subset])
+    let mesh = Mesh {
+        workloads: &[Arc::new(workload)],
+        services: &[Arc::new(service)],
+        policies: &[],
+        routes: &[Arc::new(routes)],
+        subsets: &[Arc::new(subset)],
+    };
+    Resources::new(push, mesh)
 }
 
 fn respond(client: &mut Client, snapshot: &mut Snapshot, message: &[u8]) {

@@ -106,7 +106,7 @@ async fn allowed(
     let mut latest = control.latest.clone();
     let decide = |latest: &crate::world::Latest| {
         let none = compile::PodsOnNodes::new();
-        let pods = latest.world.as_ref().map_or(&none, |world| &world.pods);
+        let pods = latest.world.as_ref().map_or(&none, |world| &*world.pods);
         may_sign(caller, requested, &control.mesh.trust_domain, pods)
     };
     let decided = decide(&latest.borrow_and_update());

@@ -9,6 +9,10 @@ use istiod_lite::{Inputs, inherit, start};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Each change of the mesh makes and frees thousands of small values; what they took goes back to the system soon after.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Streams and certificate calls are short work; the folder watch has its own thread.
 const WORKERS: usize = 2;
 

@@ -143,9 +143,10 @@ fn waypoints(control: &Control) -> String {
 /// Every route's conditions; empty until every folder has been read.
 fn routes(control: &Control) -> String {
     let latest = control.latest.borrow();
-    let routes = latest.world.as_ref().map_or(&[][..], |world| &world.route_status);
+    let routes = latest.world.iter().flat_map(|world| &world.route_status);
+    let routes: Vec<&compile::RouteStatus> = routes.map(|status| &**status).collect();
     // Strings, numbers and lists: cannot fail.
-    serde_json::to_string_pretty(routes).unwrap_or_default() + "\n"
+    serde_json::to_string_pretty(&routes).unwrap_or_default() + "\n"
 }
 
 fn page(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {

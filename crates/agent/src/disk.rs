@@ -255,13 +255,14 @@ mod tests {
     use xds::client::Client;
     use xds::codec::Defaults;
     use xds::discovery::Node;
-    use xds::server::{Connection, Resources};
+    use xds::server::{Connection, Mesh, Resources};
 
     /// A client that holds one workload, and its snapshot.
     fn held(number: u64) -> Job {
         let push = ConfigVersion { epoch: 1, number };
         let workload = Workload::named(format!("w{number}"), "ns", "w");
-        let desired = Arc::new(Resources::new(push, [&workload], [], [], [], []));
+        let mesh = Mesh { workloads: &[Arc::new(workload)], ..Mesh::default() };
+        let desired = Arc::new(Resources::new(push, mesh));
         let mut server = Connection::new(desired);
         let mut client = Client::new(Node::default(), Defaults { trust_domain: "td".into() });
         let mut snapshot = Snapshot::default();

@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 
 use model::Str;
+use rustc_hash::FxHashMap;
 
 use crate::diagnostics::{self, Code, Diagnostic};
 use crate::object::{Object, Objects};
@@ -91,10 +92,7 @@ impl Folder {
 
     /// What is wrong with the files. What is wrong with the objects, `compile` says.
     pub fn diagnostics(&self) -> Vec<Diagnostic> {
-        let mut all = self.merge().1;
-        all.extend(self.files.values().flat_map(|file| file.diagnostics.iter().cloned()));
-        diagnostics::sort(&mut all);
-        all
+        self.state().1
     }
 
     /// What is in force.
@@ -102,11 +100,19 @@ impl Folder {
         self.merge().0
     }
 
+    /// [`Self::objects`] and [`Self::diagnostics`] in one.
+    pub fn state(&self) -> (Objects, Vec<Diagnostic>) {
+        let (objects, mut all) = self.merge();
+        all.extend(self.files.values().flat_map(|file| file.diagnostics.iter().cloned()));
+        diagnostics::sort(&mut all);
+        (objects, all)
+    }
+
     fn merge(&self) -> (Objects, Vec<Diagnostic>) {
         let mut objects = Objects::default();
         let mut duplicates = Vec::new();
         // The first place of each name within the folder at hand.
-        let mut first: BTreeMap<(&str, &str, &str), &Object> = BTreeMap::new();
+        let mut first: FxHashMap<(&str, &str, &str), &Object> = FxHashMap::default();
         let mut folder = None;
         for ((f, _), file) in &self.files {
             if folder != Some(*f) {

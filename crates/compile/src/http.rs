@@ -9,13 +9,14 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use model::http::limits::Amount;
 use model::http::{
     Audience, PortProtocol, Protocol, RouteKind, RouteMatch, RouteRule, RouteSet, ServiceRoutes,
     Subset,
 };
-use model::{Provenance, ServiceKey, Str, Workload};
+use model::{Provenance, ServiceKey, Str};
 
 use crate::context::Context;
 use crate::diagnostics::{Code, Diagnostic};
@@ -28,7 +29,7 @@ mod budget;
 pub(crate) mod destination_rule;
 mod faults;
 mod filters;
-mod gateway;
+pub(crate) mod gateway;
 mod hosts;
 mod matches;
 mod passage;
@@ -49,10 +50,16 @@ pub use status::{
 pub(crate) struct Compiled {
     /// By service: those with routes, and those with a port that declares what it speaks.
     pub routes: Vec<Arc<ServiceRoutes>>,
-    /// By key.
-    pub subsets: Vec<Arc<Subset>>,
     /// By kind, namespace, name, and place of the parent.
-    pub status: Vec<RouteStatus>,
+    pub status: Vec<Arc<RouteStatus>>,
+}
+
+/// What is not worked out again while it stays the same; good for as long as nothing but routes changes.
+#[derive(Debug, Default)]
+pub(crate) struct Memo {
+    attached: gateway::Memo,
+    /// Beside the Services.
+    joined: Vec<Joined>,
 }
 
 /// What one object says about one Service.
@@ -67,6 +74,20 @@ pub(crate) struct Contribution {
     pub provenance: Provenance,
     pub rules: Vec<Arc<RouteRule>>,
     pub matches: Arc<[Ranked]>,
+    /// [`Self::amount`], once it was asked for.
+    pub holds: OnceLock<Amount>,
+}
+
+impl Contribution {
+    /// How much its rules and matches hold.
+    fn amount(&self) -> &Amount {
+        self.holds.get_or_init(|| {
+            let mut amount = Amount::default();
+            let matches = self.matches.iter().map(|ranked| &ranked.matched);
+            amount.content(self.rules.iter().map(|rule| &**rule), matches);
+            amount
+        })
+    }
 }
 
 /// Who wins on one port of a Service: the first. Gateway API says so of its own kinds, we of Istio's.
@@ -121,28 +142,36 @@ pub(crate) enum PathForm {
     Prefix,
 }
 
+/// What holds whatever the routes say.
+pub(crate) struct Surroundings<'a> {
+    pub services: &'a ByNamespace,
+    pub subsets: &'a [Arc<Subset>],
+    pub bindings: &'a Bindings<'a>,
+}
+
+/// `before`: the objects of the last time, of which only routes were others. `memo`: what was found then.
 pub(crate) fn compile(
     objects: &Objects,
-    services: &ByNamespace,
-    workloads: &[Arc<Workload>],
-    bindings: &Bindings<'_>,
+    before: Option<&Objects>,
+    Surroundings { services, subsets, bindings }: Surroundings<'_>,
+    memo: &mut Memo,
     cx: &mut Context<'_>,
 ) -> Compiled {
-    let subsets = destination_rule::subsets(objects, services, workloads, cx);
-    let mut contributions = Vec::new();
-    let attached = gateway::contributions(objects, services, &mut contributions, cx);
-    contributions.extend(virtual_service::contributions(objects, services, &subsets, bindings, cx));
-    let Assembled { routes, losses, closed } = assemble(services, &contributions);
-    let judged = gateway::judge(&attached, &contributions, &losses, &closed, bindings, cx);
+    memo.attached = gateway::attach_all(objects, before, services, &mut memo.attached, cx);
+    let attached = &memo.attached;
+    let mut contributions = attached.contributions();
+    let others = virtual_service::contributions(objects, services, subsets, bindings, cx);
+    contributions.extend(others.into_iter().map(Arc::new));
+    let Assembled { routes, losses, closed } = assemble(services, &contributions, &mut memo.joined);
+    let judged = gateway::judge(attached, &contributions, &losses, &closed, bindings, cx);
     faults::check(objects, &judged.faults, cx);
-    let status = judged.status;
     tell_others(&contributions, &losses, cx);
     tell_closed(&contributions, &closed, cx);
-    Compiled { routes, subsets, status }
+    Compiled { routes, status: judged.status }
 }
 
 /// What status does not tell: that a VirtualService has no say on a port.
-fn tell_others(contributions: &[Contribution], losses: &[Loss], cx: &mut Context<'_>) {
+fn tell_others(contributions: &[Arc<Contribution>], losses: &[Loss], cx: &mut Context<'_>) {
     let of_others = |l: &&Loss| contributions[l.contribution].api == Api::VirtualService;
     for Loss { contribution, port, winner } in losses.iter().filter(of_others) {
         let (loser, winner) = (&contributions[*contribution], &contributions[*winner].provenance);
@@ -154,7 +183,7 @@ fn tell_others(contributions: &[Contribution], losses: &[Loss], cx: &mut Context
 }
 
 /// The same where a proxy has no room for a VirtualService; once for a Service, of however many clients.
-fn tell_closed(contributions: &[Contribution], closed: &Closed, cx: &mut Context<'_>) {
+fn tell_closed(contributions: &[Arc<Contribution>], closed: &Closed, cx: &mut Context<'_>) {
     let mut told = BTreeSet::new();
     for (contribution, why) in closed {
         let c = &contributions[*contribution];
@@ -189,39 +218,83 @@ struct Assembled {
     closed: Closed,
 }
 
-fn assemble(services: &ByNamespace, contributions: &[Contribution]) -> Assembled {
-    let mut of_service: BTreeMap<&ServiceKey, BTreeMap<&Audience, Vec<usize>>> = BTreeMap::new();
+/// What the contributions to one Service come to. Places are those among them.
+#[derive(Debug)]
+struct Joined {
+    members: Vec<Arc<Contribution>>,
+    routes: Option<Arc<ServiceRoutes>>,
+    losses: Vec<Loss>,
+    closed: Closed,
+}
+
+impl Joined {
+    fn is_of(&self, members: &[usize], contributions: &[Arc<Contribution>]) -> bool {
+        self.members.len() == members.len()
+            && self.members.iter().zip(members).all(|(m, i)| Arc::ptr_eq(m, &contributions[*i]))
+    }
+}
+
+/// `known`: what was found for each Service the last time, if the Services are the same.
+fn assemble(
+    services: &ByNamespace,
+    contributions: &[Arc<Contribution>],
+    known: &mut Vec<Joined>,
+) -> Assembled {
+    let mut of_service: BTreeMap<&ServiceKey, Vec<usize>> = BTreeMap::new();
     for (i, c) in contributions.iter().enumerate() {
-        of_service.entry(&c.service).or_default().entry(&c.audience).or_default().push(i);
+        of_service.entry(&c.service).or_default().push(i);
     }
     let mut out = Assembled { routes: Vec::new(), losses: Vec::new(), closed: Closed::new() };
+    let mut old = std::mem::take(known).into_iter();
     for service in services.values().flatten() {
-        let audiences = of_service.remove(&service.service.key).unwrap_or_default();
-        let everybody = audiences.get(&Audience::Everybody).cloned().unwrap_or_default();
-        let wanted: Vec<(&Audience, budget::Sets)> = audiences
-            .into_iter()
-            .map(|(audience, members)| {
-                let ports = by_port(service, contributions, &members, &everybody, &mut out.losses);
-                (audience, ports.into_iter().collect())
-            })
-            .collect();
-        let ports = protocols(service);
-        let sets = sets(&service.service.key, ports.len(), wanted, contributions, &mut out.closed);
-        if !sets.is_empty() || ports.iter().any(|p| p.protocol != Protocol::Undeclared) {
-            let service = service.service.key.clone();
-            out.routes.push(Arc::new(ServiceRoutes { service, ports, sets: sets.into() }));
-        }
+        let places = of_service.remove(&service.service.key).unwrap_or_default();
+        let joined = match old.next().filter(|old| old.is_of(&places, contributions)) {
+            Some(same) => same,
+            None => join(service, places.iter().map(|i| contributions[*i].clone()).collect()),
+        };
+        out.routes.extend(joined.routes.clone());
+        out.losses.extend(joined.losses.iter().map(|loss| Loss {
+            contribution: places[loss.contribution],
+            winner: places[loss.winner],
+            ..*loss
+        }));
+        out.closed.extend(joined.closed.iter().map(|(i, why)| (places[*i], why.clone())));
+        known.push(joined);
     }
     out.routes.sort_by(|a, b| a.service.cmp(&b.service));
     out.losses.sort_unstable();
     out
 }
 
+fn join(service: &services::Compiled, members: Vec<Arc<Contribution>>) -> Joined {
+    let mut audiences: BTreeMap<&Audience, Vec<usize>> = BTreeMap::new();
+    for (i, c) in members.iter().enumerate() {
+        audiences.entry(&c.audience).or_default().push(i);
+    }
+    let everybody = audiences.get(&Audience::Everybody).cloned().unwrap_or_default();
+    let mut losses = Vec::new();
+    let wanted: Vec<(&Audience, budget::Sets)> = audiences
+        .into_iter()
+        .map(|(audience, of)| {
+            let ports = by_port(service, &members, &of, &everybody, &mut losses);
+            (audience, ports.into_iter().collect())
+        })
+        .collect();
+    let (ports, mut closed) = (protocols(service), Closed::new());
+    let sets = sets(&service.service.key, ports.len(), wanted, &members, &mut closed);
+    let declared = ports.iter().any(|p| p.protocol != Protocol::Undeclared);
+    let routes = (declared || !sets.is_empty()).then(|| {
+        let service = service.service.key.clone();
+        Arc::new(ServiceRoutes { service, ports, sets: sets.into() })
+    });
+    Joined { members, routes, losses, closed }
+}
+
 fn sets(
     service: &ServiceKey,
     ports: usize,
     wanted: Vec<(&Audience, budget::Sets)>,
-    contributions: &[Contribution],
+    contributions: &[Arc<Contribution>],
     closed: &mut Closed,
 ) -> Vec<Arc<RouteSet>> {
     let mut sets = Vec::new();
@@ -230,7 +303,7 @@ fn sets(
         let why = match room {
             Room::Open => {
                 for (winners, ports) in wanted {
-                    let members = winners.iter().map(|i| &contributions[*i]);
+                    let members = winners.iter().map(|i| &*contributions[*i]);
                     sets.extend(set(audience.clone(), ports, members));
                 }
                 continue;
@@ -260,7 +333,7 @@ fn protocols(service: &services::Compiled) -> Arc<[PortProtocol]> {
 /// does not get past Gateway API's routes for `everybody`: those are for its clients, too.
 fn by_port(
     service: &services::Compiled,
-    contributions: &[Contribution],
+    contributions: &[Arc<Contribution>],
     members: &[usize],
     everybody: &[usize],
     losses: &mut Vec<Loss>,
@@ -320,6 +393,6 @@ fn set<'a>(
 }
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

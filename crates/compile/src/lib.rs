@@ -1,21 +1,21 @@
 //! Kubernetes, Gateway API and Istio objects to what a proxy knows ([`model`]), to route status, and to diagnostics.
 //!
-//! Text comes in through [`Folder`] (or [`parse_file`]), [`compile`] turns [`Objects`] into [`Compiled`].
+//! Text comes in through [`Folder`] (or [`parse_file`]), [`compile`] turns [`Objects`] into [`Compiled`], and [`Compiler`] does
+//! it again and again.
 //! [`local`] does what a cluster's controllers and scheduler do, for the world on one machine.
 //!
 //! Invariants: no IO, clock, randomness or environment; every function is total: bad input becomes
 //! diagnostics, never a panic; the result depends on the objects alone, not on the order in which they
 //! came; every policy and rule carries its provenance.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use model::{PolicyKey, Str};
-use waypoints::binding::Bindings;
+use model::Str;
 
 mod addresses;
 pub mod ambit;
 mod authorization;
+mod compiler;
 mod context;
 mod diagnostics;
 mod enrolment;
@@ -38,6 +38,7 @@ mod validate;
 pub mod waypoints;
 mod yaml;
 
+pub use compiler::{Compiler, compile};
 pub use diagnostics::{Code, Diagnostic, Severity, sort as sort_diagnostics};
 pub use enrolment::{DATAPLANE_MODE, DNS_CAPTURE, Enrolment, REDIRECTION, captures_dns, enrolment};
 pub use folder::Folder;
@@ -73,7 +74,7 @@ impl Default for MeshConfig {
 }
 
 /// What the objects mean.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Compiled {
     /// By uid.
     pub workloads: Vec<Arc<model::Workload>>,
@@ -86,92 +87,17 @@ pub struct Compiled {
     /// By key.
     pub subsets: Vec<Arc<model::http::Subset>>,
     /// By kind, namespace, name, and place of the parent.
-    pub route_status: Vec<RouteStatus>,
+    pub route_status: Vec<Arc<RouteStatus>>,
     /// Errors first, then by place.
     pub diagnostics: Vec<Diagnostic>,
     /// Who may be given a certificate on which node.
-    pub pods: PodsOnNodes,
+    pub pods: Arc<PodsOnNodes>,
     /// How the Gateways are that are waypoints, by namespace and name.
     pub gateways: Vec<GatewayStatus>,
     /// As whom waypoints run: they may read the configuration.
     pub waypoint_accounts: WaypointAccounts,
     /// Waypoints to which what names them is bound: [`Objects::programmed`] for the next time.
     pub programmed: Programmed,
-}
-
-/// Compiles everything that is in force.
-pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
-    let mut cx = context::Context::new(config);
-    let waypoints = waypoints::understand(objects);
-    waypoints::check(objects, &waypoints, &mut cx);
-    let mut services = services::compile(objects, &mut cx);
-    let authorization = authorization::compile(objects, &mut cx);
-    let peers = peer_authentication::compile(objects, &mut cx);
-    let selectors = Selectors::of(&authorization);
-    let policies_of = |namespace: &str, pod: &k8s_openapi::api::core::v1::Pod| {
-        let mut keys = selectors.policies_of(namespace, pod.metadata.labels.as_ref());
-        keys.extend(peers.policy_of(namespace, pod).cloned());
-        keys.sort_unstable();
-        keys
-    };
-    let mut workloads = pods::compile(objects, &services, &policies_of, &mut cx);
-    workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    let bindings = Bindings::new(objects, &waypoints, &workloads, &mut cx);
-    bindings.bind(&mut services, &mut workloads);
-    let http = http::compile(objects, &services, &workloads, &bindings, &mut cx);
-    references::check(objects, &services, &authorization, &bindings, &mut cx);
-    let pods = pods::on_nodes(objects, &mut cx);
-    let mut services: Vec<_> = services.into_values().flatten().map(|s| s.service).collect();
-    services.sort_by(|a, b| a.key.cmp(&b.key));
-    let mut policies: Vec<_> = authorization.into_iter().map(|c| c.policy).collect();
-    policies.extend(peers.policies);
-    policies.sort_by(|a, b| a.key.cmp(&b.key));
-    let domain = &config.cluster_domain;
-    let gateways = waypoints::statuses(objects, &waypoints, &services, &workloads, domain);
-    let waypoint_accounts = waypoints::accounts(&waypoints);
-    let mut diagnostics = cx.diagnostics;
-    diagnostics::sort(&mut diagnostics);
-    let programmed = bindings.programmed;
-    Compiled {
-        workloads,
-        services,
-        policies,
-        routes: http.routes,
-        subsets: http.subsets,
-        route_status: http.status,
-        diagnostics,
-        pods,
-        gateways,
-        waypoint_accounts,
-        programmed,
-    }
-}
-
-/// Policies with a selector, by the namespace they are for: mesh-wide ones under `None`.
-struct Selectors<'a>(BTreeMap<Option<&'a str>, Vec<&'a authorization::Compiled>>);
-
-impl<'a> Selectors<'a> {
-    fn of(policies: &'a [authorization::Compiled]) -> Self {
-        let mut by_namespace: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for compiled in policies {
-            if let Some(selection) = &compiled.selection {
-                by_namespace.entry(selection.namespace.as_deref()).or_default().push(compiled);
-            }
-        }
-        Self(by_namespace)
-    }
-
-    fn policies_of(
-        &self,
-        namespace: &str,
-        labels: Option<&BTreeMap<String, String>>,
-    ) -> Vec<PolicyKey> {
-        let candidates = [None, Some(namespace)].into_iter().filter_map(|ns| self.0.get(&ns));
-        let selecting = candidates.flatten().filter(|compiled| {
-            compiled.selection.as_ref().is_some_and(|s| istio::selects(&s.labels, labels))
-        });
-        selecting.map(|compiled| compiled.policy.key.clone()).collect()
-    }
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub struct Origin {
 }
 
 /// The lines of a YAML tree.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 enum Lines {
     Leaf(u32),
     Sequence(u32, Vec<Lines>),
@@ -47,6 +47,18 @@ impl Origin {
         let lines = Lines::of(node);
         let lines = (!lines.all_on(node.line)).then(|| Arc::new(lines));
         Self { file, line: node.line, lines }
+    }
+
+    /// Whether every field stands where it does in the other.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let same = |a: &Arc<Lines>, b: &Arc<Lines>| Arc::ptr_eq(a, b) || a == b;
+        self.line == other.line
+            && self.file == other.file
+            && match (&self.lines, &other.lines) {
+                (None, None) => true,
+                (Some(a), Some(b)) => same(a, b),
+                _ => false,
+            }
     }
 
     /// `file:line` of a field such as `spec.rules[0].from`; of the closest field around it when it
@@ -208,6 +220,16 @@ impl<T> Sourced<T> {
     pub fn new(value: impl Into<Arc<T>>, origin: Origin) -> Self {
         Self { value: value.into(), origin }
     }
+
+    /// Whether it says the same at the same place.
+    pub(crate) fn is(&self, other: &Self) -> bool
+    where
+        T: PartialEq,
+    {
+        // Mostly it is the very same value.
+        (Arc::ptr_eq(&self.value, &other.value) || self.value == other.value)
+            && self.origin.is(&other.origin)
+    }
 }
 
 // By hand: a derive would ask for `T: Clone`.
@@ -268,6 +290,43 @@ impl Objects {
         }
     }
 
+    /// Whether everything but HTTPRoutes, GRPCRoutes and VirtualServices is the same.
+    pub(crate) fn is_but_for_routes(&self, other: &Self) -> bool {
+        let Self {
+            namespaces,
+            nodes,
+            service_accounts,
+            pods,
+            deployments,
+            services,
+            authorization_policies,
+            peer_authentications,
+            http_routes: _,
+            grpc_routes: _,
+            gateways,
+            gateway_classes,
+            reference_grants,
+            virtual_services: _,
+            destination_rules,
+            http_faults,
+            programmed,
+        } = self;
+        is(namespaces, &other.namespaces)
+            && is(nodes, &other.nodes)
+            && is(service_accounts, &other.service_accounts)
+            && is(pods, &other.pods)
+            && is(deployments, &other.deployments)
+            && is(services, &other.services)
+            && is(authorization_policies, &other.authorization_policies)
+            && is(peer_authentications, &other.peer_authentications)
+            && is(gateways, &other.gateways)
+            && is(gateway_classes, &other.gateway_classes)
+            && is(reference_grants, &other.reference_grants)
+            && is(destination_rules, &other.destination_rules)
+            && is(http_faults, &other.http_faults)
+            && *programmed == other.programmed
+    }
+
     pub fn namespace(&self, name: &str) -> Option<&Namespace> {
         self.namespaces.get(&("".into(), name.into())).map(|s| &*s.value)
     }
@@ -275,6 +334,11 @@ impl Objects {
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(&("".into(), name.into())).map(|s| &*s.value)
     }
+}
+
+fn is<T: PartialEq>(table: &Table<T>, other: &Table<T>) -> bool {
+    let same = |((a, one), (b, two)): ((_, &Sourced<T>), (_, &Sourced<T>))| a == b && one.is(two);
+    table.len() == other.len() && table.iter().zip(other).all(same)
 }
 
 fn put<T>(table: &mut Table<T>, key: (Str, Str), value: Arc<T>, origin: Origin) {

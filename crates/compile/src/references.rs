@@ -37,11 +37,8 @@ pub(crate) fn check(
     namespaces(&objects.services, objects, cx);
     namespaces(&objects.authorization_policies, objects, cx);
     namespaces(&objects.peer_authentications, objects, cx);
-    namespaces(&objects.http_routes, objects, cx);
-    namespaces(&objects.grpc_routes, objects, cx);
     namespaces(&objects.gateways, objects, cx);
     namespaces(&objects.reference_grants, objects, cx);
-    namespaces(&objects.virtual_services, objects, cx);
     namespaces(&objects.destination_rules, objects, cx);
     namespaces(&objects.http_faults, objects, cx);
     accounts(&own, objects, cx);
@@ -51,6 +48,13 @@ pub(crate) fn check(
     subset_labels(objects, services, &selectable, cx);
     policy_selectors(objects, policies, &selectable, cx);
     policy_sources(objects, policies, cx);
+}
+
+/// The same of routes.
+pub(crate) fn check_routes(objects: &Objects, cx: &mut Context<'_>) {
+    namespaces(&objects.http_routes, objects, cx);
+    namespaces(&objects.grpc_routes, objects, cx);
+    namespaces(&objects.virtual_services, objects, cx);
 }
 
 /// Pods that the user wrote: what is wrong with the others is said of their Deployment.
@@ -126,8 +130,13 @@ fn exists(namespace: &str, objects: &Objects, cx: &Context<'_>) -> bool {
 }
 
 fn namespaces<T: Meta>(table: &Table<T>, objects: &Objects, cx: &mut Context<'_>) {
+    // Those of one namespace stand together.
+    let mut last: Option<(&Str, bool)> = None;
     for (key, sourced) in table {
-        if !exists(&key.0, objects, cx) {
+        let known = last.filter(|(name, _)| *name == &key.0);
+        let (_, there) =
+            *last.insert(known.unwrap_or_else(|| (&key.0, exists(&key.0, objects, cx))));
+        if !there {
             let message = format!("there is no Namespace {:?}", &*key.0);
             let d = Diagnostic::warning(Code::DanglingReference, message)
                 .field("metadata.namespace")

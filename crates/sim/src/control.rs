@@ -17,7 +17,7 @@ pub(crate) const MAX_STREAMS_PER_NODE: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Compiled {
     pub(crate) content: Content,
-    pub(crate) pods: PodsOnNodes,
+    pub(crate) pods: Arc<PodsOnNodes>,
     pub(crate) mesh: compile::Compiled,
     resources: Resources,
 }
@@ -25,14 +25,14 @@ pub(crate) struct Compiled {
 impl Compiled {
     pub(crate) fn new(content: Content) -> Self {
         let mesh = compile::compile(&content.objects(), &MeshConfig::default());
-        let resources = Resources::new(
-            ConfigVersion::default(),
-            mesh.workloads.iter().map(|w| &**w),
-            mesh.services.iter().map(|s| &**s),
-            mesh.policies.iter().map(|p| &**p),
-            mesh.routes.iter().map(|r| &**r),
-            mesh.subsets.iter().map(|s| &**s),
-        );
+        let all = xds::server::Mesh {
+            workloads: &mesh.workloads,
+            services: &mesh.services,
+            policies: &mesh.policies,
+            routes: &mesh.routes,
+            subsets: &mesh.subsets,
+        };
+        let resources = Resources::new(ConfigVersion::default(), all);
         let pods = mesh.pods.clone();
         Self { content, pods, mesh, resources }
     }

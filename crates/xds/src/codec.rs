@@ -15,7 +15,7 @@ mod decode;
 mod encode;
 mod routes;
 
-use model::http::{Pattern, PatternError};
+use model::http::{Pattern, PatternError, RouteRule};
 use model::{Service, ServicePort, Str, Workload};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::sync::Arc;
@@ -32,6 +32,7 @@ pub use routes::{
     closed_routes, closed_subset, decode_routes, decode_subset, encode_routes, encode_subset,
     routes_name, subset_name,
 };
+pub(crate) use routes::{encode_routes_by, encode_rule};
 
 /// A tunnel protocol that nobody will ever define: how [`model::TunnelProtocol::Unreadable`] is written down.
 const UNREADABLE: i32 = i32::MAX;
@@ -62,15 +63,25 @@ pub struct DecodeError {
 }
 
 /// Shares equal strings and port lists among the values of one configuration: 100,000 workloads repeat
-/// a few hundred namespaces, services and nodes. A pattern is compiled once, however often its routes are sent.
+/// a few hundred namespaces, services and nodes. A pattern is compiled once and a rule read once, however often their
+/// routes are sent.
 #[derive(Debug, Default)]
 pub struct Interner {
     strings: FxHashSet<Str>,
     ports: FxHashSet<Arc<[ServicePort]>>,
+    /// By what they are on the wire.
+    rules: FxHashMap<Box<[u8]>, KnownRule>,
     /// By their text, which each pattern shares with all its clones.
     patterns: FxHashMap<Str, Pattern>,
     /// Size after the last sweep.
     swept: usize,
+}
+
+/// A rule that was read, and the texts of its patterns.
+#[derive(Clone, Debug)]
+struct KnownRule {
+    rule: Arc<RouteRule>,
+    patterns: Box<[Str]>,
 }
 
 impl Interner {
@@ -101,6 +112,14 @@ impl Interner {
         Ok(new)
     }
 
+    fn rule(&self, bytes: &[u8]) -> Option<KnownRule> {
+        self.rules.get(bytes).cloned()
+    }
+
+    fn keep_rule(&mut self, bytes: &[u8], rule: KnownRule) {
+        self.rules.insert(bytes.into(), rule);
+    }
+
     /// Forgets what nobody uses any more. Call it after each batch: it does something only when the
     /// tables have doubled, so its cost is spread over the insertions.
     pub fn sweep(&mut self) {
@@ -108,6 +127,8 @@ impl Interner {
         if self.len() < 2 * self.swept.max(1024) {
             return;
         }
+        // Before their strings and patterns.
+        self.rules.retain(|_, known| Arc::strong_count(&known.rule) > 1);
         self.strings.retain(|s| Arc::strong_count(s) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
         // Ours are the key and the pattern itself.
@@ -116,7 +137,7 @@ impl Interner {
     }
 
     fn len(&self) -> usize {
-        self.strings.len() + self.ports.len() + self.patterns.len()
+        self.strings.len() + self.ports.len() + self.rules.len() + self.patterns.len()
     }
 }
 

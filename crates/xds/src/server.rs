@@ -12,6 +12,7 @@
 //! - A connection always ends up with the newest [`Resources`], wherever it started from.
 
 mod changes;
+mod encoder;
 mod resources;
 mod sent;
 
@@ -26,6 +27,7 @@ use crate::digest::Sum;
 use crate::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use crate::{Kind, MARKER_NAME, REFUSED_TYPE, ambit};
 pub use changes::Changes;
+pub use encoder::{Encoder, Mesh};
 pub use resources::{Encoded, Resources};
 use sent::{Difference, Sent};
 

@@ -18,7 +18,7 @@ use xds::Kind;
 use xds::client::{Client, Mismatch, Saved};
 use xds::codec::Defaults;
 use xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use xds::server::{Connection, Event, Resources};
+use xds::server::{self, Connection, Event, Resources};
 
 /// A small mesh: index to variant. Workload `i` of variant `v` is selected by policy `v`, the subset of service `i` has
 /// workload `v`, and the routes of service `i` go to service `v`, to its subset if it has one. All of these exist.
@@ -136,8 +136,17 @@ impl Mesh {
 
     fn resources(&self, number: u64) -> Arc<Resources> {
         let push = ConfigVersion { epoch: 7, number };
-        let (w, s, p) = (self.workloads(), self.services(), self.policies());
-        Arc::new(Resources::new(push, &w, &s, &p, &self.routes(), &self.subsets()))
+        fn all<T>(values: Vec<T>) -> Vec<Arc<T>> {
+            values.into_iter().map(Arc::new).collect()
+        }
+        let mesh = server::Mesh {
+            workloads: &all(self.workloads()),
+            services: &all(self.services()),
+            policies: &all(self.policies()),
+            routes: &all(self.routes()),
+            subsets: &all(self.subsets()),
+        };
+        Arc::new(Resources::new(push, mesh))
     }
 
     /// What a proxy holds that asks for these.

@@ -7,7 +7,7 @@ use model::{ConfigVersion, Workload, WorkloadUid};
 use tokio::task::JoinHandle;
 use xds::any::Any;
 use xds::discovery::Resource;
-use xds::server::{Connection, Resources};
+use xds::server::{Connection, Mesh, Resources};
 use xds::{Kind, codec};
 
 use super::*;
@@ -114,9 +114,10 @@ async fn serve(
 }
 
 fn mesh(number: u64, names: &[&str]) -> Arc<Resources> {
-    let workloads: Vec<_> = names.iter().map(|name| Workload::named(*name, "ns", *name)).collect();
+    let named = |name: &&str| Arc::new(Workload::named(*name, "ns", *name));
+    let workloads: Vec<_> = names.iter().map(named).collect();
     let push = ConfigVersion { epoch: 9, number };
-    Arc::new(Resources::new(push, &workloads, [], [], [], []))
+    Arc::new(Resources::new(push, Mesh { workloads: &workloads, ..Mesh::default() }))
 }
 
 #[tokio::test]
@@ -241,7 +242,9 @@ async fn a_waypoint_has_its_routes_from_the_control_plane_and_from_disk() {
     let routes = ServiceRoutes { service: service.clone(), ports: [].into(), sets: [].into() };
     let subset = Subset { key: key.clone(), workloads: Default::default() };
     let push = ConfigVersion { epoch: 9, number: 1 };
-    let desired = Arc::new(Resources::new(push, [], [], [], [&routes], [&subset]));
+    let (all_routes, subsets) = ([Arc::new(routes.clone())], [Arc::new(subset.clone())]);
+    let mesh = Mesh { routes: &all_routes, subsets: &subsets, ..Mesh::default() };
+    let desired = Arc::new(Resources::new(push, mesh));
     let serving = tokio::spawn(serve(stream, subscriptions, desired));
     let mut view = proxy.status.subscribe();
     let view = view.wait_for(|view| view.version == "9.1").await.unwrap().clone();

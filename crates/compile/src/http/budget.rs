@@ -35,7 +35,7 @@ pub(super) fn give(
     service: &ServiceKey,
     ports: usize,
     wanted: &[(&Audience, Sets)],
-    contributions: &[Contribution],
+    contributions: &[Arc<Contribution>],
 ) -> Vec<Room> {
     let amounts: Vec<Amount> =
         wanted.iter().map(|(audience, sets)| amount(audience, sets, contributions)).collect();
@@ -59,7 +59,7 @@ fn shared(
     fixed: Amount,
     wanted: &[(&Audience, Sets)],
     amounts: &[Amount],
-    contributions: &[Contribution],
+    contributions: &[Arc<Contribution>],
 ) -> Vec<Room> {
     let mut taken = fixed;
     let mut rooms: Vec<Option<Room>> = wanted.iter().map(|_| None).collect();
@@ -71,8 +71,8 @@ fn shared(
         let closed = closed(audience, sets, contributions, &why);
         let mut amount = Amount::default();
         if let Some(set) = &closed {
-            let rules = set.rules.iter().map(|rule| &**rule);
-            amount.set(audience, set.ports.len(), rules, set.matches.iter());
+            amount.set(audience, set.ports.len());
+            amount.content(set.rules.iter().map(|rule| &**rule), set.matches.iter());
         }
         let fits = fits(&taken, &amount, &Amount::default());
         rooms[*i] = Some(match closed.filter(|_| fits) {
@@ -111,13 +111,11 @@ fn fits(taken: &Amount, more: &Amount, less: &Amount) -> bool {
         && more.list <= MAX_LIST
 }
 
-fn amount(audience: &Audience, sets: &Sets, contributions: &[Contribution]) -> Amount {
+fn amount(audience: &Audience, sets: &Sets, contributions: &[Arc<Contribution>]) -> Amount {
     let mut amount = Amount::default();
     for (members, ports) in sets {
-        let of = || members.iter().map(|i| &contributions[*i]);
-        let rules = of().flat_map(|c| &c.rules).map(|rule| &**rule);
-        let matches = of().flat_map(|c| &*c.matches).map(|ranked| &ranked.matched);
-        amount.set(audience, ports.len(), rules, matches);
+        amount.set(audience, ports.len());
+        members.iter().for_each(|i| amount.add(contributions[*i].amount()));
     }
     amount
 }
@@ -126,7 +124,7 @@ fn amount(audience: &Audience, sets: &Sets, contributions: &[Contribution]) -> A
 fn closed(
     audience: &Audience,
     sets: &Sets,
-    contributions: &[Contribution],
+    contributions: &[Arc<Contribution>],
     why: &Str,
 ) -> Option<Arc<RouteSet>> {
     let mut members = sets.iter().flat_map(|(members, _)| members).map(|i| &contributions[*i]);

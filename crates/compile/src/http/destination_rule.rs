@@ -28,7 +28,7 @@ type Of<'a> = (&'a services::Compiled, Vec<Entry<'a>>);
 type Labels = BTreeMap<String, String>;
 
 /// All subsets that are in force, by key.
-pub(super) fn subsets(
+pub(crate) fn subsets(
     objects: &Objects,
     services: &ByNamespace,
     workloads: &[Arc<Workload>],

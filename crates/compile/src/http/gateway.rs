@@ -3,66 +3,76 @@
 //! A route in its Service's namespace is a producer's and for everybody; one in another is a consumer's, for the clients of its own
 //! namespace. Neither needs a grant.
 //!
+//! What a route means within what everything else says is an [`Attached`], which is kept from one time to the next.
+//!
 //! Invariants: every parent that is ours gets a status; every condition that is not good is a diagnostic with its place; a
 //! field that is not honoured is named.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, OnceLock};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use model::http::Audience;
-use model::{Provenance, Str};
+use model::{Provenance, Service, Str};
 
-use super::passage::{self, Missed};
-use super::protocol::{self, ports};
-use super::rules::{DROPPED, RuleCompiler, Rules};
+use super::protocol;
+use super::rules::{RuleCompiler, Rules};
 use super::shape::{self, ParentRef};
-use super::status::{CONTROLLER_NAME, Condition, ConditionReason, ConditionType};
-use super::{Api, CLOSED, Closed, Contribution, Loss, ParentReference, Rank, Ranked, RouteStatus};
+use super::status::ConditionReason;
+use super::{Api, Contribution, ParentReference, Rank, Ranked};
 use crate::context::{Budget, Context};
 use crate::diagnostics::{Code, Diagnostic};
 use crate::gateway_api::GROUP;
 use crate::object::{Meta, Objects, Origin, Sourced, Table, object_id};
 use crate::services::{self, ByNamespace};
 use crate::waypoints;
-use crate::waypoints::binding::Bindings;
+
+mod judge;
+
+use judge::Verdict;
+pub(super) use judge::judge;
 
 /// A route, and what became of it at its parents.
 #[derive(Debug)]
-pub(super) struct Attached<'a> {
-    object: RouteObject<'a>,
-    parents: Vec<Parent<'a>>,
+pub(super) struct Attached {
+    object: RouteObject,
+    parents: Vec<Parent>,
+    /// What it says, once for each Service.
+    contributions: Vec<Arc<Contribution>>,
+    diagnostics: Vec<Diagnostic>,
     bad_references: Vec<(ConditionReason, String)>,
     dropped: Vec<(ConditionReason, String)>,
     /// It has rules, and every one was dropped.
     nothing_left: bool,
     /// The names of the `HTTPFault`s that it names.
     faults: BTreeSet<Str>,
+    /// How it is where nobody else has a say and there is room, once that was asked.
+    undisputed: OnceLock<Verdict>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct RouteObject<'a> {
+#[derive(Debug)]
+struct RouteObject {
     kind: &'static str,
     api: Api,
-    key: &'a (Str, Str),
-    meta: &'a ObjectMeta,
-    origin: &'a Origin,
+    key: (Str, Str),
+    generation: i64,
+    origin: Origin,
 }
 
 /// A parent that is ours to judge.
 #[derive(Debug)]
-struct Parent<'a> {
+struct Parent {
     /// Its place in `spec.parentRefs`.
     index: usize,
-    reference: ParentRef<'a>,
-    verdict: Result<Attachment<'a>, Refused>,
+    reference: ParentReference,
+    verdict: Result<Attachment, Refused>,
 }
 
 #[derive(Debug)]
-struct Attachment<'a> {
-    service: &'a services::Compiled,
+struct Attachment {
+    service: Arc<Service>,
     ports: Vec<u16>,
-    /// `None`: the route has nothing to contribute.
+    /// Its place among the route's own. `None`: the route has nothing to contribute.
     contribution: Option<usize>,
 }
 
@@ -74,50 +84,103 @@ struct Refused {
     help: &'static str,
 }
 
-/// Adds what all routes say. What is returned is judged once it is known who won where.
-pub(super) fn contributions<'a>(
-    objects: &'a Objects,
-    services: &'a ByNamespace,
-    out: &mut Vec<Contribution>,
-    cx: &mut Context<'_>,
-) -> Vec<Attached<'a>> {
-    grants(objects, cx);
-    let http = each(&objects.http_routes, Api::HttpRoute);
-    let http = http.map(|(object, route)| (object, shape::Route::http(route)));
-    let grpc = each(&objects.grpc_routes, Api::GrpcRoute);
-    let grpc = grpc.map(|(object, route)| (object, shape::Route::grpc(route)));
-    grpc.chain(http)
-        .map(|(object, route)| attach(object, &route, objects, services, out, cx))
-        .collect()
+/// All routes of one time, each kind in the order of names.
+#[derive(Debug, Default)]
+pub(super) struct Memo {
+    grpc: Vec<Arc<Attached>>,
+    http: Vec<Arc<Attached>>,
 }
 
-fn each<T: Meta>(table: &Table<T>, api: Api) -> impl Iterator<Item = (RouteObject<'_>, &T)> {
-    table.iter().map(move |(key, Sourced { value, origin })| {
-        (RouteObject { kind: T::KIND, api, key, meta: value.meta(), origin }, &**value)
-    })
+impl Memo {
+    fn all(&self) -> impl Iterator<Item = &Arc<Attached>> {
+        self.grpc.iter().chain(&self.http)
+    }
+
+    /// What all of them say, in the order in which [`judge`] counts them.
+    pub(super) fn contributions(&self) -> Vec<Arc<Contribution>> {
+        self.all().flat_map(|attached| attached.contributions.iter().cloned()).collect()
+    }
+}
+
+/// What all routes say; they are judged once it is known who won where. A route that is as it was `before` is as it was `known`.
+pub(super) fn attach_all(
+    objects: &Objects,
+    before: Option<&Objects>,
+    services: &ByNamespace,
+    known: &mut Memo,
+    cx: &mut Context<'_>,
+) -> Memo {
+    let known = std::mem::take(known);
+    let around = Around { objects, services };
+    let grpc = each(&objects.grpc_routes, before.map(|b| &b.grpc_routes), known.grpc, |route| {
+        attach(
+            RouteObject::new(route, Api::GrpcRoute),
+            &shape::Route::grpc(&route.1.value),
+            route.1.value.meta(),
+            &around,
+            cx,
+        )
+    });
+    let http = each(&objects.http_routes, before.map(|b| &b.http_routes), known.http, |route| {
+        attach(
+            RouteObject::new(route, Api::HttpRoute),
+            &shape::Route::http(&route.1.value),
+            route.1.value.meta(),
+            &around,
+            cx,
+        )
+    });
+    let all = Memo { grpc, http };
+    cx.diagnostics.extend(all.all().flat_map(|attached| attached.diagnostics.iter().cloned()));
+    all
+}
+
+/// What is around a route.
+struct Around<'a> {
+    objects: &'a Objects,
+    services: &'a ByNamespace,
+}
+
+/// `known` stands beside `before`.
+fn each<'a, T: Meta + PartialEq>(
+    table: &'a Table<T>,
+    before: Option<&Table<T>>,
+    known: Vec<Arc<Attached>>,
+    mut attach: impl FnMut((&'a (Str, Str), &'a Sourced<T>)) -> Attached,
+) -> Vec<Arc<Attached>> {
+    let mut old = before.into_iter().flatten().zip(known).peekable();
+    let mut one = |(key, sourced): (&'a (Str, Str), &'a Sourced<T>)| {
+        // Both are in the order of names.
+        while old.next_if(|((name, _), _)| *name < key).is_some() {}
+        match old.next_if(|((name, _), _)| *name == key) {
+            Some(((_, before), attached)) if before.is(sourced) => attached,
+            _ => Arc::new(attach((key, sourced))),
+        }
+    };
+    table.iter().map(&mut one).collect()
 }
 
 /// ReferenceGrants are for routes of Gateways; ours do not need them.
-fn grants(objects: &Objects, cx: &mut Context<'_>) {
+pub(crate) fn grants(objects: &Objects, cx: &mut Context<'_>) {
     for (key, sourced) in &objects.reference_grants {
         let message = "has no effect: routes of Services may send to any namespace without one";
         cx.report(key, sourced, Diagnostic::info(Code::NoEffect, message));
     }
 }
 
-fn attach<'a>(
-    object: RouteObject<'a>,
-    route: &shape::Route<'a>,
-    objects: &'a Objects,
-    services: &'a ByNamespace,
-    out: &mut Vec<Contribution>,
+fn attach(
+    object: RouteObject,
+    route: &shape::Route<'_>,
+    meta: &ObjectMeta,
+    around: &Around<'_>,
     cx: &mut Context<'_>,
-) -> Attached<'a> {
+) -> Attached {
+    let Around { objects, services } = *around;
     let id: Str = object_id(object.kind, &object.key.0, &object.key.1).into();
     let mut compiler = RuleCompiler {
         objects,
         services,
-        cx: &mut *cx,
+        cx,
         namespace: &object.key.0,
         patterns: Budget::default(),
         diagnostics: Vec::new(),
@@ -125,9 +188,33 @@ fn attach<'a>(
         dropped: Vec::new(),
         faults: BTreeSet::new(),
     };
-    let rules = compiler.rules(route, &id, object.origin);
+    let rules = compiler.rules(route, &id, &object.origin);
     let RuleCompiler { mut diagnostics, bad_references, dropped, faults, .. } = compiler;
-    let mut parents = parents(object, route, objects, services, &mut diagnostics);
+    let mut parents = parents(&object, route, around, &mut diagnostics);
+    remarks(route, &parents, &mut diagnostics);
+    let nothing_left = rules.rules.is_empty() && !route.rules.is_empty();
+    // Without a rule it would take the port from others, and every request would find no route.
+    let contributions = if rules.rules.is_empty() {
+        Vec::new()
+    } else {
+        contribute(&object, &id, ranked(&object, meta, &rules), &rules, &mut parents)
+    };
+    let diagnostics = diagnostics.into_iter().map(|d| object.found(d)).collect();
+    Attached {
+        object,
+        parents,
+        contributions,
+        diagnostics,
+        bad_references,
+        dropped,
+        nothing_left,
+        faults,
+        undisputed: OnceLock::new(),
+    }
+}
+
+/// What is legal and hardly meant, or not honoured.
+fn remarks(route: &shape::Route<'_>, parents: &[Parent], diagnostics: &mut Vec<Diagnostic>) {
     if route.hostnames && parents.iter().any(|p| p.verdict.is_ok()) {
         let message = "not looked at: what was called decides, not what the request says";
         let d = Diagnostic::warning(Code::NoEffect, message).field("spec.hostnames");
@@ -137,21 +224,12 @@ fn attach<'a>(
         let message = "has no rule: requests go on as if the route were not there";
         diagnostics.push(Diagnostic::warning(Code::NoEffect, message).field("spec.rules"));
     }
-    portable(route, &mut diagnostics);
+    portable(route, diagnostics);
     if route.default_gateways {
         let message = "not handled by this version: there are no default Gateways";
         let d = Diagnostic::warning(Code::Unsupported, message);
         diagnostics.push(d.field("spec.useDefaultGateways"));
     }
-    for d in diagnostics {
-        object.report(d, cx);
-    }
-    let nothing_left = rules.rules.is_empty() && !route.rules.is_empty();
-    // Without a rule it would take the port from others, and every request would find no route.
-    if !rules.rules.is_empty() {
-        contribute(object, &id, &rules, &mut parents, out);
-    }
-    Attached { object, parents, bad_references, dropped, nothing_left, faults }
 }
 
 /// What an API server would refuse for its length. We take it: files have a limit of their own.
@@ -174,18 +252,17 @@ fn portable(route: &shape::Route<'_>, diagnostics: &mut Vec<Diagnostic>) {
 
 /// One contribution per Service: two parents that differ in the port share it.
 fn contribute(
-    object: RouteObject<'_>,
+    object: &RouteObject,
     id: &Str,
+    matches: Arc<[Ranked]>,
     rules: &Rules,
-    parents: &mut [Parent<'_>],
-    out: &mut Vec<Contribution>,
-) {
-    let matches: Arc<[Ranked]> = ranked(object, rules).into();
-    let mut of_service = BTreeMap::new();
+    parents: &mut [Parent],
+) -> Vec<Arc<Contribution>> {
+    let mut out: Vec<Contribution> = Vec::new();
     for parent in parents {
         let Ok(attachment) = &mut parent.verdict else { continue };
-        let service = &attachment.service.service.key;
-        let index = *of_service.entry(service).or_insert_with(|| {
+        let service = &attachment.service.key;
+        let place = out.iter().position(|c| c.service == *service).unwrap_or_else(|| {
             let namespace = &object.key.0;
             let producer = service.namespace == *namespace;
             let consumer = || Audience::Namespace(namespace.clone());
@@ -201,20 +278,22 @@ fn contribute(
                 },
                 rules: rules.rules.clone(),
                 matches: matches.clone(),
+                holds: OnceLock::new(),
             });
             out.len() - 1
         });
-        attachment.contribution = Some(index);
-        let ports = &mut out[index].ports;
+        attachment.contribution = Some(place);
+        let ports = &mut out[place].ports;
         ports.extend(&attachment.ports);
         ports.sort_unstable();
         ports.dedup();
     }
+    out.into_iter().map(Arc::new).collect()
 }
 
-fn ranked(object: RouteObject<'_>, rules: &Rules) -> Vec<Ranked> {
+fn ranked(object: &RouteObject, meta: &ObjectMeta, rules: &Rules) -> Arc<[Ranked]> {
     // Whole seconds: an API server keeps no more, and what it would cut off must decide nothing here.
-    let created = object.meta.creation_timestamp.as_ref().map(|t| t.0.as_second());
+    let created = meta.creation_timestamp.as_ref().map(|t| t.0.as_second());
     let age = (created.is_none(), created.unwrap_or_default());
     let name: Str = format!("{}/{}", object.key.0, object.key.1).into();
     let mut out = Vec::new();
@@ -227,16 +306,15 @@ fn ranked(object: RouteObject<'_>, rules: &Rules) -> Vec<Ranked> {
             out.push(Ranked { rank, matched });
         }
     }
-    out
+    out.into()
 }
 
-fn parents<'a>(
-    object: RouteObject<'a>,
-    route: &shape::Route<'a>,
-    objects: &'a Objects,
-    services: &'a ByNamespace,
+fn parents(
+    object: &RouteObject,
+    route: &shape::Route<'_>,
+    around: &Around<'_>,
     diagnostics: &mut Vec<Diagnostic>,
-) -> Vec<Parent<'a>> {
+) -> Vec<Parent> {
     if route.parents.is_empty() {
         let d = Diagnostic::warning(Code::NoEffect, "names no parent, so it applies nowhere");
         diagnostics.push(d.field("spec.parentRefs").help(NAME_A_SERVICE));
@@ -246,24 +324,29 @@ fn parents<'a>(
         let at = format!("spec.parentRefs[{index}]");
         let group = reference.group.unwrap_or(GROUP);
         let kind = reference.kind.unwrap_or("Gateway");
+        let written = parent_reference(reference);
         if (group, kind) == ("", "Service") {
-            let verdict = service(object, reference, objects, services);
-            if let Ok(attachment) = &verdict
-                && let Some(d) = protocol::untouched(attachment.service, &attachment.ports)
+            let found = service(object, reference, around);
+            if let Ok((service, ports)) = &found
+                && let Some(d) = protocol::untouched(service, ports)
             {
                 diagnostics.push(d.field(at));
             }
-            out.push(Parent { index, reference: *reference, verdict });
+            let verdict = found.map(|(service, ports)| {
+                let service = service.service.clone();
+                Attachment { service, ports, contribution: None }
+            });
+            out.push(Parent { index, reference: written, verdict });
             continue;
         }
-        if (group, kind) == (GROUP, "Gateway") && is_waypoint(object, reference, objects) {
+        if (group, kind) == (GROUP, "Gateway") && is_waypoint(object, reference, around.objects) {
             let verdict = Err(Refused {
                 reason: ConditionReason::NotAllowedByListeners,
                 code: Code::Unsupported,
                 message: "a waypoint takes no routes of its own: they apply at Services".to_owned(),
                 help: NAME_A_SERVICE,
             });
-            out.push(Parent { index, reference: *reference, verdict });
+            out.push(Parent { index, reference: written, verdict });
             continue;
         }
         let d = if (group, kind) == (GROUP, "Service") {
@@ -279,7 +362,7 @@ fn parents<'a>(
 }
 
 /// Whether a Gateway is one of ours. Another controller says what it thinks of the routes of its own.
-fn is_waypoint(object: RouteObject<'_>, reference: &ParentRef<'_>, objects: &Objects) -> bool {
+fn is_waypoint(object: &RouteObject, reference: &ParentRef<'_>, objects: &Objects) -> bool {
     let namespace = reference.namespace.unwrap_or(&object.key.0);
     let gateway = objects.gateways.get(&(namespace.into(), reference.name.into()));
     gateway.is_some_and(|g| waypoints::is_ours(&g.value.spec.gateway_class_name, objects))
@@ -287,12 +370,12 @@ fn is_waypoint(object: RouteObject<'_>, reference: &ParentRef<'_>, objects: &Obj
 
 const NAME_A_SERVICE: &str = "name a Service: {group: \"\", kind: Service, name: ...}";
 
+/// The Service that a parent names, and those of its ports that it means.
 fn service<'a>(
-    object: RouteObject<'_>,
+    object: &RouteObject,
     reference: &ParentRef<'_>,
-    objects: &Objects,
-    services: &'a ByNamespace,
-) -> Result<Attachment<'a>, Refused> {
+    &Around { objects, services }: &Around<'a>,
+) -> Result<(&'a services::Compiled, Vec<u16>), Refused> {
     let namespace = reference.namespace.unwrap_or(&object.key.0);
     let name = format!("Service {namespace}/{}", reference.name);
     let refused = |reason, code, message: String, help| Refused { reason, code, message, help };
@@ -327,175 +410,27 @@ fn service<'a>(
         let message = format!("{name} has no TCP port{port}{named}");
         return Err(no_parent(message, "the Service's own port, or leave it out for all"));
     }
-    Ok(Attachment { service, ports, contribution: None })
-}
-
-/// What is known of routes once it is known who won where.
-#[derive(Debug)]
-pub(super) struct Judged {
-    /// Every route at every parent that is ours.
-    pub status: Vec<RouteStatus>,
-    /// The `HTTPFault`s that routes name, and whether any request can meet them.
-    pub faults: BTreeMap<(Str, Str), bool>,
-}
-
-pub(super) fn judge(
-    attached: &[Attached<'_>],
-    contributions: &[Contribution],
-    losses: &[Loss],
-    closed: &Closed,
-    bindings: &Bindings<'_>,
-    cx: &mut Context<'_>,
-) -> Judged {
-    let mut lost: BTreeMap<usize, BTreeMap<u16, usize>> = BTreeMap::new();
-    for loss in losses {
-        lost.entry(loss.contribution).or_default().insert(loss.port, loss.winner);
-    }
-    let mut out = Judged { status: Vec::new(), faults: BTreeMap::new() };
-    for route in attached {
-        let object = &route.object;
-        let mut acts = false;
-        for parent in &route.parents {
-            let none = BTreeMap::new();
-            let contribution = parent.verdict.as_ref().ok().and_then(|a| a.contribution);
-            let lost = contribution.and_then(|c| lost.get(&c)).unwrap_or(&none);
-            let closed = contribution.and_then(|c| closed.get(&c));
-            let accepted = route.accepted(parent, lost, closed, contributions, cx);
-            let passage = route.passage(parent, bindings, cx);
-            acts |= accepted.0 && passage.as_ref().is_some_and(Result::is_ok);
-            out.status.push(RouteStatus {
-                kind: object.kind,
-                namespace: object.key.0.clone(),
-                name: object.key.1.clone(),
-                parent_ref: reference(&parent.reference),
-                controller_name: CONTROLLER_NAME,
-                conditions: route.conditions(accepted, passage),
-            });
-        }
-        for fault in &route.faults {
-            *out.faults.entry((object.key.0.clone(), fault.clone())).or_default() |= acts;
-        }
-    }
-    out
-}
-
-impl Attached<'_> {
-    /// Whether the route applies at a parent, and what there is to say. A refusal is reported.
-    fn accepted(
-        &self,
-        parent: &Parent<'_>,
-        lost: &BTreeMap<u16, usize>,
-        closed: Option<&Str>,
-        contributions: &[Contribution],
-        cx: &mut Context<'_>,
-    ) -> (bool, ConditionReason, String) {
-        let at = format!("spec.parentRefs[{}]", parent.index);
-        let attachment = match &parent.verdict {
-            Ok(attachment) => attachment,
-            Err(Refused { reason, code, message, help }) => {
-                let d = Diagnostic::error(*code, message.clone()).field(at).help(*help);
-                self.object.report(d, cx);
-                return (false, *reason, message.clone());
-            }
-        };
-        if self.nothing_left {
-            let reason = self.dropped.first().map_or(ConditionReason::UnsupportedValue, |d| d.0);
-            return (false, reason, format!("no rule is left: {}", self.why_dropped()));
-        }
-        if let Some(why) = closed {
-            let message = format!("{}: {why}", attachment.service.service.key);
-            let d = Diagnostic::error(Code::LimitExceeded, message.clone()).field(at);
-            self.object.report(d.help(CLOSED), cx);
-            return (false, ConditionReason::UnsupportedValue, message);
-        }
-        let own: Vec<u16> =
-            attachment.ports.iter().filter(|p| lost.contains_key(p)).copied().collect();
-        let name = &attachment.service.service.key;
-        if own.is_empty() {
-            let message = format!("applies to {} of {name}", ports(&attachment.ports));
-            return (true, ConditionReason::Accepted, message);
-        }
-        let winners: BTreeSet<usize> = own.iter().filter_map(|p| lost.get(p)).copied().collect();
-        let winners = winners.iter().filter_map(|w| contributions.get(*w));
-        let winners: Vec<String> = winners.map(|w| w.provenance.to_string()).collect();
-        let message = format!("{} of {name} belongs to {}", ports(&own), winners.join(", "));
-        let d = Diagnostic::error(Code::RouteConflict, message.clone()).field(at);
-        self.object.report(d.help(ONE_KIND), cx);
-        if own.len() == attachment.ports.len() {
-            return (false, ConditionReason::Conflicted, message);
-        }
-        let rest: Vec<u16> =
-            attachment.ports.iter().filter(|p| !own.contains(p)).copied().collect();
-        let message = format!("applies to {} of {name}; {message}", ports(&rest));
-        (true, ConditionReason::Accepted, message)
-    }
-
-    /// Whether what is sent to a parent passes a waypoint; `None` where there is no parent. What is missing is reported.
-    fn passage(
-        &self,
-        parent: &Parent<'_>,
-        bindings: &Bindings<'_>,
-        cx: &mut Context<'_>,
-    ) -> Option<Result<(), Box<Missed>>> {
-        let attachment = parent.verdict.as_ref().ok()?;
-        let service = &attachment.service.service;
-        let checked = passage::check(service, &self.object.key.0, bindings);
-        if let Err(missed) = &checked {
-            let at = format!("spec.parentRefs[{}]", parent.index);
-            self.object.report(missed.finding.clone().field(at), cx);
-        }
-        Some(checked)
-    }
-
-    fn conditions(
-        &self,
-        accepted: (bool, ConditionReason, String),
-        passage: Option<Result<(), Box<Missed>>>,
-    ) -> Vec<Condition> {
-        let generation = self.object.meta.generation.unwrap_or_default();
-        let new = |kind, status, reason, message| {
-            Condition::new(kind, status, reason, message, generation)
-        };
-        let (is_accepted, reason, message) = accepted;
-        let mut out = vec![new(ConditionType::Accepted, is_accepted, reason, message)];
-        let resolved = ConditionType::ResolvedRefs;
-        out.push(match self.bad_references.first() {
-            None => new(resolved, true, ConditionReason::ResolvedRefs, String::new()),
-            Some((reason, _)) => {
-                let all: Vec<&str> = self.bad_references.iter().map(|b| b.1.as_str()).collect();
-                new(resolved, false, *reason, all.join("; "))
-            }
-        });
-        if is_accepted && let Some((reason, _)) = self.dropped.first() {
-            out.push(new(ConditionType::PartiallyInvalid, true, *reason, self.why_dropped()));
-        }
-        let waypoints = ConditionType::ResolvedWaypoints;
-        out.extend(passage.map(|passage| match passage {
-            Ok(()) => new(waypoints, true, ConditionReason::ResolvedWaypoints, String::new()),
-            Err(missed) => new(waypoints, false, missed.reason, missed.finding.message),
-        }));
-        out
-    }
-
-    fn why_dropped(&self) -> String {
-        let mut all: Vec<&str> = self.dropped.iter().map(|d| d.1.as_str()).collect();
-        all.sort_by_key(|why| !why.starts_with(DROPPED));
-        all.join("; ")
-    }
+    Ok((service, ports))
 }
 
 /// What to do about two APIs on one port.
 pub(super) const ONE_KIND: &str = "on one port of a Service a GRPCRoute wins over an HTTPRoute, and that over a VirtualService: keep one";
 
-impl RouteObject<'_> {
-    fn report(&self, d: Diagnostic, cx: &mut Context<'_>) {
+impl RouteObject {
+    fn new<T: Meta>((key, sourced): (&(Str, Str), &Sourced<T>), api: Api) -> Self {
+        let generation = sourced.value.meta().generation.unwrap_or_default();
+        Self { kind: T::KIND, api, key: key.clone(), generation, origin: sourced.origin.clone() }
+    }
+
+    /// A finding about it, complete.
+    fn found(&self, d: Diagnostic) -> Diagnostic {
         let origin = self.origin.at(&d.field);
         let object = object_id(self.kind, &self.key.0, &self.key.1);
-        cx.diagnostics.push(d.object(object).origin(origin));
+        d.object(object).origin(origin)
     }
 }
 
-fn reference(r: &ParentRef<'_>) -> ParentReference {
+fn parent_reference(r: &ParentRef<'_>) -> ParentReference {
     ParentReference {
         group: r.group.map(Str::from),
         kind: r.kind.map(Str::from),

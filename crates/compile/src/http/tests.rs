@@ -204,7 +204,7 @@ fn consumers_and_producers() {
 fn attached(row: &str, namespace: &str, parents: &str, want: &[&[&str]], found: &[&str]) {
     let rules = "[{backendRefs: [{name: v1, namespace: shop, port: 80}]}]";
     let compiled = shop(&route("HTTPRoute", namespace, "name: r, generation: 7", parents, rules));
-    let got: Vec<Vec<String>> = compiled.route_status.iter().map(conditions).collect();
+    let got: Vec<Vec<String>> = compiled.route_status.iter().map(|s| conditions(s)).collect();
     assert_eq!(got, want, "{row}: {:?}", compiled.route_status);
     assert_eq!(codes(&compiled), found, "{row}");
     for status in &compiled.route_status {
@@ -253,7 +253,7 @@ fn a_waypoint_takes_no_routes() {
                    {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}}";
     let parents = format!("{}, {{name: edge}}", web(""));
     let compiled = shop(&(route("HTTPRoute", "shop", "name: r", &parents, "[{}]") + gateway));
-    let status: Vec<String> = compiled.route_status.iter().flat_map(conditions).collect();
+    let status: Vec<String> = compiled.route_status.iter().flat_map(|s| conditions(s)).collect();
     assert_eq!(status[0], "Accepted=True Accepted", "A3");
     assert_eq!(status[2], "Accepted=False NotAllowedByListeners", "A3");
 }
@@ -307,7 +307,7 @@ fn kinds_do_not_mix() {
     };
     let compiled = shop(&(http(&web("")) + &grpc(&web(""))));
     assert_eq!(order(chosen(&compiled, "any", 80).unwrap()), ["grpc"], "G4");
-    let status: Vec<Vec<String>> = compiled.route_status.iter().map(conditions).collect();
+    let status: Vec<Vec<String>> = compiled.route_status.iter().map(|s| conditions(s)).collect();
     assert_eq!(status[0][0], "Accepted=True Accepted", "G4");
     assert_eq!(status[1][0], "Accepted=False Conflicted", "G4");
     let message = &compiled.route_status[1].conditions[0].message;
@@ -339,18 +339,21 @@ fn kinds_do_not_mix() {
 fn other_apis_come_last() {
     let compiled = shop(&http("[{}]"));
     let key = routes(&compiled).service.clone();
-    let of = |api, port, object: &str| Contribution {
-        service: key.clone(),
-        audience: Audience::Everybody,
-        ports: vec![port],
-        api,
-        provenance: Provenance {
-            object: object.into(),
-            field: "spec.hosts".into(),
-            origin: "f:3".into(),
-        },
-        rules: routes(&compiled).sets[0].rules.to_vec(),
-        matches: Arc::new([]),
+    let of = |api, port, object: &str| {
+        Arc::new(Contribution {
+            service: key.clone(),
+            audience: Audience::Everybody,
+            ports: vec![port],
+            api,
+            provenance: Provenance {
+                object: object.into(),
+                field: "spec.hosts".into(),
+                origin: "f:3".into(),
+            },
+            rules: routes(&compiled).sets[0].rules.to_vec(),
+            matches: Arc::new([]),
+            holds: OnceLock::new(),
+        })
     };
     let all = [
         of(Api::VirtualService, 80, "VirtualService/shop/v"),
@@ -361,7 +364,7 @@ fn other_apis_come_last() {
     let config = crate::MeshConfig::default();
     let mut cx = Context::new(&config);
     let services = services::compile(&objects, &mut cx);
-    let Assembled { routes: assembled, losses, .. } = assemble(&services, &all);
+    let Assembled { routes: assembled, losses, .. } = assemble(&services, &all, &mut Vec::new());
     assert_eq!(losses, [Loss { contribution: 0, port: 80, winner: 1 }]);
     let web = assembled.iter().find(|r| r.service == key).unwrap();
     assert_eq!(web.sets.len(), 2);

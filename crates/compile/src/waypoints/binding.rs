@@ -180,12 +180,11 @@ impl<'a> Bindings<'a> {
         objects: &'a Objects,
         waypoints: &BTreeMap<&'a (Str, Str), Waypoint<'a>>,
         workloads: &[Arc<Workload>],
-        cx: &mut Context<'_>,
+        cluster_domain: &str,
     ) -> Self {
         let namespaces = objects.namespaces.iter();
         let namespaces = namespaces.map(|((_, name), s)| (&**name, &*s.value)).collect();
-        let domain = &cx.config.cluster_domain;
-        let targets = waypoints.iter().map(|(key, w)| (*key, Target::new(w, domain)));
+        let targets = waypoints.iter().map(|(key, w)| (*key, Target::new(w, cluster_domain)));
         let all: BTreeMap<_, _> = targets.collect();
         let ready = ready(&all, workloads);
         let mut programmed = Programmed::new();
@@ -193,11 +192,21 @@ impl<'a> Bindings<'a> {
             let known = objects.programmed.contains(*key) || ready.contains(*key);
             if known || says_programmed(&waypoint.sourced.value) {
                 programmed.insert((*key).clone());
-            } else {
-                cx.report(key, waypoint.sourced, not_ready());
             }
         }
         Self { objects, namespaces, all, programmed }
+    }
+
+    /// Names the waypoints to which nothing is bound yet.
+    pub(crate) fn report(
+        &self,
+        waypoints: &BTreeMap<&'a (Str, Str), Waypoint<'a>>,
+        cx: &mut Context<'_>,
+    ) {
+        for (key, waypoint) in waypoints.iter().filter(|(key, _)| !self.programmed.contains(**key))
+        {
+            cx.report(key, waypoint.sourced, not_ready());
+        }
     }
 
     /// Writes into Services and workloads which waypoint each is bound to.

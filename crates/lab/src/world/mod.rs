@@ -26,7 +26,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use compile::local::{Assignments, LocalConfig, LocalPlan};
 use compile::waypoints::Settings as WaypointSettings;
-use compile::{Diagnostic, Folder};
+use compile::{Compiler, Diagnostic, Folder, MeshConfig};
 use istiod_lite::scan::News;
 use istiod_lite::watch::{self, Update};
 use nix::mount::{MsFlags, mount};
@@ -106,6 +106,8 @@ struct World {
     network: Network,
     shared: Arc<Shared>,
     folder: Folder,
+    /// Of complaints: of a change it compiles what the change touches.
+    compiler: Compiler,
     /// What the watcher says about files and folders as such.
     folder_problems: Vec<Diagnostic>,
     assignments: Assignments,
@@ -240,6 +242,7 @@ impl World {
             network,
             shared,
             folder: Folder::new(),
+            compiler: Compiler::new(MeshConfig::default()),
             folder_problems: vec![],
             assignments: Assignments::default(),
             plan: LocalPlan::default(),

@@ -127,10 +127,9 @@ impl World {
         objects.services.iter().filter_map(alias).collect()
     }
 
-    /// Everything there is to say about the folder as it will be once all pods run: what is only not ready yet is no fault.
-    fn findings(&self, objects: &Objects) -> Vec<compile::Diagnostic> {
-        let settled = self.plan.settled(objects);
-        let mut all = compile::compile(&settled, &MeshConfig::default()).diagnostics;
+    /// Everything there is to say about the folder: `all` is about its objects as they will be once all pods run, since what is
+    /// only not ready yet is no fault.
+    fn findings(&self, mut all: Vec<compile::Diagnostic>) -> Vec<compile::Diagnostic> {
         all.extend(self.plan.diagnostics.iter().cloned());
         all.extend(self.folder.diagnostics());
         all.extend(self.folder_problems.iter().cloned());
@@ -140,7 +139,9 @@ impl World {
 
     /// Shows new complaints, about the folder and about the machine, and which are settled.
     pub(super) fn complain(&mut self, objects: &Objects) {
-        let findings = self.findings(objects);
+        let settled = self.plan.settled(objects);
+        let compiled = self.compiler.compile(settled);
+        let findings = self.findings(compiled.diagnostics);
         let texts = findings.iter().filter(|d| d.severity != Severity::Info);
         let mut now: BTreeSet<String> = texts.map(ToString::to_string).collect();
         now.extend(self.troubles.iter().cloned());
@@ -160,6 +161,8 @@ impl World {
     }
 
     pub(super) fn status(&self) -> Status {
+        let settled = self.plan.settled(&self.folder.objects());
+        let found = compile::compile(&settled, &MeshConfig::default()).diagnostics;
         let pods: Vec<PodStatus> =
             self.pods.iter().map(|(key, pod)| pod_status(key, pod, self.mesh.is_some())).collect();
         let nodes = self.network.nodes.iter().map(|n| NodeStatus {
@@ -175,11 +178,7 @@ impl World {
             // istiod-lite says how they are.
             waypoints: vec![],
             processes: self.mesh.as_ref().map(crate::mesh::Mesh::statuses).unwrap_or_default(),
-            diagnostics: self
-                .findings(&self.folder.objects())
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
+            diagnostics: self.findings(found).iter().map(ToString::to_string).collect(),
             pods,
         }
     }

@@ -53,19 +53,21 @@ impl Amount {
         amount
     }
 
-    /// Adds a set.
-    pub fn set<'a>(
-        &mut self,
-        audience: &Audience,
-        ports: usize,
-        rules: impl IntoIterator<Item = &'a RouteRule>,
-        matches: impl IntoIterator<Item = &'a RouteMatch>,
-    ) {
+    /// Adds a set, without what is in it.
+    pub fn set(&mut self, audience: &Audience, ports: usize) {
         self.sets += 1;
         self.bytes += OVERHEAD + ports * TEXT;
         if let Audience::Namespace(namespace) = audience {
             self.text(namespace);
         }
+    }
+
+    /// Adds what is in a set.
+    pub fn content<'a>(
+        &mut self,
+        rules: impl IntoIterator<Item = &'a RouteRule>,
+        matches: impl IntoIterator<Item = &'a RouteMatch>,
+    ) {
         for rule in rules {
             self.rules += 1;
             self.rule(rule);
@@ -318,7 +320,8 @@ mod tests {
             ..RouteMatch::default()
         };
         let mut amount = Amount::default();
-        amount.set(&Audience::Everybody, 1, [], [&one, &one]);
+        amount.set(&Audience::Everybody, 1);
+        amount.content([], [&one, &one]);
         assert_eq!((amount.sets, amount.matches, amount.patterns.len()), (1, 2, 1));
         assert_eq!(amount.share(), 1_000_000 / MAX_PATTERNS);
     }

@@ -23,6 +23,7 @@ use model::{Provenance, Reason, ServiceKey, Str};
 use super::Interner;
 pub use decode::{decode_routes, decode_subset};
 pub use encode::{encode_routes, encode_subset};
+pub(crate) use encode::{encode_routes_by, encode_rule};
 
 /// Workloads of one subset: twice the pods of the largest mesh that we plan for.
 const MAX_SUBSET: usize = 200_000;

@@ -80,8 +80,9 @@ pub struct RouteSet {
     pub ports: ::prost::alloc::vec::Vec<u32>,
     #[prost(enumeration = "RouteKind", tag = "4")]
     pub kind: i32,
-    #[prost(message, repeated, tag = "5")]
-    pub rules: ::prost::alloc::vec::Vec<RouteRule>,
+    /// Each a RouteRule, which a waypoint reads when it sees it for the first time.
+    #[prost(bytes = "bytes", repeated, tag = "5")]
+    pub rules: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
     /// The first that fits decides.
     #[prost(message, repeated, tag = "6")]
     pub matches: ::prost::alloc::vec::Vec<RouteMatch>,

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use model::http::{ServiceRoutes, Subset};
-use model::{ConfigVersion, Policy, Service, Str, Workload};
-use prost::Message;
+use model::{ConfigVersion, Str};
 
 use super::changes::{Changes, Memo, TypeChanges};
+use super::{Encoder, Mesh};
+use crate::Kind;
 use crate::digest::{self, Sum};
-use crate::{Kind, codec};
 
 /// One resource, encoded once for every connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,11 +31,11 @@ impl Encoded {
 #[derive(Clone, Debug, Default)]
 pub struct Resources {
     push: ConfigVersion,
-    origins: Table,
-    authorizations: Table,
-    addresses: Table,
-    subsets: Table,
-    routes: Table,
+    pub(super) origins: Table,
+    pub(super) authorizations: Table,
+    pub(super) addresses: Table,
+    pub(super) subsets: Table,
+    pub(super) routes: Table,
     memo: Memo,
 }
 
@@ -48,34 +47,9 @@ pub(super) struct Table {
 }
 
 impl Resources {
-    /// Encodes a whole mesh. Of several values with one name the last one counts.
-    pub fn new<'a>(
-        push: ConfigVersion,
-        workloads: impl IntoIterator<Item = &'a Workload>,
-        services: impl IntoIterator<Item = &'a Service>,
-        policies: impl IntoIterator<Item = &'a Policy>,
-        routes: impl IntoIterator<Item = &'a ServiceRoutes>,
-        subsets: impl IntoIterator<Item = &'a Subset>,
-    ) -> Self {
-        let mut all = Self { push, ..Self::default() };
-        for w in workloads {
-            all.addresses.set(codec::workload_name(w), codec::encode_workload(w).encode_to_vec());
-        }
-        for s in services {
-            all.addresses.set(codec::service_name(s), codec::encode_service(s).encode_to_vec());
-        }
-        for p in policies {
-            let name = codec::policy_name(p);
-            all.authorizations.set(name.clone(), codec::encode_policy(p).encode_to_vec());
-            all.origins.set(name, codec::policy_origin(p).encode_to_vec());
-        }
-        for r in routes {
-            all.routes.set(codec::routes_name(r), codec::encode_routes(r).encode_to_vec());
-        }
-        for s in subsets {
-            all.subsets.set(codec::subset_name(s), codec::encode_subset(s).encode_to_vec());
-        }
-        all
+    /// Encodes a whole mesh, once. Of several values with one name the last one counts.
+    pub fn new(push: ConfigVersion, mesh: Mesh<'_>) -> Self {
+        Encoder::default().encode(push, mesh)
     }
 
     pub fn push(&self) -> ConfigVersion {
@@ -128,8 +102,7 @@ impl Resources {
 }
 
 impl Table {
-    fn set(&mut self, name: Str, value: Vec<u8>) {
-        let new = Encoded::new(&name, value);
+    pub(super) fn set(&mut self, name: Str, new: Encoded) {
         self.sum.add(new.hash);
         if let Some(old) = self.by_name.insert(name, new) {
             self.sum.remove(old.hash);

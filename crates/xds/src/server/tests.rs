@@ -32,7 +32,19 @@ fn with_http(
     subsets: &[Subset],
 ) -> Arc<Resources> {
     let push = ConfigVersion { epoch: 1, number };
-    Arc::new(Resources::new(push, workloads, [], policies, routes, subsets))
+    fn all<T: Clone>(values: &[T]) -> Vec<Arc<T>> {
+        values.iter().cloned().map(Arc::new).collect()
+    }
+    let (workloads, policies) = (all(workloads), all(policies));
+    let (routes, subsets) = (all(routes), all(subsets));
+    let mesh = Mesh {
+        workloads: &workloads,
+        services: &[],
+        policies: &policies,
+        routes: &routes,
+        subsets: &subsets,
+    };
+    Arc::new(Resources::new(push, mesh))
 }
 
 fn routes(hostname: &str) -> ServiceRoutes {

@@ -1,5 +1,7 @@
 //! Every proxy takes what is put together, and nobody pays for what another one has written.
 
+use std::sync::OnceLock;
+
 use model::http::limits::MAX_LIST;
 use model::http::{FieldMatch, PathMatch, Pattern, ServiceRoutes, TextMatch};
 use model::{Provenance, Str};
@@ -213,6 +215,7 @@ impl Written {
                 .collect(),
             provenance,
             rules,
+            holds: OnceLock::new(),
         }
     }
 }
@@ -232,9 +235,9 @@ proptest! {
     #[test]
     fn what_is_put_together_always_decodes(all in vec(written(), 0..8)) {
         let (services, web) = services();
-        let contributions: Vec<Contribution> =
-            all.iter().enumerate().map(|(i, w)| w.contribution(i, &web)).collect();
-        let Assembled { routes, closed, .. } = assemble(&services, &contributions);
+        let contributions: Vec<Arc<Contribution>> =
+            all.iter().enumerate().map(|(i, w)| Arc::new(w.contribution(i, &web))).collect();
+        let Assembled { routes, closed, .. } = assemble(&services, &contributions, &mut Vec::new());
         for routes in &routes {
             prop_assert_eq!(decodes(routes), Ok(()));
         }
@@ -254,9 +257,9 @@ proptest! {
         let others: Vec<Written> = others.into_iter().filter(|w| w.namespace.is_some()).collect();
         let small = Written { namespace: Some(9), port: 80, rules: 3, patterns: 3, bytes: 10, list: 3 };
         let all = others.iter().chain([&small]);
-        let contributions: Vec<Contribution> =
-            all.enumerate().map(|(i, w)| w.contribution(i, &web)).collect();
-        let closed = assemble(&services, &contributions).closed;
+        let contributions: Vec<Arc<Contribution>> =
+            all.enumerate().map(|(i, w)| Arc::new(w.contribution(i, &web))).collect();
+        let closed = assemble(&services, &contributions, &mut Vec::new()).closed;
         let smaller = others.iter().filter(|w| w.patterns < 50 && w.rules < 50 && w.bytes < 100).count();
         prop_assert!(smaller <= 8 && !closed.contains_key(&others.len()));
     }

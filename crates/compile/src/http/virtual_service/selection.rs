@@ -7,7 +7,7 @@
 //! finding is reported once, for however many Services, ports and clients.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use model::http::limits::MAX_LIST;
 use model::http::{
@@ -132,6 +132,7 @@ impl Object<'_> {
                 provenance: provenance(key, sourced, "spec.hosts"),
                 rules,
                 matches: ranked(&format!("{}/{}", key.0, key.1).into(), matches),
+                holds: OnceLock::new(),
             });
         }
     }

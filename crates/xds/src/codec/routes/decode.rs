@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use model::http::limits::{MAX_LIST, MAX_PORTS, MAX_ROUTES_BYTES, MAX_RULES, MAX_SETS};
 use model::http::{
     Abort, Audience, Backend, Cors, Fault, FieldMatch, Filter, FixedResponse, HeaderEdits, Mirror,
@@ -17,8 +18,8 @@ use prost::Message;
 use super::MAX_SUBSET;
 use super::reader::{Reader, Result, within};
 use crate::ambit as wire;
-use crate::codec::Interner;
 use crate::codec::context::short;
+use crate::codec::{Interner, KnownRule};
 
 const UNKNOWN_FIELDS: &str = "has fields that this proxy does not know";
 
@@ -29,7 +30,9 @@ pub fn decode_routes(name: &str, value: &[u8], interner: &mut Interner) -> Resul
         let problem = format!("has {} bytes, at most {MAX_ROUTES_BYTES} are read", value.len());
         return Err(reader.error("Routes", problem));
     }
-    let message = wire::Routes::decode(value).map_err(|e| reader.error("Routes", e))?;
+    // One copy, of which every rule is a part.
+    let message = wire::Routes::decode(Bytes::copy_from_slice(value))
+        .map_err(|e| reader.error("Routes", e))?;
     // prost drops fields it does not know. What was dropped, or written twice, shows in the length.
     if message.encoded_len() != value.len() {
         return Err(reader.error("Routes", UNKNOWN_FIELDS));
@@ -106,7 +109,7 @@ impl Reader<'_> {
             wire::RouteKind::Grpc => RouteKind::Grpc,
         };
         let rules = MAX_RULES - self.rules;
-        let rules = self.each("rules", rules, &m.rules, |r, rule| r.rule(rule).map(Arc::new))?;
+        let rules = self.each("rules", rules, &m.rules, Self::rule_once)?;
         let matches = MAX_RULES - self.matches;
         let matches = self.each("matches", matches, &m.matches, Self::one_match)?;
         self.rules += rules.len();
@@ -189,6 +192,25 @@ impl Reader<'_> {
             namespaces: self.strings("source.namespaces", &m.namespaces)?,
             identities: identities.map_err(|e| within(e, "source"))?,
         })
+    }
+
+    /// A rule that was read before, and is still in force somewhere, is not read again: of thousands one changes.
+    fn rule_once(&mut self, bytes: &Bytes) -> Result<Arc<RouteRule>> {
+        if let Some(known) = self.cx.interner.rule(bytes) {
+            for pattern in known.patterns {
+                self.count(pattern).map_err(|problem| self.error("patterns", problem))?;
+            }
+            return Ok(known.rule);
+        }
+        let message = wire::RouteRule::decode(&bytes[..]).map_err(|e| self.error("", e))?;
+        if message.encoded_len() != bytes.len() {
+            return Err(self.error("", UNKNOWN_FIELDS));
+        }
+        self.patterns_of_rule.clear();
+        let rule = Arc::new(self.rule(&message)?);
+        let patterns = self.patterns_of_rule.drain(..).collect();
+        self.cx.interner.keep_rule(bytes, KnownRule { rule: rule.clone(), patterns });
+        Ok(rule)
     }
 
     fn rule(&mut self, m: &wire::RouteRule) -> Result<RouteRule> {

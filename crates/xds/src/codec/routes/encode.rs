@@ -1,7 +1,9 @@
 //! Model values to wire messages.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use model::Provenance;
 use model::http::{
     Abort, Audience, Backend, Cors, Fault, FieldMatch, Filter, FixedResponse, HeaderEdits, Mirror,
@@ -10,10 +12,23 @@ use model::http::{
     Timeouts,
 };
 use model::{ServiceKey, Str};
+use prost::Message;
 
 use crate::ambit as wire;
 
 pub fn encode_routes(routes: &ServiceRoutes) -> wire::Routes {
+    encode_routes_by(routes, &mut |rule| encode_rule(rule))
+}
+
+pub(crate) fn encode_rule(one: &RouteRule) -> Bytes {
+    rule(one).encode_to_vec().into()
+}
+
+/// The same, with what a rule is on the wire from somebody who may know it already.
+pub(crate) fn encode_routes_by(
+    routes: &ServiceRoutes,
+    rule: &mut dyn FnMut(&Arc<RouteRule>) -> Bytes,
+) -> wire::Routes {
     let protocol = |p: Protocol| match p {
         Protocol::Undeclared => wire::Protocol::Undeclared,
         Protocol::Http => wire::Protocol::Http,
@@ -28,7 +43,7 @@ pub fn encode_routes(routes: &ServiceRoutes) -> wire::Routes {
     wire::Routes {
         service: Some(service(&routes.service)),
         ports: routes.ports.iter().map(port).collect(),
-        sets: routes.sets.iter().map(|s| set(s)).collect(),
+        sets: routes.sets.iter().map(|s| set(s, rule)).collect(),
     }
 }
 
@@ -40,7 +55,7 @@ pub fn encode_subset(subset: &Subset) -> wire::Subset {
     }
 }
 
-fn set(set: &RouteSet) -> wire::RouteSet {
+fn set(set: &RouteSet, rule: &mut dyn FnMut(&Arc<RouteRule>) -> Bytes) -> wire::RouteSet {
     use wire::route_set::Audience as Wire;
     wire::RouteSet {
         audience: Some(match &set.audience {
@@ -53,7 +68,7 @@ fn set(set: &RouteSet) -> wire::RouteSet {
             RouteKind::Grpc => wire::RouteKind::Grpc,
         }
         .into(),
-        rules: set.rules.iter().map(|r| rule(r)).collect(),
+        rules: set.rules.iter().map(rule).collect(),
         matches: set.matches.iter().map(one_match).collect(),
     }
 }

@@ -15,6 +15,8 @@ pub(super) type Result<T> = std::result::Result<T, DecodeError>;
 pub(super) struct Reader<'a> {
     pub(super) cx: Cx<'a>,
     patterns: FxHashSet<Str>,
+    /// Those of the rule at hand, as often as they are written.
+    pub(super) patterns_of_rule: Vec<Str>,
     pub(super) rules: usize,
     pub(super) matches: usize,
 }
@@ -22,7 +24,8 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     pub(super) fn new(resource: &'a str, interner: &'a mut Interner) -> Self {
         let cx = Cx { resource, interner };
-        Self { cx, patterns: FxHashSet::default(), rules: 0, matches: 0 }
+        let (patterns, patterns_of_rule) = (FxHashSet::default(), Vec::new());
+        Self { cx, patterns, patterns_of_rule, rules: 0, matches: 0 }
     }
 
     pub(super) fn service(&mut self, m: Option<&wire::ServiceName>) -> Result<ServiceKey> {
@@ -71,12 +74,16 @@ impl<'a> Reader<'a> {
 
     pub(super) fn pattern(&mut self, field: &str, text: &str) -> Result<Pattern> {
         let pattern = self.cx.interner.pattern(text).map_err(|e| self.error(field, e))?;
-        self.patterns.insert(pattern.text().clone());
-        if self.patterns.len() > MAX_PATTERNS {
-            let problem = format!("more than {MAX_PATTERNS} different patterns");
-            return Err(self.error(field, problem));
-        }
+        self.patterns_of_rule.push(pattern.text().clone());
+        self.count(pattern.text().clone()).map_err(|problem| self.error(field, problem))?;
         Ok(pattern)
+    }
+
+    /// Counts a pattern, once however often it is written.
+    pub(super) fn count(&mut self, text: Str) -> std::result::Result<(), String> {
+        self.patterns.insert(text);
+        let many = || format!("more than {MAX_PATTERNS} different patterns");
+        if self.patterns.len() > MAX_PATTERNS { Err(many()) } else { Ok(()) }
     }
 
     pub(super) fn strings(&mut self, field: &str, all: &[String]) -> Result<Vec<Str>> {

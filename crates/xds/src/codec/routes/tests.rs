@@ -24,7 +24,8 @@ proptest! {
         // Whoever counts before it is sent counts no less.
         let mut amount = Amount::of_service(&r.service, r.ports.len());
         for set in r.sets.iter() {
-            amount.set(&set.audience, set.ports.len(), set.rules.iter().map(|r| &**r), set.matches.iter());
+            amount.set(&set.audience, set.ports.len());
+            amount.content(set.rules.iter().map(|r| &**r), set.matches.iter());
         }
         prop_assert!(amount.bytes >= bytes.len(), "{} {}", amount.bytes, bytes.len());
         prop_assert_eq!(got, Ok(r));
@@ -52,6 +53,10 @@ proptest! {
         let got = decode_routes(&routes_name(&r), &bytes, &mut Interner::default());
         prop_assert_eq!(got.unwrap_err().field, "Routes");
     }
+}
+
+fn sample_rule() -> wire::RouteRule {
+    wire::RouteRule::decode(&sample().sets[0].rules[0][..]).unwrap()
 }
 
 /// Routes with everything that the checks below change.
@@ -91,7 +96,7 @@ fn sample() -> wire::Routes {
             audience: Some(wire::route_set::Audience::Everybody(())),
             ports: vec![80],
             kind: 0,
-            rules: vec![rule],
+            rules: vec![rule.encode_to_vec().into()],
             matches: vec![one],
         }],
     }
@@ -111,7 +116,12 @@ fn what_is_not_understood_is_refused_by_its_place() {
         assert_eq!(decoded(&routes).unwrap_err().to_string(), format!("ns/h: {want}"));
     };
     let rule = |change: &dyn Fn(&mut wire::RouteRule), want: &str| {
-        check(&|r| change(&mut r.sets[0].rules[0]), &format!("sets[0].rules[0].{want}"));
+        let changed = |r: &mut wire::Routes| {
+            let mut rule = sample_rule();
+            change(&mut rule);
+            r.sets[0].rules[0] = rule.encode_to_vec().into();
+        };
+        check(&changed, &format!("sets[0].rules[0].{want}"));
     };
     let one = |change: &dyn Fn(&mut wire::RouteMatch), want: &str| {
         check(&|r| change(&mut r.sets[0].matches[0]), &format!("sets[0].matches[0].{want}"));
@@ -184,7 +194,7 @@ fn what_is_not_understood_is_refused_by_its_place() {
     rule(&|r| r.filters[0].filter = None, &format!("filters[0]: {KIND}"));
     filter(
         F::Mirror(wire::Mirror {
-            target: sample().sets[0].rules[0].backends[0].target.clone(),
+            target: sample_rule().backends[0].target.clone(),
             share: Some(wire::Share { numerator: 1, denominator: 0 }),
         }),
         "share: has no denominator",
@@ -261,9 +271,70 @@ fn amounts_are_limited() {
         "sets[0].matches[1024].path.regex: more than 1024 different patterns",
     );
     check(
-        &|r| r.sets[0].rules[0].name = "n".repeat(MAX_ROUTES_BYTES),
+        &|r| {
+            let name = "n".repeat(MAX_ROUTES_BYTES);
+            r.sets[0].rules[0] = wire::RouteRule { name, ..sample_rule() }.encode_to_vec().into();
+        },
         "Routes: has 16777307 bytes, at most 16777216 are read",
     );
+}
+
+/// A rule with these patterns in its filters.
+fn rule_with(patterns: std::ops::Range<usize>) -> bytes::Bytes {
+    use wire::path_rewrite::Rewrite;
+    let rewrite = |i: usize| {
+        let (pattern, substitution) = (format!("a{i}"), String::new());
+        let regex = Rewrite::Regex(wire::RegexRewrite { pattern, substitution });
+        let path = Some(wire::PathRewrite { rewrite: Some(regex) });
+        let filter = wire::filter::Filter::Rewrite(wire::Rewrite { host: None, path });
+        wire::Filter { filter: Some(filter) }
+    };
+    let filters = patterns.map(rewrite).collect();
+    wire::RouteRule { filters, ..Default::default() }.encode_to_vec().into()
+}
+
+/// A rule comes again with every change of its neighbours.
+#[test]
+fn a_rule_that_is_known_is_not_read_again_and_counts_all_the_same() {
+    let mut routes = sample();
+    let half = MAX_PATTERNS / 2;
+    routes.sets[0].rules = vec![rule_with(0..half), rule_with(half..MAX_PATTERNS)];
+    let mut interner = Interner::default();
+    let mut read = |routes: &wire::Routes| {
+        decode_routes("ns/h", &routes.encode_to_vec(), &mut interner).map_err(|e| e.to_string())
+    };
+    let first = read(&routes).unwrap();
+    routes.sets[0].rules[1] = rule_with(0..3);
+    let second = read(&routes).unwrap();
+    let rule = |routes: &ServiceRoutes, i: usize| routes.sets[0].rules[i].clone();
+    assert!(Arc::ptr_eq(&rule(&first, 0), &rule(&second, 0)));
+    assert!(!Arc::ptr_eq(&rule(&first, 1), &rule(&second, 1)));
+    // Both halves are known; together with one more pattern they are too many, as if nothing were known.
+    routes.sets[0].rules = vec![
+        rule_with(0..half),
+        rule_with(MAX_PATTERNS..MAX_PATTERNS + 1),
+        rule_with(half..MAX_PATTERNS),
+    ];
+    let error = read(&routes).unwrap_err();
+    assert_eq!(error, "ns/h: sets[0].rules[2].patterns: more than 1024 different patterns");
+    // Nobody uses them any more.
+    drop((first, second));
+    interner.swept = 0;
+    for i in 0..1024 {
+        interner.str(&i.to_string());
+    }
+    interner.sweep();
+    assert!(interner.rules.is_empty() && interner.patterns.is_empty());
+}
+
+#[test]
+fn a_field_of_a_rule_that_is_not_known_is_refused() {
+    let mut routes = sample();
+    let mut rule = routes.sets[0].rules[0].to_vec();
+    prost::encoding::uint32::encode(99, &1, &mut rule);
+    routes.sets[0].rules[0] = rule.into();
+    let error = decoded(&routes).unwrap_err().to_string();
+    assert_eq!(error, "ns/h: sets[0].rules[0]: has fields that this proxy does not know");
 }
 
 #[test]
