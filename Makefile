@@ -8,13 +8,16 @@ DENY_VERSION := 0.20.2
 DENY := $(CACHE)/tools/bin/cargo-deny
 DENY_STAMP := $(CACHE)/tools/cargo-deny-$(DENY_VERSION)
 
+# Ours, and what the demo and the tour of the README need. Tests and benches build more.
+PROGRAMS := ztunnel waypoint istiod-lite meshctl meshload meshprobe ambit-demo echo-server echo-client
+
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## build the programs, optimized
-	$(CARGO) build --release --locked --bins
+build: ## build what users run, optimized
+	$(CARGO) build --release --locked $(addprefix --bin ,$(PROGRAMS))
 
 test: programs ## install what the tests need where that is allowed, then run the whole suite
 	$(CARGO) build --workspace --bins --locked
@@ -57,7 +60,8 @@ routes-soak: programs ## a route rewritten five times a second under load, ten m
 	AMBIT_BIN_DIR=$(abspath $(TARGET))/release AMBIT_ROUTE_SECONDS=600 AMBIT_ROUTE_STRICT=1 \
 		AMBIT_ROUTE_REPORT=$(CURDIR)/benches/ROUTES.md $(CARGO) test -p e2e --locked --test route_changes
 
-profile: build ## where the proxies' CPU goes under each kind of load; needs perf and python3 (benches/PROFILE.md)
+profile: ## where the proxies' CPU goes under each kind of load; needs perf and python3 (benches/PROFILE.md)
+	$(CARGO) build --release --locked --bins
 	benches/profile $(TARGET)/release
 
 # Not called SECONDS in the shell: bash counts in a variable of that name.

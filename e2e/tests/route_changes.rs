@@ -39,6 +39,8 @@ const PER_FILE: usize = 1_000;
 /// Resident megabytes of a waypoint that holds [`ROUTES`]; unoptimized programs are larger.
 const BAR_MB: f64 = 40.0;
 const MOST_MB: f64 = 64.0;
+/// Of istiod-lite: each version of the routes takes some megabytes, and only one may be there.
+const CONTROL_MB: f64 = 200.0;
 /// How much longer than the saves the clients ask: for the last save to take effect.
 const SLACK: Duration = Duration::from_secs(6);
 /// Bytes in the answers of the two versions.
@@ -135,11 +137,17 @@ fn many(lab: &Lab) -> Result<()> {
         Ok([ask("http://web/")?, ask(&last)?] == LENGTHS)
     })?;
     let changes = change(lab, Duration::from_secs(seconds()?))?;
-    let megabytes = resident(lab)?;
-    let case = format!("among {ROUTES} others, the waypoint at {megabytes:.1} MB");
+    let (megabytes, control) = (resident(lab, "waypoint")?, resident(lab, "istiod-lite")?);
+    let case = format!(
+        "among {ROUTES} others, the waypoint at {megabytes:.1} MB, istiod-lite at {control:.1} MB"
+    );
     changes.judge(&case, AMONG_MANY)?;
     let most = if strict() { BAR_MB } else { MOST_MB };
     ensure!(megabytes <= most, "the waypoint holds {megabytes:.1} MB, more than {most}");
+    ensure!(
+        control <= CONTROL_MB,
+        "istiod-lite holds {control:.1} MB, more than {CONTROL_MB}: is what was changed kept?"
+    );
     Ok(())
 }
 
@@ -264,10 +272,10 @@ fn monotonic() -> Result<Duration> {
     Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.into())
 }
 
-/// Megabytes that the waypoint holds.
-fn resident(lab: &Lab) -> Result<f64> {
-    let found = lab.exec("node-1", &["pgrep", "-x", "waypoint"])?.out;
-    let pid = found.lines().next().context("no process is called waypoint")?;
+/// Megabytes that the process of this name holds.
+fn resident(lab: &Lab, name: &str) -> Result<f64> {
+    let found = lab.exec("node-1", &["pgrep", "-x", name])?.out;
+    let pid = found.lines().next().with_context(|| format!("no process is called {name}"))?;
     let status = lab.exec("node-1", &["cat", &format!("/proc/{pid}/status")])?.out;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
     let kilobytes: f64 = line.trim().trim_end_matches("kB").trim().parse()?;

@@ -218,12 +218,13 @@ fn small_routes() -> xds::ambit::Routes {
     let to = ServiceTarget { service: service("b"), port: 80, subset: Some("v".to_owned()) };
     let target = Some(Target { target: Some(target::Target::Service(to)) });
     let backends = vec![Backend { weight: 9, target, filters: Vec::new() }];
+    let rule = RouteRule { route: "r".to_owned(), backends, ..RouteRule::default() };
     Routes {
         service: service("h"),
         ports: Vec::new(),
         sets: vec![RouteSet {
             audience: Some(route_set::Audience::Everybody(())),
-            rules: vec![RouteRule { route: "r".to_owned(), backends, ..RouteRule::default() }],
+            rules: vec![rule.encode_to_vec().into()],
             matches: vec![RouteMatch::default()],
             ..RouteSet::default()
         }],

@@ -135,7 +135,7 @@ impl Builder {
         }
     }
 
-    /// Compiles and encodes what the changes touch: a route takes milliseconds among thousands, while anything else of
+    /// Compiles and encodes what the changes touch: an HTTPRoute takes milliseconds among thousands, while anything else of
     /// 100,000 pods takes about a second, on a thread that has nothing else to do. Parsing was done for the changed files
     /// only.
     fn build(&mut self, last: Option<Arc<World>>, now: Instant) -> Built {

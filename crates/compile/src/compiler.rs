@@ -1,19 +1,20 @@
 //! Objects to what they mean, again and again: what no change has touched is not worked out again.
 //!
-//! Two things are kept from one time to the next. The *frame*: what everything but routes means, however many pods there are.
-//! And within it, what each route means, and what the routes of each Service come to. When anything but a route changes,
-//! both are made anew.
+//! Two things are kept from one time to the next. The *frame*: what everything but routes means, which is most of the work where
+//! there are many pods. And within it, what each HTTPRoute and GRPCRoute means, and what the routes of each Service come to.
+//! When anything but a route changes, both are made anew. VirtualServices are read each time; what they say is compared.
 //!
 //! Invariant: the result is what [`compile`] makes of the same objects; a property test holds it to that.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
 use model::http::Subset;
 use model::{Policy, PolicyKey, Service, Workload};
 
-use crate::context::Context;
+use crate::context::{Context, Patterns};
 use crate::diagnostics::{self, Diagnostic};
 use crate::object::Objects;
 use crate::services::ByNamespace;
@@ -23,11 +24,12 @@ use crate::{
     http, istio, peer_authentication, pods, references, services, waypoints,
 };
 
-/// See the module.
+/// Compiles objects again and again, each time what the change touches: [`compile`], with a memory.
 #[derive(Debug)]
 pub struct Compiler {
     config: MeshConfig,
     last: Option<Last>,
+    patterns: Patterns,
 }
 
 /// The last time.
@@ -39,36 +41,42 @@ struct Last {
 }
 
 impl Compiler {
+    /// Remembers nothing yet.
     pub fn new(config: MeshConfig) -> Self {
-        Self { config, last: None }
+        Self { config, last: None, patterns: Patterns::default() }
     }
 
-    /// Compiles everything that is in force.
+    /// What everything that is in force means. Remembers the objects and what they mean until the next time.
     pub fn compile(&mut self, objects: Objects) -> Compiled {
         let last = self.last.take().filter(|last| last.objects.is_but_for_routes(&objects));
-        let (compiled, frame, routes) = again(&objects, last, &self.config);
+        let patterns = mem::take(&mut self.patterns);
+        let (compiled, frame, routes, mut patterns) = again(&objects, last, patterns, &self.config);
+        patterns.sweep();
+        self.patterns = patterns;
         self.last = Some(Last { objects, frame, routes });
         compiled
     }
 }
 
-/// Compiles everything that is in force, once.
+/// What everything that is in force means.
 pub fn compile(objects: &Objects, config: &MeshConfig) -> Compiled {
-    again(objects, None, config).0
+    again(objects, None, Patterns::default(), config).0
 }
 
 fn again(
     objects: &Objects,
     last: Option<Last>,
+    patterns: Patterns,
     config: &MeshConfig,
-) -> (Compiled, Frame, http::Memo) {
+) -> (Compiled, Frame, http::Memo, Patterns) {
     let (before, frame, mut routes) = match last {
         Some(Last { objects, frame, routes }) => (Some(objects), frame, routes),
         None => (None, Frame::new(objects, config), http::Memo::default()),
     };
-    let mut cx = Context::new(config);
+    let mut cx = Context::with_patterns(config, patterns);
     let waypoints = waypoints::understand(objects);
-    let bindings = Bindings::new(objects, &waypoints, &frame.workloads, &config.cluster_domain);
+    let (programmed, domain) = (frame.programmed.clone(), &config.cluster_domain);
+    let bindings = Bindings::known(objects, &waypoints, programmed, domain);
     let around = http::Surroundings {
         services: &frame.by_namespace,
         subsets: &frame.subsets,
@@ -76,7 +84,7 @@ fn again(
     };
     let http = http::compile(objects, before.as_ref(), around, &mut routes, &mut cx);
     references::check_routes(objects, &mut cx);
-    let mut diagnostics = cx.diagnostics;
+    let mut diagnostics = mem::take(&mut cx.diagnostics);
     diagnostics.extend(frame.diagnostics.iter().cloned());
     diagnostics::sort(&mut diagnostics);
     let compiled = Compiled {
@@ -92,7 +100,7 @@ fn again(
         waypoint_accounts: frame.waypoint_accounts.clone(),
         programmed: frame.programmed.clone(),
     };
-    (compiled, frame, routes)
+    (compiled, frame, routes, cx.patterns)
 }
 
 /// What everything but routes means.

@@ -2,6 +2,7 @@
 //! string and of each pattern.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use model::Str;
 use model::http::{Pattern, PatternError};
@@ -14,17 +15,29 @@ pub(crate) struct Context<'a> {
     pub config: &'a MeshConfig,
     pub diagnostics: Vec<Diagnostic>,
     strings: BTreeSet<Str>,
-    patterns: BTreeMap<Str, Result<Pattern, PatternError>>,
+    pub patterns: Patterns,
+}
+
+/// Patterns by their texts, each built once.
+#[derive(Debug, Default)]
+pub(crate) struct Patterns(BTreeMap<Str, Result<Pattern, PatternError>>);
+
+impl Patterns {
+    /// Forgets those that nobody uses, and what is none.
+    pub(crate) fn sweep(&mut self) {
+        // Every clone holds the text; one is ours.
+        self.0.retain(|_, p| p.as_ref().is_ok_and(|p| Arc::strong_count(p.text()) > 1));
+    }
 }
 
 impl<'a> Context<'a> {
     pub(crate) fn new(config: &'a MeshConfig) -> Self {
-        Self {
-            config,
-            diagnostics: Vec::new(),
-            strings: BTreeSet::new(),
-            patterns: BTreeMap::new(),
-        }
+        Self::with_patterns(config, Patterns::default())
+    }
+
+    /// With patterns from before.
+    pub(crate) fn with_patterns(config: &'a MeshConfig, patterns: Patterns) -> Self {
+        Self { config, diagnostics: Vec::new(), strings: BTreeSet::new(), patterns }
     }
 
     /// Adds a finding about an object; its place is looked up by the finding's field.
@@ -52,11 +65,11 @@ impl<'a> Context<'a> {
     /// A pattern of an object, built once however often it is written: building one takes longer than reading a rule.
     pub(crate) fn pattern(&mut self, text: &str, of: &mut Budget) -> Result<Pattern, PatternError> {
         of.room(text)?;
-        let pattern = match self.patterns.get(text) {
+        let pattern = match self.patterns.0.get(text) {
             Some(known) => known.clone(),
             None => {
                 let new = Pattern::new(text);
-                self.patterns.insert(text.into(), new.clone());
+                self.patterns.0.insert(text.into(), new.clone());
                 new
             }
         };

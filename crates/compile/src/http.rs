@@ -9,6 +9,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
 use std::sync::{Arc, OnceLock};
 
 use model::http::limits::Amount;
@@ -58,6 +59,8 @@ pub(crate) struct Compiled {
 #[derive(Debug, Default)]
 pub(crate) struct Memo {
     attached: gateway::Memo,
+    /// Of VirtualServices.
+    others: Vec<Arc<Contribution>>,
     /// Beside the Services.
     joined: Vec<Joined>,
 }
@@ -79,6 +82,18 @@ pub(crate) struct Contribution {
 }
 
 impl Contribution {
+    /// Whether it says what another says.
+    fn says(&self, other: &Self) -> bool {
+        let Self { service, audience, ports, api, provenance, rules, matches, holds: _ } = self;
+        *service == other.service
+            && *audience == other.audience
+            && *ports == other.ports
+            && *api == other.api
+            && *provenance == other.provenance
+            && *rules == other.rules
+            && *matches == other.matches
+    }
+
     /// How much its rules and matches hold.
     fn amount(&self) -> &Amount {
         self.holds.get_or_init(|| {
@@ -99,7 +114,7 @@ pub(crate) enum Api {
 }
 
 /// A match and its place among the matches of all rules of all objects of one API.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ranked {
     pub rank: Rank,
     /// `rule` is an index into the contribution's own rules.
@@ -161,13 +176,28 @@ pub(crate) fn compile(
     let attached = &memo.attached;
     let mut contributions = attached.contributions();
     let others = virtual_service::contributions(objects, services, subsets, bindings, cx);
-    contributions.extend(others.into_iter().map(Arc::new));
+    memo.others = known(mem::take(&mut memo.others), others);
+    contributions.extend(memo.others.iter().cloned());
     let Assembled { routes, losses, closed } = assemble(services, &contributions, &mut memo.joined);
     let judged = gateway::judge(attached, &contributions, &losses, &closed, bindings, cx);
     faults::check(objects, &judged.faults, cx);
     tell_others(&contributions, &losses, cx);
     tell_closed(&contributions, &closed, cx);
     Compiled { routes, status: judged.status }
+}
+
+/// In place of each that says the same as one of the last time, that one: what is made of it is known by its address.
+fn known(last: Vec<Arc<Contribution>>, now: Vec<Contribution>) -> Vec<Arc<Contribution>> {
+    let place = |c: &Contribution| {
+        (c.provenance.object.clone(), c.service.clone(), c.audience.clone(), c.ports.clone())
+    };
+    let last: BTreeMap<_, _> = last.into_iter().map(|c| (place(&c), c)).collect();
+    now.into_iter()
+        .map(|new| match last.get(&place(&new)) {
+            Some(old) if old.says(&new) => old.clone(),
+            _ => Arc::new(new),
+        })
+        .collect()
 }
 
 /// What status does not tell: that a VirtualService has no say on a port.
@@ -245,7 +275,7 @@ fn assemble(
         of_service.entry(&c.service).or_default().push(i);
     }
     let mut out = Assembled { routes: Vec::new(), losses: Vec::new(), closed: Closed::new() };
-    let mut old = std::mem::take(known).into_iter();
+    let mut old = mem::take(known).into_iter();
     for service in services.values().flatten() {
         let places = of_service.remove(&service.service.key).unwrap_or_default();
         let joined = match old.next().filter(|old| old.is_of(&places, contributions)) {

@@ -4,14 +4,27 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use compile::{MeshConfig, PodsOnNodes};
+use compile::{Compiler, MeshConfig, PodsOnNodes};
 use model::{ConfigVersion, Identity};
-use xds::server::{Connection, Resources};
+use xds::server::{Connection, Encoder, Mesh, Resources};
 
 use crate::content::{Content, node_name};
 
 /// Streams that a node may have open at one replica (`istiod-lite` says the same).
 pub(crate) const MAX_STREAMS_PER_NODE: usize = 4;
+
+/// What compiles and encodes one content after another.
+#[derive(Debug)]
+pub(crate) struct Compilation {
+    compiler: Compiler,
+    encoder: Encoder,
+}
+
+impl Default for Compilation {
+    fn default() -> Self {
+        Self { compiler: Compiler::new(MeshConfig::default()), encoder: Encoder::default() }
+    }
+}
 
 /// A content with what it compiles to, once for all replicas.
 #[derive(Debug)]
@@ -23,16 +36,17 @@ pub(crate) struct Compiled {
 }
 
 impl Compiled {
-    pub(crate) fn new(content: Content) -> Self {
-        let mesh = compile::compile(&content.objects(), &MeshConfig::default());
-        let all = xds::server::Mesh {
+    /// As the control plane does it: with what it remembers of contents before.
+    pub(crate) fn new(content: Content, by: &mut Compilation) -> Self {
+        let mesh = by.compiler.compile(content.objects());
+        let all = Mesh {
             workloads: &mesh.workloads,
             services: &mesh.services,
             policies: &mesh.policies,
             routes: &mesh.routes,
             subsets: &mesh.subsets,
         };
-        let resources = Resources::new(ConfigVersion::default(), all);
+        let resources = by.encoder.encode(ConfigVersion::default(), all);
         let pods = mesh.pods.clone();
         Self { content, pods, mesh, resources }
     }

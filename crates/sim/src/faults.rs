@@ -38,7 +38,7 @@ impl Sim {
         let content = self.contents.len();
         self.note(40, || format!("content {content}: {}", what.join(", ")));
         self.counts.contents += 1;
-        self.contents.push(Compiled::new(after.clone()));
+        self.contents.push(Compiled::new(after.clone(), &mut self.compilation));
         for replica in 0..REPLICAS {
             let late = self.rng.chance(15);
             let within =

@@ -9,7 +9,7 @@ use model::Identity;
 use crate::arrival::Conn;
 use crate::check::Violation;
 use crate::content::{Content, NODES};
-use crate::control::{Compiled, Replica};
+use crate::control::{Compilation, Compiled, Replica};
 use crate::discovery::{End, Stream};
 use crate::proxy::{Disk, Proxy, Secrets};
 use crate::rng::Rng;
@@ -187,6 +187,7 @@ pub(crate) struct Sim {
     pub(crate) born: u32,
     /// Everything that users ever wrote: first nothing, and the last is what they want.
     pub(crate) contents: Vec<Compiled>,
+    pub(crate) compilation: Compilation,
     /// Which content a push is of.
     pub(crate) pushes: BTreeMap<String, usize>,
     pub(crate) replicas: Vec<Replica>,
@@ -218,8 +219,9 @@ impl Sim {
     pub(crate) fn new(seed: u64, options: Options) -> Self {
         let mut rng = Rng::new(seed);
         let mut born = 0;
-        let empty = Compiled::new(Content::default());
-        let first = Compiled::new(Content::first(&mut rng, &mut born));
+        let mut compilation = Compilation::default();
+        let empty = Compiled::new(Content::default(), &mut compilation);
+        let first = Compiled::new(Content::first(&mut rng, &mut born), &mut compilation);
         let life = rng.between(120, 1800);
         let mut sim = Self {
             options,
@@ -230,6 +232,7 @@ impl Sim {
             steps: 0,
             born,
             contents: vec![empty, first],
+            compilation,
             pushes: BTreeMap::new(),
             replicas: Vec::new(),
             epochs: 0,

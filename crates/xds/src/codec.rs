@@ -77,6 +77,9 @@ pub struct Interner {
     swept: usize,
 }
 
+/// Bytes of a rule that is kept to be known again: ordinary ones have a few hundred.
+const MAX_KNOWN_RULE: usize = 16 << 10;
+
 /// A rule that was read, and the texts of its patterns.
 #[derive(Clone, Debug)]
 struct KnownRule {
@@ -116,8 +119,11 @@ impl Interner {
         self.rules.get(bytes).cloned()
     }
 
+    /// A large one is read again: sweeping counts entries, not bytes.
     fn keep_rule(&mut self, bytes: &[u8], rule: KnownRule) {
-        self.rules.insert(bytes.into(), rule);
+        if bytes.len() <= MAX_KNOWN_RULE {
+            self.rules.insert(bytes.into(), rule);
+        }
     }
 
     /// Forgets what nobody uses any more. Call it after each batch: it does something only when the

@@ -27,8 +27,7 @@ fn head(out: &mut String, results: &HttpResults) {
     let steal: f64 = runs.map(|r| r.steal_s).sum();
     let _ = write!(
         out,
-        "# HTTP: the waypoint beside Envoy\n\nWritten by `{}` on {}, commit {}; the raw measurements are in `results/`. Nothing was \
-         left out or repeated.\n\n\
+        "# HTTP: the waypoint beside Envoy\n\nWritten by `{}` on {}, commit {}; the raw measurements are in `results/`. {}\n\n\
          * Machine: {}, {} cores, {} GB; kernel {}; {}; {}. Congestion control: {}.\n\
          * Envoy {}, as `.ci/programs` fetches it, two workers; ours {:.1} MB, two workers.\n\
          * Client, server and proxy share the cores: carry CPU seconds per unit and ratios to other machines, not rates. Each way \
@@ -40,6 +39,11 @@ fn head(out: &mut String, results: &HttpResults) {
         results.command,
         results.date,
         results.commit,
+        if results.missing.is_empty() {
+            "Nothing was left out or repeated."
+        } else {
+            "What was left out, or is not as it came out, stands at the end."
+        },
         machine.processor,
         machine.cores,
         machine.memory_gb,
@@ -311,7 +315,7 @@ fn missing(out: &mut String, results: &HttpResults) {
     if results.missing.is_empty() {
         return;
     }
-    out.push_str("\n## Not measured\n\n");
+    out.push_str("\n## Left out, or not as it came out\n\n");
     for what in &results.missing {
         let _ = writeln!(out, "* {what}");
     }

@@ -8,7 +8,7 @@
 //! Invariants: every parent that is ours gets a status; every condition that is not good is a diagnostic with its place; a
 //! field that is not honoured is named.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -259,10 +259,11 @@ fn contribute(
     parents: &mut [Parent],
 ) -> Vec<Arc<Contribution>> {
     let mut out: Vec<Contribution> = Vec::new();
+    let mut of_service = BTreeMap::new();
     for parent in parents {
         let Ok(attachment) = &mut parent.verdict else { continue };
         let service = &attachment.service.key;
-        let place = out.iter().position(|c| c.service == *service).unwrap_or_else(|| {
+        let place = *of_service.entry(service.clone()).or_insert_with(|| {
             let namespace = &object.key.0;
             let producer = service.namespace == *namespace;
             let consumer = || Audience::Namespace(namespace.clone());

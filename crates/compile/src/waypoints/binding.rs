@@ -182,19 +182,28 @@ impl<'a> Bindings<'a> {
         workloads: &[Arc<Workload>],
         cluster_domain: &str,
     ) -> Self {
-        let namespaces = objects.namespaces.iter();
-        let namespaces = namespaces.map(|((_, name), s)| (&**name, &*s.value)).collect();
-        let targets = waypoints.iter().map(|(key, w)| (*key, Target::new(w, cluster_domain)));
-        let all: BTreeMap<_, _> = targets.collect();
-        let ready = ready(&all, workloads);
-        let mut programmed = Programmed::new();
+        let mut new = Self::known(objects, waypoints, Programmed::new(), cluster_domain);
+        let ready = ready(&new.all, workloads);
         for (key, waypoint) in waypoints {
             let known = objects.programmed.contains(*key) || ready.contains(*key);
             if known || says_programmed(&waypoint.sourced.value) {
-                programmed.insert((*key).clone());
+                new.programmed.insert((*key).clone());
             }
         }
-        Self { objects, namespaces, all, programmed }
+        new
+    }
+
+    /// Where it is known already which waypoints are or were ready.
+    pub(crate) fn known(
+        objects: &'a Objects,
+        waypoints: &BTreeMap<&'a (Str, Str), Waypoint<'a>>,
+        programmed: Programmed,
+        cluster_domain: &str,
+    ) -> Self {
+        let namespaces = objects.namespaces.iter();
+        let namespaces = namespaces.map(|((_, name), s)| (&**name, &*s.value)).collect();
+        let targets = waypoints.iter().map(|(key, w)| (*key, Target::new(w, cluster_domain)));
+        Self { objects, namespaces, all: targets.collect(), programmed }
     }
 
     /// Names the waypoints to which nothing is bound yet.

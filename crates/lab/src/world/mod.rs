@@ -106,7 +106,7 @@ struct World {
     network: Network,
     shared: Arc<Shared>,
     folder: Folder,
-    /// Of complaints: of a change it compiles what the change touches.
+    /// Compiles for complaints; kept, so that a change costs what it touches.
     compiler: Compiler,
     /// What the watcher says about files and folders as such.
     folder_problems: Vec<Diagnostic>,

@@ -127,9 +127,10 @@ impl World {
         objects.services.iter().filter_map(alias).collect()
     }
 
-    /// Everything there is to say about the folder: `all` is about its objects as they will be once all pods run, since what is
-    /// only not ready yet is no fault.
-    fn findings(&self, mut all: Vec<compile::Diagnostic>) -> Vec<compile::Diagnostic> {
+    /// Everything there is to say about the folder. `found`: about its objects as they will be once all pods run, since what is only
+    /// not ready yet is no fault.
+    fn findings(&self, found: Vec<compile::Diagnostic>) -> Vec<compile::Diagnostic> {
+        let mut all = found;
         all.extend(self.plan.diagnostics.iter().cloned());
         all.extend(self.folder.diagnostics());
         all.extend(self.folder_problems.iter().cloned());

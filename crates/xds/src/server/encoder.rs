@@ -1,5 +1,6 @@
 //! Encodes one mesh after another: what is the very same value as the last time is not encoded again.
 
+use std::mem;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use rustc_hash::FxHashMap;
 use super::resources::{Encoded, Resources};
 use crate::codec;
 
-/// All values of a mesh.
+/// All values of a mesh, each kind as `compile` has them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Mesh<'a> {
     pub workloads: &'a [Arc<Workload>],
@@ -21,7 +22,7 @@ pub struct Mesh<'a> {
     pub subsets: &'a [Arc<Subset>],
 }
 
-/// See the module.
+/// Encodes one mesh after another: what is the very same value as the last time is not encoded again.
 #[derive(Debug, Default)]
 pub struct Encoder {
     workloads: Known<Workload, Named>,
@@ -36,7 +37,7 @@ pub struct Encoder {
 type Named = (Str, Encoded);
 
 impl Encoder {
-    /// Of several values with one name the last one counts.
+    /// What proxies should hold after this push. Of several values with one name the last one counts.
     pub fn encode(&mut self, push: ConfigVersion, mesh: Mesh<'_>) -> Resources {
         let mut all = Resources::default().with_push(push);
         for w in mesh.workloads {
@@ -79,6 +80,7 @@ impl Encoder {
         self.workloads.sweep();
         self.services.sweep();
         self.policies.sweep();
+        // They hold rules.
         self.routes.sweep();
         self.rules.sweep();
         self.subsets.sweep();
@@ -94,30 +96,30 @@ fn named(name: Str, message: &impl Message) -> Named {
 #[derive(Debug)]
 struct Known<T, M> {
     by_address: FxHashMap<usize, (Arc<T>, M)>,
-    /// Size after the last sweep.
-    swept: usize,
+    /// Something came since the last sweep: then something else may have gone.
+    grown: bool,
 }
 
 impl<T, M: Clone> Known<T, M> {
     fn get(&mut self, value: &Arc<T>, make: impl FnOnce() -> M) -> M {
-        let new = || (value.clone(), make());
+        let new = || {
+            self.grown = true;
+            (value.clone(), make())
+        };
         self.by_address.entry(Arc::as_ptr(value).addr()).or_insert_with(new).1.clone()
     }
 
-    /// Forgets what only we still hold. It does something only when there is twice as much as after the last time, so
-    /// its cost is spread over the insertions; below 1024 there is nothing worth saving.
+    /// Forgets what only we still hold. Every time: one value may be of many megabytes.
     fn sweep(&mut self) {
-        if self.by_address.len() < 2 * self.swept.max(1024) {
-            return;
+        if mem::take(&mut self.grown) {
+            self.by_address.retain(|_, (value, _)| Arc::strong_count(value) > 1);
         }
-        self.by_address.retain(|_, (value, _)| Arc::strong_count(value) > 1);
-        self.swept = self.by_address.len();
     }
 }
 
 impl<T, M> Default for Known<T, M> {
     fn default() -> Self {
-        Self { by_address: FxHashMap::default(), swept: 0 }
+        Self { by_address: FxHashMap::default(), grown: false }
     }
 }
 
@@ -163,20 +165,34 @@ mod tests {
                 assert!(again.same_content(&Resources::new(push, mesh)));
             }
         }
-        assert_eq!(encoder.rules.by_address.len(), 3, "each was encoded once");
     }
 
     /// An address is somebody else's as soon as its value is gone.
     #[test]
     fn what_is_known_is_held_and_what_is_gone_is_forgotten() {
         let mut encoder = Encoder::default();
-        for i in 0..5000 {
+        for i in 0..500 {
             let workload = Arc::new(Workload::named(format!("w{i}"), "ns", "w"));
             let mesh = Mesh { workloads: std::slice::from_ref(&workload), ..Mesh::default() };
             let resources = encoder.encode(ConfigVersion::default(), mesh);
             let name = resources.iter(crate::Kind::Address).next().unwrap().0.clone();
             assert_eq!(*name, format!("w{i}"));
-            assert!(encoder.workloads.by_address.len() <= 2048);
+            assert_eq!(encoder.workloads.by_address.len(), 1);
+        }
+    }
+
+    /// The routes of a Service may be of 16 MiB: none of an earlier time is kept.
+    #[test]
+    fn one_version_of_routes_is_kept() {
+        let mut encoder = Encoder::default();
+        let kept = rule("kept");
+        for i in 0..50 {
+            let new = [routes(&[&kept, &rule(&format!("r{i}"))])];
+            let mesh = Mesh { routes: &new, ..Mesh::default() };
+            let resources = encoder.encode(ConfigVersion::default(), mesh);
+            assert!(resources.same_content(&Resources::new(ConfigVersion::default(), mesh)));
+            let sizes = (encoder.routes.by_address.len(), encoder.rules.by_address.len());
+            assert_eq!(sizes, (1, 2));
         }
     }
 }

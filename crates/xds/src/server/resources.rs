@@ -47,7 +47,7 @@ pub(super) struct Table {
 }
 
 impl Resources {
-    /// Encodes a whole mesh, once. Of several values with one name the last one counts.
+    /// Encodes a whole mesh. Of several values with one name the last one counts.
     pub fn new(push: ConfigVersion, mesh: Mesh<'_>) -> Self {
         Encoder::default().encode(push, mesh)
     }

@@ -194,7 +194,7 @@ impl Reader<'_> {
         })
     }
 
-    /// A rule that was read before, and is still in force somewhere, is not read again: of thousands one changes.
+    /// A rule that is known from before is not read again: of thousands one changes.
     fn rule_once(&mut self, bytes: &Bytes) -> Result<Arc<RouteRule>> {
         if let Some(known) = self.cx.interner.rule(bytes) {
             for pattern in known.patterns {
@@ -208,6 +208,8 @@ impl Reader<'_> {
         }
         self.patterns_of_rule.clear();
         let rule = Arc::new(self.rule(&message)?);
+        self.patterns_of_rule.sort_unstable();
+        self.patterns_of_rule.dedup();
         let patterns = self.patterns_of_rule.drain(..).collect();
         self.cx.interner.keep_rule(bytes, KnownRule { rule: rule.clone(), patterns });
         Ok(rule)

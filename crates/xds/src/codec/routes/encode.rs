@@ -16,15 +16,17 @@ use prost::Message;
 
 use crate::ambit as wire;
 
-pub fn encode_routes(routes: &ServiceRoutes) -> wire::Routes {
-    encode_routes_by(routes, &mut |rule| encode_rule(rule))
-}
-
+/// A rule as it stands among those of a set.
 pub(crate) fn encode_rule(one: &RouteRule) -> Bytes {
     rule(one).encode_to_vec().into()
 }
 
-/// The same, with what a rule is on the wire from somebody who may know it already.
+/// The message of a Routes resource.
+pub fn encode_routes(routes: &ServiceRoutes) -> wire::Routes {
+    encode_routes_by(routes, &mut |rule| encode_rule(rule))
+}
+
+/// The same, where `rule` may know already what a rule is on the wire.
 pub(crate) fn encode_routes_by(
     routes: &ServiceRoutes,
     rule: &mut dyn FnMut(&Arc<RouteRule>) -> Bytes,
