@@ -11,7 +11,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use model::http::Audience;
 use model::{Provenance, Service, Str};
 
@@ -56,6 +55,8 @@ struct RouteObject {
     api: Api,
     key: (Str, Str),
     generation: i64,
+    /// Whole seconds: an API server keeps no more, and what it would cut off must decide nothing here.
+    created: Option<i64>,
     origin: Origin,
 }
 
@@ -112,23 +113,14 @@ pub(super) fn attach_all(
 ) -> Memo {
     let known = std::mem::take(known);
     let around = Around { objects, services };
-    let grpc = each(&objects.grpc_routes, before.map(|b| &b.grpc_routes), known.grpc, |route| {
-        attach(
-            RouteObject::new(route, Api::GrpcRoute),
-            &shape::Route::grpc(&route.1.value),
-            route.1.value.meta(),
-            &around,
-            cx,
-        )
+    let (of_grpc, of_http) = before.map(|b| (&b.grpc_routes, &b.http_routes)).unzip();
+    let grpc = each(&objects.grpc_routes, of_grpc, known.grpc, |route| {
+        let object = RouteObject::new(route, Api::GrpcRoute);
+        attach(object, &shape::Route::grpc(&route.1.value), &around, cx)
     });
-    let http = each(&objects.http_routes, before.map(|b| &b.http_routes), known.http, |route| {
-        attach(
-            RouteObject::new(route, Api::HttpRoute),
-            &shape::Route::http(&route.1.value),
-            route.1.value.meta(),
-            &around,
-            cx,
-        )
+    let http = each(&objects.http_routes, of_http, known.http, |route| {
+        let object = RouteObject::new(route, Api::HttpRoute);
+        attach(object, &shape::Route::http(&route.1.value), &around, cx)
     });
     let all = Memo { grpc, http };
     cx.diagnostics.extend(all.all().flat_map(|attached| attached.diagnostics.iter().cloned()));
@@ -171,7 +163,6 @@ pub(crate) fn grants(objects: &Objects, cx: &mut Context<'_>) {
 fn attach(
     object: RouteObject,
     route: &shape::Route<'_>,
-    meta: &ObjectMeta,
     around: &Around<'_>,
     cx: &mut Context<'_>,
 ) -> Attached {
@@ -197,7 +188,7 @@ fn attach(
     let contributions = if rules.rules.is_empty() {
         Vec::new()
     } else {
-        contribute(&object, &id, ranked(&object, meta, &rules), &rules, &mut parents)
+        contribute(&object, &id, ranked(&object, &rules), &rules, &mut parents)
     };
     let diagnostics = diagnostics.into_iter().map(|d| object.found(d)).collect();
     Attached {
@@ -292,10 +283,8 @@ fn contribute(
     out.into_iter().map(Arc::new).collect()
 }
 
-fn ranked(object: &RouteObject, meta: &ObjectMeta, rules: &Rules) -> Arc<[Ranked]> {
-    // Whole seconds: an API server keeps no more, and what it would cut off must decide nothing here.
-    let created = meta.creation_timestamp.as_ref().map(|t| t.0.as_second());
-    let age = (created.is_none(), created.unwrap_or_default());
+fn ranked(object: &RouteObject, rules: &Rules) -> Arc<[Ranked]> {
+    let age = (object.created.is_none(), object.created.unwrap_or_default());
     let name: Str = format!("{}/{}", object.key.0, object.key.1).into();
     let mut out = Vec::new();
     for (own, (rule, matches)) in (0_u32..).zip(&rules.matches) {
@@ -419,8 +408,15 @@ pub(super) const ONE_KIND: &str = "on one port of a Service a GRPCRoute wins ove
 
 impl RouteObject {
     fn new<T: Meta>((key, sourced): (&(Str, Str), &Sourced<T>), api: Api) -> Self {
-        let generation = sourced.value.meta().generation.unwrap_or_default();
-        Self { kind: T::KIND, api, key: key.clone(), generation, origin: sourced.origin.clone() }
+        let meta = sourced.value.meta();
+        Self {
+            kind: T::KIND,
+            api,
+            key: key.clone(),
+            generation: meta.generation.unwrap_or_default(),
+            created: meta.creation_timestamp.as_ref().map(|t| t.0.as_second()),
+            origin: sourced.origin.clone(),
+        }
     }
 
     /// A finding about it, complete.
