@@ -29,11 +29,12 @@ use model::{Reason, Refusal};
 
 use super::path::normal_path;
 
-/// Bytes of a request's target and headers. What Envoy allows by default, so that no application that ran under Istio
-/// finds a narrower door here.
+/// Bytes of a request's path and headers, in the form it is sent on. What Envoy allows by default, so that no application that
+/// ran under Istio finds a narrower door here.
 pub const MAX_HEAD: usize = 60 << 10;
 
-/// Headers of a request, each line counted: Envoy's default again, and hyper's.
+/// Headers of a request in the form it is sent on: each line counts, and `host` is one of them wherever it was said. Envoy's
+/// default again, and hyper's.
 pub const MAX_HEADERS: usize = 100;
 
 /// Bytes of a host name, RFC 1035's limit.
@@ -50,7 +51,7 @@ const OWN_PREFIX: &str = "x-ambit-";
 /// Brings a request into the form that every other function here expects, or says what is wrong with it. A refusal with
 /// [`Reason::Limit`] is the client's fault: its status is 431 (`answer_with`).
 pub fn normalize(parts: &mut request::Parts) -> Result<(), Refusal> {
-    let forged = look(parts)?;
+    let forged = look(&parts.headers)?;
     framing(parts)?;
     if parts.version >= Version::HTTP_2 {
         no_hop_by_hop(&parts.headers)?;
@@ -61,7 +62,8 @@ pub fn normalize(parts: &mut request::Parts) -> Result<(), Refusal> {
         remove_forged(&mut parts.headers);
     }
     join_cookies(&mut parts.headers);
-    target(parts)
+    target(parts)?;
+    limits(parts)
 }
 
 /// Removes what was meant for one hop, from a request of HTTP/1 or a response. `connection: upgrade` stays, with its
@@ -200,13 +202,10 @@ pub(super) fn uri(old: &Uri, authority: Option<Authority>, path: Option<PathAndQ
     Uri::from_parts(parts).unwrap_or_else(|_| old.clone())
 }
 
-/// One pass over the headers: limits, and bytes that would end a line. Says whether there is a forged one.
-fn look(parts: &request::Parts) -> Result<bool, Refusal> {
-    let target = parts.uri.path_and_query().map_or(0, |path| path.as_str().len())
-        + parts.uri.authority().map_or(0, |authority| authority.as_str().len());
-    let (mut bytes, mut forged) = (target, false);
-    for (name, value) in &parts.headers {
-        bytes += name.as_str().len() + value.len();
+/// One pass over the headers for bytes that would end a line. Says whether there is a forged one.
+fn look(headers: &HeaderMap) -> Result<bool, Refusal> {
+    let mut forged = false;
+    for (name, value) in headers {
         forged |= is_forged(name);
         // Without an early end: the compiler makes wide comparisons of it.
         let broken =
@@ -215,17 +214,26 @@ fn look(parts: &request::Parts) -> Result<bool, Refusal> {
             return Err(bad(format!("header {name} holds a line break or NUL")));
         }
     }
+    Ok(forged)
+}
+
+/// Last, on what is sent on: before, another spelling of the same request (`:authority` for `host`, crumbs for a cookie) has
+/// another size, and the next hop would refuse what this one let through. Until here the connection's own limits hold.
+fn limits(parts: &request::Parts) -> Result<(), Refusal> {
+    let path = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+    let sizes = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len());
+    let bytes = path + sizes.sum::<usize>();
     if bytes > MAX_HEAD {
         let message =
-            format!("target and headers have {bytes} bytes, at most {MAX_HEAD} are allowed");
+            format!("path and headers have {bytes} bytes, at most {MAX_HEAD} are allowed");
         return Err(Refusal::new(Reason::Limit, message));
     }
-    if parts.headers.len() > MAX_HEADERS {
-        let count = parts.headers.len();
+    let count = parts.headers.len();
+    if count > MAX_HEADERS {
         let message = format!("the request has {count} headers, at most {MAX_HEADERS} are allowed");
         return Err(Refusal::new(Reason::Limit, message));
     }
-    Ok(forged)
+    Ok(())
 }
 
 fn is_forged(name: &HeaderName) -> bool {
