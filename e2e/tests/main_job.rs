@@ -236,15 +236,15 @@ fn postgresql(lab: &Lab) -> Result<()> {
 
 fn iperf3(lab: &Lab) -> Result<()> {
     for direction in [&[][..], &["-R"]] {
-        let mut argv = vec!["iperf3", "-c", "iperf", "-p", "5201", "-n", "100M", "-P", "2", "-J"];
+        let mut argv = vec!["iperf3", "-c", "iperf", "-p", "5201", "-n", "200M", "-P", "2", "-J"];
         argv.extend(direction);
         let ran = lab.exec_with("app/client", &argv, "", LONG)?;
         let report: Value = serde_json::from_str(ran.ok()?)?;
         let bytes = |side: &str| report["end"][side]["bytes"].as_u64().unwrap_or_default();
         let (sent, received) = (bytes("sum_sent"), bytes("sum_received"));
-        // The receiver stops counting when the sender says it is done, with the last bytes still on their way.
-        let enough = received >= 100 << 20 || sent - received <= 16 << 20;
-        ensure!(sent >= 100 << 20 && received > 0 && enough, "{sent} sent, {received} received");
+        // The receiver stops counting, and resets, when the sender says on another connection that it is done. What is on its way
+        // then fills the sockets and the tunnel's window, some 50 MiB at most; that no byte is lost is for other programs to say.
+        ensure!(sent >= 200 << 20 && received >= 100 << 20, "{sent} sent, {received} received");
     }
     Ok(())
 }
