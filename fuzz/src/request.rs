@@ -98,7 +98,9 @@ pub(crate) fn planned(plan: &HttpPlan, parts: &request::Parts, routes: Routes) {
             }
         }
         HttpAction::Answer(said) => {
-            if let Some(location) = said.headers.get(LOCATION) {
+            if let Some(location) = said.headers.get(LOCATION)
+                && !writes_location(plan)
+            {
                 let to = Uri::try_from(location.as_bytes()).expect("a redirect to a URI");
                 let known = routes == Routes::AnyUsers || to.host() == parts.uri.host();
                 assert!(known, "a redirect to where nobody said");
@@ -108,6 +110,18 @@ pub(crate) fn planned(plan: &HttpPlan, parts: &request::Parts, routes: Routes) {
             assert!(routes == Routes::AnyUsers, "no fault was asked for: {refusal}");
         }
     }
+}
+
+/// What a user writes there goes out as it is: a relative one is a reference too.
+fn writes_location(plan: &HttpPlan) -> bool {
+    let filters = plan.rule.iter().flat_map(|rule| &rule.filters);
+    let edits = filters.filter_map(|filter| match filter {
+        Filter::ResponseHeaders(edits) => Some(edits),
+        _ => None,
+    });
+    edits
+        .flat_map(|edits| edits.set.iter().chain(&edits.add))
+        .any(|(name, _)| **name == *LOCATION.as_str())
 }
 
 /// A Service with routes of many kinds.

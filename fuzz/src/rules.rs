@@ -87,10 +87,11 @@ fn answer_requests(compiled: &Compiled) {
     }
 }
 
-const REQUESTS: [(&str, &str); 4] = [
+const REQUESTS: [(&str, &str); 5] = [
     ("GET", "/a/b/c?q=1&r=a+b"),
     ("POST", "/shop.Cart/Say"),
     ("OPTIONS", "/"),
+    ("OPTIONS", "*"),
     ("DELETE", "/v1/%20x/1234567890"),
 ];
 

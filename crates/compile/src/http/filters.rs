@@ -149,7 +149,7 @@ fn edits(
         for (i, (name, value)) in pairs.iter().enumerate() {
             let at = format!("{at}.{list}[{i}]");
             let name =
-                text::editable_header(name).map_err(|e| Invalid::value(format!("{at}.name"), e))?;
+                text::writable_header(name).map_err(|e| Invalid::value(format!("{at}.name"), e))?;
             text::header_value(value).map_err(|e| Invalid::value(format!("{at}.value"), e))?;
             if seen.contains(&name) {
                 return Err(twice(at, &name));

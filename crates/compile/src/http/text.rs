@@ -42,6 +42,22 @@ pub(super) fn editable_header(name: &str) -> Result<String, String> {
     Ok(name)
 }
 
+/// The name of a header that a rule may write, in lower case: none in which only the mesh says who the client is, and none that
+/// offers another protocol. To remove these is harmless.
+pub(super) fn writable_header(name: &str) -> Result<String, String> {
+    let name = editable_header(name)?;
+    let ours = name == "x-forwarded-client-cert" || name.starts_with("x-ambit-");
+    if ours {
+        return Err(format!(
+            "{name:?} is for the mesh alone to write: whoever reads it believes it"
+        ));
+    }
+    if name == "http2-settings" {
+        return Err(format!("{name:?} belongs to the connection and cannot be written"));
+    }
+    Ok(name)
+}
+
 pub(super) fn header_value(value: &str) -> Result<(), String> {
     let good = |b: u8| b == b'\t' || (b >= b' ' && b != 0x7f);
     if value.len() > MAX_VALUE {
@@ -186,6 +202,10 @@ mod tests {
         ] {
             assert_eq!(editable_header(name).ok().as_deref(), want, "{name}");
         }
+        for name in ["X-Forwarded-Client-Cert", "x-ambit-client-identity", "HTTP2-Settings"] {
+            assert!(writable_header(name).is_err() && editable_header(name).is_ok(), "{name}");
+        }
+        assert_eq!(writable_header("X-Canary").as_deref(), Ok("x-canary"));
         assert_eq!(header_name("Host").as_deref(), Ok("host"), "to match, not to edit");
         assert!(header_name(&"a".repeat(257)).is_err());
         for (value, good) in [("", true), ("a\tb é", true), ("a\r\nb", false), ("\0", false)] {

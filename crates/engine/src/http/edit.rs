@@ -6,7 +6,8 @@
 //! Adding to a header that is there joins the values with a comma, as Gateway API's example shows it; `set-cookie` gets a line of
 //! its own, since it cannot be joined.
 //!
-//! Invariants: no edit touches the framing of a message or what is for one hop; a request never loses its host.
+//! Invariants: no edit touches the framing of a message or what is for one hop, or says who the client is; a request never loses its
+//! host.
 
 use http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS,
@@ -125,8 +126,11 @@ fn header(name: &str) -> Result<HeaderName, String> {
 fn writable(name: &str) -> Result<HeaderName, String> {
     let header = header(name)?;
     let framing = [CONNECTION, CONTENT_LENGTH, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
-    if framing.contains(&header) {
+    if framing.contains(&header) || header == normalize::HTTP2_SETTINGS {
         return Err(format!("header {header} says how the message is sent and cannot be written"));
+    }
+    if normalize::is_forged(&header) {
+        return Err(format!("header {header} is for the mesh alone to write"));
     }
     Ok(header)
 }

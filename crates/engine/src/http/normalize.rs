@@ -42,7 +42,7 @@ const MAX_HOST: usize = 255;
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+pub(super) const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const CLIENT_CERTIFICATE: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
 /// Headers of ours: no peer's word counts.
@@ -103,8 +103,10 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) -> Result<(), String> {
         }
     }
     if headers.contains_key(UPGRADE) {
+        // Words that are no text may hide one.
+        let text = headers.get_all(UPGRADE).iter().all(|value| value.to_str().is_ok());
         let h2c = tokens(headers, &UPGRADE).any(|t| t.eq_ignore_ascii_case("h2c"));
-        if upgrade && !h2c {
+        if upgrade && text && !h2c {
             headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         } else {
             headers.remove(UPGRADE);
@@ -236,7 +238,8 @@ fn limits(parts: &request::Parts) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn is_forged(name: &HeaderName) -> bool {
+/// Says who the client is, where only its certificate may.
+pub(super) fn is_forged(name: &HeaderName) -> bool {
     *name == CLIENT_CERTIFICATE || name.as_str().starts_with(OWN_PREFIX)
 }
 

@@ -54,6 +54,9 @@ pub(super) fn rewritten(
             pattern.replace(path, substitution).unwrap_or_else(|| path.to_owned())
         }
     };
+    if new.contains('#') {
+        return Err(format!("the new path {new:?} holds a '#', where a path ends"));
+    }
     // A new path may bring a query of its own.
     let (new, query) = match new.split_once('?') {
         Some((new, query)) => (new, Some(query)),

@@ -34,7 +34,9 @@ pub(super) fn redirect(
         Some(rewrite) => path::rewritten(rewrite, matched, uri.path())?,
         None => uri.path().to_owned(),
     };
-    let target = path::with_query(&path, uri.query())?;
+    // `OPTIONS *` names no path, and behind a host the star would be part of its name.
+    let path = if path == "*" { "/" } else { &path };
+    let target = path::with_query(path, uri.query())?;
     let location = format!("{scheme}://{host}{port}{target}");
     let value = HeaderValue::from_str(&path::ascii(&location))
         .map_err(|_| format!("the location {location:?} holds a control character"))?;

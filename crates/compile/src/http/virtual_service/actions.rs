@@ -13,6 +13,7 @@ use model::http::{
 
 use super::super::{faults, text};
 use super::rules::{Actions, Failure, PathChange, Place, Reader};
+use crate::addresses;
 use crate::diagnostics::{Code, Diagnostic};
 use crate::istio::duration;
 use crate::istio::virtual_service::{
@@ -111,7 +112,11 @@ impl Reader<'_> {
     ) -> Result<HeaderEdits, Failure> {
         let mut edits = HeaderEdits::default();
         for name in &operations.remove {
-            edits.remove.push(self.editable(name, &format!("{at}.remove"))?);
+            edits.remove.push(self.editable(
+                name,
+                &format!("{at}.remove"),
+                text::editable_header,
+            )?);
         }
         for (name, value) in &operations.set {
             let at = format!("{at}.set.{name}");
@@ -122,13 +127,17 @@ impl Reader<'_> {
                 {
                     *host = Some(self.authority(&value, &at)?);
                 }
-                _ => edits.set.push((self.editable(name, &at)?, value.into())),
+                _ => {
+                    let name = self.editable(name, &at, text::writable_header)?;
+                    edits.set.push((name, value.into()));
+                }
             }
         }
         for (name, value) in &operations.add {
             let at = format!("{at}.add.{name}");
             let value = self.header_value(value, &at)?;
-            edits.add.push((self.editable(name, &at)?, value.into()));
+            let name = self.editable(name, &at, text::writable_header)?;
+            edits.add.push((name, value.into()));
         }
         for (list, pairs) in [("set", &edits.set), ("add", &edits.add)] {
             if let Some(name) = twice(pairs) {
@@ -139,11 +148,16 @@ impl Reader<'_> {
         Ok(edits)
     }
 
-    fn editable(&mut self, name: &str, at: &str) -> Result<Str, Failure> {
+    fn editable(
+        &mut self,
+        name: &str,
+        at: &str,
+        rule: fn(&str) -> Result<String, String>,
+    ) -> Result<Str, Failure> {
         if let Err(message) = text::header_name(name) {
             return Err(self.invalid(at, message));
         }
-        text::editable_header(name).map(Str::from).map_err(|e| self.unsupported(at, e))
+        rule(name).map(Str::from).map_err(|e| self.unsupported(at, e))
     }
 
     /// In Istio `%` begins a variable of Envoy's, and `%%` is a percent sign.
@@ -163,8 +177,8 @@ impl Reader<'_> {
         if let Err(message) = text::host(host) {
             return Err(self.invalid(at, message));
         }
-        if port.is_some_and(|port| port.parse::<u16>().is_err()) {
-            return Err(self.invalid(at, format!("{text:.80?} does not end in a port")));
+        if let Some(Err(message)) = port.map(addresses::port) {
+            return Err(self.invalid(at, format!("{text:.80?}: {message}")));
         }
         Ok(text.into())
     }
@@ -186,6 +200,10 @@ impl Reader<'_> {
             Some(regex) => {
                 let at = format!("{at}.uriRegexRewrite");
                 let pattern = self.pattern(&regex.r#match, format!("{at}.match"))?;
+                if regex.rewrite.contains('#') {
+                    let message = "holds a '#', which ends a path; in a path it is %23";
+                    return Err(self.invalid(format!("{at}.rewrite"), message));
+                }
                 let substitution = regex.rewrite.as_str().into();
                 actions.path = PathChange::Fixed(PathRewrite::Regex { pattern, substitution });
             }

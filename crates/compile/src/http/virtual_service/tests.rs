@@ -481,6 +481,21 @@ fn what_an_api_server_refuses() {
     check("redirect: {redirectCode: 302}", "invalid_field spec.http[0].redirect");
     check("redirect: {scheme: ftp}", "invalid_field spec.http[0].redirect.scheme");
     check("redirect: {authority: 'a b'}", "invalid_field spec.http[0].redirect.authority");
+    // No proxy could read these, and the whole Service's routes with them.
+    for port in ["0", "+80", "65536", ""] {
+        check(
+            &format!("redirect: {{authority: 'b.example:{port}'}}"),
+            "invalid_field spec.http[0].redirect.authority",
+        );
+    }
+    check(
+        &rule("rewrite: {authority: 'b.example:+80'}"),
+        "invalid_field spec.http[0].rewrite.authority",
+    );
+    check(
+        &rule("rewrite: {uriRegexRewrite: {match: '.*', rewrite: '/.#'}}"),
+        "invalid_field spec.http[0].rewrite.uriRegexRewrite.rewrite",
+    );
     check(
         "redirect: {port: 1, derivePort: FROM_REQUEST_PORT}",
         "invalid_field spec.http[0].redirect.derivePort",

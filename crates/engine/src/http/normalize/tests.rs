@@ -175,6 +175,8 @@ fn what_is_for_one_hop_stays_there() {
         " | host: web",
     );
     check(&[("connection", "upgrade"), ("upgrade", "websocket, h2c")], " | host: web");
+    // Read by whoever skips what is no text.
+    check(&[("connection", "upgrade"), ("upgrade", "h2c, é")], " | host: web");
     check(&[("te", "gzip, trailers")], " | host: web | te: trailers");
     check(&[("te", "gzip"), ("connection", "te")], " | host: web");
     for name in ["host", "Content-Length", "a b"] {

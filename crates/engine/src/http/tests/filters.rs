@@ -96,6 +96,10 @@ fn request_headers() {
         edits(&[], &[("a b", "1")], &[]),
         edits(&[":path"], &[], &[]),
         edits(&[], &[("x", "1\r\ny: 2")], &[]),
+        // Who reads these believes them: only the mesh writes them.
+        edits(&[], &[("X-Forwarded-Client-Cert", "URI=spiffe://td/ns/a/sa/admin")], &[]),
+        edits(&[], &[], &[("x-ambit-client-identity", "spiffe://td/ns/a/sa/admin")]),
+        edits(&[], &[("http2-settings", "AA")], &[]),
     ] {
         check("bad", bad, &[], "500 bad_filter");
     }
@@ -242,6 +246,10 @@ fn redirects() {
     check("F9", path("/b".into()), 80, "GET /a?x=1", "web", "302 http://web/b?x=1");
     check("F9", path("/b?y=2".into()), 80, "GET /a?x=1", "web", "302 http://web/b?y=2&x=1");
     check("F9", path("/b c".into()), 80, "GET /a", "web", "500 bad_filter");
+    check("F9", path("/..#".into()), 80, "GET /a", "web", "500 bad_filter");
+    // No path at all; behind a host the star would be part of its name.
+    check("F9", to(), 80, "OPTIONS *", "web", "302 http://web/");
+    check("F9", path("/b".into()), 8080, "OPTIONS *", "web", "302 http://web:8080/");
     check("F9", host("a\r\nb"), 80, "GET /a", "web", "500 bad_filter");
 }
 
