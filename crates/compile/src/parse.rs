@@ -7,6 +7,7 @@
 //! Invariants: total over any text; every object that comes out has a valid name and namespace and
 //! passed `validate`, so that names are safe as file and host names.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use model::Str;
@@ -55,7 +56,14 @@ pub fn parse_file(path: &str, text: &str) -> ParsedFile {
 }
 
 fn read(file: &Str, node: &Node, parsed: &mut ParsedFile) {
-    let mut reader = Reader { file, node, id: String::new(), diagnostics: Vec::new(), lost: false };
+    let mut reader = Reader {
+        file,
+        node,
+        id: String::new(),
+        origin: OnceCell::new(),
+        diagnostics: Vec::new(),
+        lost: false,
+    };
     let kind = reader.kind();
     if kind == Some(Kind::List) {
         match node.get("items").map(|items| &items.value) {
@@ -78,6 +86,8 @@ struct Reader<'a> {
     node: &'a Node,
     /// `Kind/namespace/name` as far as it is known.
     id: String,
+    /// See [`Self::place`].
+    origin: OnceCell<Origin>,
     diagnostics: Vec<Diagnostic>,
     lost: bool,
 }
@@ -192,7 +202,12 @@ impl Reader<'_> {
             let (file, line) = text.rsplit_once(':')?;
             Some(Origin::new(file, line.parse().ok()?))
         });
-        stated.unwrap_or_else(|| Origin::of_node(self.file.clone(), self.node))
+        stated.unwrap_or_else(|| self.place().clone())
+    }
+
+    /// Where the document and its fields stand. Once: it is as large as the document, and findings may be as many.
+    fn place(&self) -> &Origin {
+        self.origin.get_or_init(|| Origin::of_node(self.file.clone(), self.node))
     }
 
     fn names(&mut self, kind: Kind) -> Option<(Str, Str)> {
@@ -289,7 +304,7 @@ impl Reader<'_> {
     }
 
     fn skip(&mut self, diagnostic: Diagnostic) {
-        let origin = Origin::of_node(self.file.clone(), self.node).at(&diagnostic.field);
+        let origin = self.place().at(&diagnostic.field);
         self.diagnostics.push(diagnostic.object(self.id.clone()).origin(origin));
     }
 }

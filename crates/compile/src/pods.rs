@@ -177,7 +177,7 @@ type Membership = (ServiceKey, Arc<[ServicePort]>);
 /// A pod with its namespace and name.
 type Keyed<'a> = (&'a (Str, Str), &'a Pod);
 
-/// The Services of each pod that some Service selects, in the order of their names.
+/// The Services of each pod that some Service selects, in the order of their keys.
 fn memberships<'a>(
     objects: &'a Objects,
     services: &services::ByNamespace,
@@ -195,6 +195,9 @@ fn memberships<'a>(
                 memberships.entry(key).or_default().push(membership(service, pod));
             }
         }
+    }
+    for of_pod in memberships.values_mut() {
+        of_pod.sort_by(|(a, _), (b, _)| a.cmp(b));
     }
     memberships
 }

@@ -356,18 +356,23 @@ fn number(text: &str) -> Option<serde_json::Number> {
     if !digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
         return None;
     }
+    // Behind a prefix too: `from_str_radix` takes a sign of its own.
+    let radix = |digits: &str, radix| {
+        let plain = digits.starts_with(|c: char| c.is_ascii_hexdigit());
+        plain.then(|| i64::from_str_radix(digits, radix).ok()).flatten()
+    };
     let integer = if let Some(hex) = digits.strip_prefix("0x") {
-        i64::from_str_radix(hex, 16).ok()
+        radix(hex, 16)
     } else if let Some(octal) = digits.strip_prefix("0o") {
-        i64::from_str_radix(octal, 8).ok()
+        radix(octal, 8)
     } else if let Some(binary) = digits.strip_prefix("0b") {
-        i64::from_str_radix(binary, 2).ok()
+        radix(binary, 2)
     } else if digits.len() > 1
         && digits.starts_with('0')
         && digits.bytes().all(|b| b.is_ascii_digit())
     {
         // `0644` is octal in YAML 1.1, as file modes are written. `0899` is not a number there.
-        i64::from_str_radix(digits, 8).ok()
+        radix(digits, 8)
     } else {
         digits.parse().ok()
     };

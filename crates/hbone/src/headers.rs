@@ -33,7 +33,7 @@ impl Authority {
         if let Ok(address) = text.parse::<SocketAddr>() {
             return Ok(Self::Address(address));
         }
-        let quote = || text.chars().take(128).collect::<String>();
+        let quote = || text.chars().take(64).collect::<String>();
         let (host, port) =
             text.rsplit_once(':').ok_or_else(|| format!("authority {:?} has no port", quote()))?;
         // Digits only: `parse` would take a sign, and an address with one would pass for a host name.

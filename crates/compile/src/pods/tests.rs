@@ -148,6 +148,8 @@ fn endpoints() {
             "selector: {app: web}, ports: [{name: x, port: 80, targetPort: nothing}, {name: y, port: 81}]",
         )
         + &service("udp", "selector: {app: web}, ports: [{port: 53, targetPort: dns}]")
+        // By their host names, as proxies have them: `-` comes before the dot.
+        + &service("named-2", "selector: {app: web}, ports: [{port: 53, targetPort: dns}]")
         + &service("both", "selector: {app: web, tier: back}, ports: [{port: 80}]")
         + &service("none", "ports: [{port: 80}]")
         + &service("far", "selector: {app: web}, ports: [{port: 80}]").replace("shop", "bank");
@@ -160,8 +162,9 @@ fn endpoints() {
             (key.hostname.split('.').next().unwrap().to_owned(), ports)
         })
         .collect();
-    let want: [(&str, &[(u16, u16)]); 4] = [
+    let want: [(&str, &[(u16, u16)]); 5] = [
         ("absent", &[(81, 81)]),
+        ("named-2", &[]),
         ("named", &[(80, 8080)]),
         ("number", &[(80, 9000), (81, 81)]),
         ("udp", &[]),

@@ -34,6 +34,21 @@ impl Cx<'_> {
         Err(self.error(field, format!("says {says:?}, the resource is named otherwise")))
     }
 
+    /// As [`Self::named`], `NAMESPACE/NAME`. A slash in the namespace would make it another's name: whoever removes by name finds
+    /// the namespace at the first one.
+    pub(super) fn named_in(
+        &self,
+        field: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<(), DecodeError> {
+        if namespace.contains('/') {
+            let namespace = short(namespace);
+            return Err(self.error("namespace", format!("{namespace:?} holds a slash")));
+        }
+        self.named(&format!("namespace/{field}"), &format!("{namespace}/{name}"))
+    }
+
     pub(super) fn known<T: TryFrom<i32>>(&self, field: &str, value: i32) -> Result<T, DecodeError> {
         T::try_from(value)
             .map_err(|_| self.error(field, format!("the value {value} is not known to this proxy")))

@@ -10,7 +10,7 @@ use model::{
 };
 use prost::Message;
 
-use super::context::Cx;
+use super::context::{Cx, short};
 use super::{Address, DecodeError, Defaults, Interner};
 use crate::{ambit, security, workload as wire};
 
@@ -113,7 +113,7 @@ pub fn closed_address(
             Some(Address::Workload(Arc::new(closed)))
         }
         wire::address::Type::Service(s) => {
-            cx.named("namespace/hostname", &format!("{}/{}", s.namespace, s.hostname)).ok()?;
+            cx.named_in("hostname", &s.namespace, &s.hostname).ok()?;
             Some(Address::Service(Arc::new(Service {
                 key: ServiceKey { namespace: cx.str(&s.namespace), hostname: cx.str(&s.hostname) },
                 name: cx.str(&s.name),
@@ -229,7 +229,7 @@ impl Cx<'_> {
     }
 
     fn service(&mut self, s: wire::Service) -> Result<Service, DecodeError> {
-        self.named("namespace/hostname", &format!("{}/{}", s.namespace, s.hostname))?;
+        self.named_in("hostname", &s.namespace, &s.hostname)?;
         let vips: Result<Vec<_>, _> = s.addresses.iter().map(|a| self.vip(a)).collect();
         Ok(Service {
             key: ServiceKey { namespace: self.str(&s.namespace), hostname: self.str(&s.hostname) },
@@ -253,7 +253,7 @@ impl Cx<'_> {
     }
 
     fn policy(&mut self, p: security::Authorization) -> Result<Policy, DecodeError> {
-        self.named("namespace/name", &format!("{}/{}", p.namespace, p.name))?;
+        self.named_in("name", &p.namespace, &p.name)?;
         if !p.extensions.is_empty() {
             return Err(
                 self.error("extensions", "an extension this proxy does not know may narrow it")
@@ -388,6 +388,7 @@ impl Cx<'_> {
         let mut all = Vec::with_capacity(services.len());
         for (name, list) in services {
             let Some((namespace, hostname)) = name.split_once('/') else {
+                let name = short(name);
                 return Err(self.error("services", format!("{name:?} is not namespace/hostname")));
             };
             let key = ServiceKey { namespace: self.str(namespace), hostname: self.str(hostname) };
@@ -403,6 +404,7 @@ impl Cx<'_> {
                 Ok(PolicyKey { namespace: self.str(namespace), name: self.str(name) })
             }
             _ => {
+                let name = short(name);
                 Err(self.error("authorization_policies", format!("{name:?} is not namespace/name")))
             }
         }

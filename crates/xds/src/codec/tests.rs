@@ -308,6 +308,22 @@ fn what_is_not_understood_is_refused() {
         },
         "u: waypoint.hbone_mtls_port: 70000 is not a port",
     );
+    // Words of the control plane, but not all of them.
+    let long = vec!["\u{7f}".repeat(3000)];
+    let many =
+        wire::Workload { uid: "u".to_owned(), authorization_policies: long, ..Default::default() };
+    let many = wire::Address { r#type: Some(wire::address::Type::Workload(many)) }.encode_to_vec();
+    let error = decode_address("u", &many, &defaults(), &mut Interner::default()).unwrap_err();
+    assert!(error.to_string().len() < 4096, "{error}");
+    // It would be kept under one name and removed under another.
+    let slash = wire::Service {
+        namespace: "a/b".to_owned(),
+        hostname: "c".to_owned(),
+        ..Default::default()
+    };
+    let slash = wire::Address { r#type: Some(wire::address::Type::Service(slash)) }.encode_to_vec();
+    let error = decode_address("a/b/c", &slash, &defaults(), &mut Interner::default());
+    assert_eq!(error.unwrap_err().to_string(), "a/b/c: namespace: \"a/b\" holds a slash");
     let none = wire::Address { r#type: None }.encode_to_vec();
     let error = decode_address("u", &none, &defaults(), &mut Interner::default()).unwrap_err();
     assert_eq!(error.to_string(), "u: type: neither a workload nor a service");
