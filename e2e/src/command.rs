@@ -136,8 +136,20 @@ impl Background {
         self.input = None;
     }
 
+    /// Once it says no, all that was written can be read.
     pub fn is_running(&mut self) -> Result<bool> {
-        Ok(self.child.try_wait()?.is_none())
+        let running = self.child.try_wait()?.is_none();
+        if !running {
+            self.read_to_the_end();
+        }
+        Ok(running)
+    }
+
+    fn read_to_the_end(&mut self) {
+        for reader in self.readers.drain(..) {
+            // A reader does not panic; and what was read counts.
+            let _ = reader.join();
+        }
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {
@@ -183,10 +195,7 @@ impl Background {
             let _ = self.child.kill();
             self.child.wait().ok()
         });
-        for reader in self.readers.drain(..) {
-            // A reader does not panic; and what was read counts.
-            let _ = reader.join();
-        }
+        self.read_to_the_end();
         Ran {
             what: self.what.clone(),
             code: status.map_or(-1, code),

@@ -4,14 +4,15 @@
 //! holds it dies (the kernel's parent-death signal); [`Lab::down`] proves that nothing is left.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::access_log;
 use crate::command::{self, Background, Ran};
@@ -190,14 +191,14 @@ impl Lab {
         let wait_for_pods = plan.wait_for_pods;
         let mut last = Status::default();
         let up = wait_until("the lab to be up", UP, || {
-            let front = self.front.as_mut().context("the lab was not started")?;
-            if !front.is_running()? {
+            if !self.front.as_mut().context("the lab was not started")?.is_running()? {
                 return Ok(true);
             }
             last = self.status()?;
             // The name may belong to another lab, and ours is about to be refused.
             let ours = last.dir == fs::canonicalize(self.folder())?.to_string_lossy();
-            Ok(ours && last.is_up() && (!wait_for_pods || last.is_settled()))
+            let up = ours && last.is_up();
+            Ok(up && (!wait_for_pods || (last.is_settled() && self.proxies_call_all(&last)?)))
         });
         let front = self.front.as_mut().context("the lab was not started")?;
         if up.is_ok() && front.is_running()? {
@@ -213,6 +214,29 @@ impl Lab {
             last.unready(),
             last.diagnostics
         );
+    }
+
+    /// Every node's proxy knows every pod to be ready: what the lab knows reaches them over the control plane, a moment later.
+    fn proxies_call_all(&self, status: &Status) -> Result<bool> {
+        for proxy in status.processes.iter().filter(|p| p.name == "ztunnel") {
+            let node = proxy.node.as_deref().context("a ztunnel without a node")?;
+            let url = "http://localhost:15000/config_dump?only=workloads";
+            let asked = self.exec(node, &["curl", "-sS", "--fail", url])?;
+            let dump: Value = serde_json::from_str(asked.ok()?)?;
+            let healthy = |pod: &Pod| {
+                dump["workloads"].as_array().is_some_and(|all| {
+                    all.iter().any(|w| {
+                        w["namespace"] == pod.namespace
+                            && w["name"] == pod.name
+                            && w["status"] == "Healthy"
+                    })
+                })
+            };
+            if !status.pods.iter().all(healthy) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// `meshctl ARGS`, with this lab's name where the command is about a lab.
@@ -344,7 +368,12 @@ impl Lab {
         let status = self.status()?;
         let process =
             status.process(name, node).with_context(|| format!("there is no {name} {node:?}"))?;
-        fs::read_to_string(&process.log).with_context(|| process.log.clone())
+        // The older half first, so that a line keeps its number when a log is begun anew.
+        let read = |path: &str| match fs::read_to_string(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            read => read.with_context(|| path.to_owned()),
+        };
+        Ok(read(&format!("{}.1", process.log))? + &read(&process.log)?)
     }
 
     /// The id of a mesh process in the lab's process namespace, which is what commands in a node see.

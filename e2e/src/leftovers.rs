@@ -46,6 +46,14 @@ impl Belongings {
         self.namespaces.len()
     }
 
+    /// Below somebody who is neither of the lab nor of our own line. The lab has ended, so its namespace only has the number of one
+    /// that was the lab's: numbers are used again at once. What the lab left behind is nobody's child but init's or ours.
+    fn is_foreign(&self, pid: i32) -> bool {
+        let lab = |pid: i32| self.processes.iter().any(|(known, _)| *known == pid);
+        let own: BTreeSet<i32> = ancestors(std::process::id().cast_signed()).collect();
+        ancestors(pid).skip(1).any(|above| !own.contains(&above) && !lab(above))
+    }
+
     /// An error that names what is still there.
     pub fn check_gone(&self) -> Result<()> {
         self.check_ended()?;
@@ -65,7 +73,7 @@ impl Belongings {
         let held: Vec<String> = everyone()
             .filter_map(|pid| {
                 let shared = &namespaces_of(&pid.to_string()) & &self.namespaces;
-                let ours = !shared.is_empty() && !is_of_another_lab(pid);
+                let ours = !shared.is_empty() && !self.is_foreign(pid);
                 ours.then(|| format!("{shared:?} by {pid} ({})", command_line(pid)))
             })
             .collect();
@@ -97,18 +105,11 @@ fn children() -> BTreeMap<i32, Vec<i32>> {
     children
 }
 
-/// Below a front that runs. Ours has ended, so its namespace only has the number of one that was ours: numbers are used
-/// again at once.
-fn is_of_another_lab(pid: i32) -> bool {
-    let mut pid = pid;
-    // 0 is the parent of the first process; processes that end meanwhile are nobody's.
-    while let Some(parent) = stat(pid).and_then(|s| s.get(1)?.parse().ok()).filter(|p| *p > 0) {
-        if command_line(parent).contains("meshctl local up ") {
-            return true;
-        }
-        pid = parent;
-    }
-    false
+/// A process, its parent, and so on to the first one; a process that ends meanwhile is nobody's.
+fn ancestors(pid: i32) -> impl Iterator<Item = i32> {
+    // 0 is the parent of the first process.
+    let parent = |pid: &i32| stat(*pid)?.get(1)?.parse().ok().filter(|parent| *parent > 0);
+    std::iter::successors(Some(pid), parent)
 }
 
 fn start_time(pid: i32) -> Option<u64> {

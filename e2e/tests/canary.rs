@@ -47,7 +47,7 @@ fn count(lab: &Lab, times: usize, more: &[&str]) -> Result<Counted> {
     let times_text = times.to_string();
     let mut argv = vec!["echo-client", "http://api-service/", "--count", &times_text];
     argv.extend(more);
-    let ran = lab.exec(CLIENT, &argv)?;
+    let ran = lab.exec_with(CLIENT, &argv, "", Duration::from_secs(120))?;
     let out = ran.ok()?;
     let lines = |end: &str| out.lines().filter(|line| line.ends_with(end)).count();
     // The body states its status once more.

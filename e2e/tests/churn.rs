@@ -126,7 +126,8 @@ fn short(name: &str, account: &str) -> String {
 fn short_lived(lab: &Lab, name: &str, account: &str) -> Result<String> {
     lab.write("short.yaml", &short(name, account))?;
     let (pod, account) = (format!("app/{name}"), format!("/sa/{account}"));
-    lab.until("the pod in the mesh", || {
+    // Its predecessor may still be ending, beside a crowd.
+    wait_until("the pod in the mesh", SOON * 2, || {
         let ready =
             |p: Pod| p.ready && p.captured && p.identity.is_some_and(|i| i.ends_with(&account));
         Ok(lab.pod(&pod).is_ok_and(ready))

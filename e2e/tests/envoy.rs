@@ -57,6 +57,11 @@ fn plan() -> Result<Plan> {
 
 /// Starts the pods that a test writes for itself, and waits until their Envoys serve.
 fn start(lab: &Lab, names: &[&str], pods: &[String]) -> Result<()> {
+    // Those of the test before have the same names, and would answer.
+    lab.until("the pods of before to be gone", || {
+        let status = lab.status()?;
+        Ok(names.iter().all(|name| status.pod(name).is_none()))
+    })?;
     lab.write("envoy.yaml", &yaml::join(pods))?;
     wait_until("the Envoys to serve", SOON, || {
         let ready = |name: &&str| {

@@ -12,7 +12,7 @@ use serde_json::Value;
 const SOON: Duration = Duration::from_secs(15);
 /// From the change of a file to the end of a connection it forbids. The mesh has a second for its part; the rest is for
 /// two cores that are busy with something else.
-const LIVE_DENY: Duration = Duration::from_millis(1500);
+const LIVE_DENY: Duration = Duration::from_secs(3);
 
 const TESTS: &[(&str, Test)] = &[
     ("without_policy_all_may", no_policy),

@@ -32,6 +32,7 @@ use wire::{Asked, Read};
 
 /// How long the resolver may take. Clients wait five seconds; "try the next server" is worth more while they listen.
 const PATIENCE: Duration = Duration::from_millis(4_500);
+const _: () = assert!(PATIENCE.as_millis() < 5_000, "clients are gone by then");
 /// Questions of one pod that wait for its resolver, on one thread. At a millisecond each that is 256,000 a second; with a
 /// dead resolver it is what a busy pod asks before it notices. Each costs a socket and some 2 KiB.
 const MAX_WAITING: usize = 256;

@@ -163,13 +163,14 @@ async fn many_questions_are_numbered_and_an_error_status_is_an_answer() {
 async fn no_answer_is_an_error() {
     let world = world("errors").await;
     let closed = listen().await.0;
-    for (url, says) in [
-        (format!("http://localhost:{}/?delay=20s", world.http), "no answer within"),
-        (format!("http://localhost:{closed}/"), "connecting to localhost"),
-        (format!("https://localhost:{}/", world.http), "the TLS handshake"),
-        (format!("udp://localhost:{}/", world.http), "must begin with"),
+    let (short, long) = (Duration::from_millis(500), Duration::from_secs(10));
+    for (url, timeout, says) in [
+        (format!("http://localhost:{}/?delay=20s", world.http), short, "no answer within"),
+        (format!("http://localhost:{closed}/"), long, "connecting to localhost"),
+        (format!("https://localhost:{}/", world.http), long, "the TLS handshake"),
+        (format!("udp://localhost:{}/", world.http), long, "must begin with"),
     ] {
-        let asked = Question { timeout: Duration::from_millis(500), ..question(&url) };
+        let asked = Question { timeout, ..question(&url) };
         let error = format!("{:#}", answers(&asked, 1).await.expect_err(&url));
         assert!(error.contains(says), "{url}: {error}");
     }

@@ -177,7 +177,7 @@ async fn streams_of_a_node_are_limited() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_ends_with_the_certificate_that_opened_it() {
     let w = World::start_with(&[], |config| {
-        config.leaf_ttl = std::time::Duration::from_secs(2);
+        config.leaf_ttl = std::time::Duration::from_secs(5);
     })
     .await;
     let mut stream = w.proxy("node-1").await.discover().await.unwrap();
