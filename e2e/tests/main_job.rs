@@ -64,7 +64,8 @@ fn plan() -> Result<Plan> {
         yaml::service("app", "redis", "redis", &[("redis", 6379, "6379")]),
         yaml::pod("app", "db", 2).script(&postgres()?).user(USER).ready_on(5432).yaml(),
         yaml::service("app", "db", "db", &[("postgres", 5432, "5432")]),
-        yaml::pod("app", "iperf", 2).command(&[&iperf, "-s", "-p", "5201"]).ready_on(5201).yaml(),
+        // Without a probe: iperf3 serves one at a time, and resets whoever comes beside a probe.
+        yaml::pod("app", "iperf", 2).command(&[&iperf, "-s", "-p", "5201"]).yaml(),
         yaml::service("app", "iperf", "iperf", &[("iperf", 5201, "5201")]),
         yaml::pod("app", "greeter", 2).image("meshprobe", &["grpc-serve"]).ready_on(9090).yaml(),
         yaml::service("app", "greeter", "greeter", &[("grpc", 9090, "9090")]),
@@ -235,6 +236,8 @@ fn postgresql(lab: &Lab) -> Result<()> {
 }
 
 fn iperf3(lab: &Lab) -> Result<()> {
+    let short = ["iperf3", "-c", "iperf", "-p", "5201", "-n", "1M"];
+    lab.until("iperf3 to listen", || Ok(lab.exec("app/client", &short)?.is_ok()))?;
     for direction in [&[][..], &["-R"]] {
         let mut argv = vec!["iperf3", "-c", "iperf", "-p", "5201", "-n", "200M", "-P", "2", "-J"];
         argv.extend(direction);

@@ -53,7 +53,8 @@ fn plan() -> Result<Plan> {
         // Policies of `server` must not touch its neighbour.
         yaml::pod("app", "free", 2).image("meshload", &serve).ready_on(8080).yaml(),
         yaml::service("app", "free", "free", &[("http", 80, "8080")]),
-        yaml::pod("app", "iperf", 2).command(&[&iperf, "-s", "-p", "5201"]).ready_on(5201).yaml(),
+        // Without a probe: iperf3 serves one at a time, and resets whoever comes beside a probe.
+        yaml::pod("app", "iperf", 2).command(&[&iperf, "-s", "-p", "5201"]).yaml(),
         yaml::service("app", "iperf", "iperf", &[("iperf", 5201, "5201")]),
     ];
     Ok(Plan::new().file("app.yaml", yaml::join(&objects)))
@@ -238,6 +239,8 @@ fn live_deny(lab: &Lab) -> Result<()> {
 fn deny_under_load(lab: &Lab) -> Result<()> {
     // Longer than the test waits, so that only the policy can end it.
     let argv = ["iperf3", "-c", "iperf", "-p", "5201", "-t", "60", "-i", "0.2", "--forceflush"];
+    let short = ["iperf3", "-c", "iperf", "-p", "5201", "-n", "1M"];
+    lab.until("iperf3 to listen", || Ok(lab.exec("app/client", &short)?.is_ok()))?;
     for direction in [&[][..], &["-R"]] {
         let mut run = lab.exec_in_background("app/client", &[&argv[..], direction].concat())?;
         wait_until("bytes to flow", SOON, || {
@@ -256,7 +259,6 @@ fn deny_under_load(lab: &Lab) -> Result<()> {
         lab.wait_for_access("node-2", before, &line)?;
         lab.remove("policy.yaml")?;
         // The twin: the same run, shorter, comes to its end without the policy.
-        let short = ["iperf3", "-c", "iperf", "-p", "5201", "-n", "1M"];
         let argv = [&short[..], direction].concat();
         lab.until("a run without the policy", || Ok(lab.exec("app/client", &argv)?.is_ok()))?;
     }
