@@ -11,8 +11,8 @@ use std::fmt;
 
 use serde::de::value::StrDeserializer;
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, MapAccess, SeqAccess,
-    Unexpected, VariantAccess, Visitor,
+    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, Expected, MapAccess,
+    SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 use serde_json::{Map, Value};
 
@@ -110,36 +110,115 @@ impl<'de> Reader<'de, '_> {
         }
     }
 
-    fn misfit<V: Visitor<'de>>(&self, visitor: &V) -> Error {
-        Error::invalid_type(self.unexpected(), visitor)
+    /// Not generic, as `note` is not: what stands in a generic function here is compiled some five hundred times.
+    #[cold]
+    fn misfit(&self, expected: &dyn Expected) -> Error {
+        Error::invalid_type(self.unexpected(), expected)
     }
 
     /// Remembers the innermost place of an error.
-    fn noting<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+    #[cold]
+    fn note(&self) {
+        let mut log = self.log.borrow_mut();
+        if log.failed.is_none() {
+            log.failed = Some(self.at.to_string());
+        }
+    }
+
+    /// What a type says of the value it was given comes up here.
+    fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, Error> {
+        let result = seed.deserialize(self);
         if result.is_err() {
-            self.log.borrow_mut().failed.get_or_insert_with(|| self.at.to_string());
+            self.note();
         }
         result
     }
+
+    fn text<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self.node {
+            Value::String(s) => visitor.visit_borrowed_str(s),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    fn number<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        let Value::Number(n) = self.node else { return Err(self.misfit(&visitor)) };
+        match (n.as_u64(), n.as_i64(), n.as_f64()) {
+            (Some(n), ..) => visitor.visit_u64(n),
+            (_, Some(n), _) => visitor.visit_i64(n),
+            (.., n) => visitor.visit_f64(n.unwrap_or_default()),
+        }
+    }
+
+    fn list<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self.node {
+            Value::Array(items) => visitor.visit_seq(Items { of: self, left: items, next: 0 }),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    /// Types that serde derives would take a list as their fields in order; no object of Kubernetes is written so.
+    fn object<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self.node {
+            Value::Object(map) => visitor.visit_map(Fields::new(self, map)),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
 }
 
+/// Functions that hand on to one way of reading.
+macro_rules! hand_on {
+    ($($deserialize:ident($($ignored:ty),*) => $way:ident,)*) => {$(
+        fn $deserialize<V: Visitor<'de>>(self, $(_: $ignored,)* visitor: V) -> Result<V::Value, Error> {
+            self.$way(visitor)
+        }
+    )*};
+}
+
+type Name = &'static str;
+type Names = &'static [&'static str];
+
+/// Each way of asking leads to the one kind of value that fits it, so that only that part of a type's visitor is compiled.
 impl<'de> Deserializer<'de> for Reader<'de, '_> {
     type Error = Error;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        let result = match self.node {
+        match self.node {
             Value::Null => visitor.visit_unit(),
             Value::Bool(b) => visitor.visit_bool(*b),
-            Value::Number(n) => match (n.as_u64(), n.as_i64(), n.as_f64()) {
-                (Some(n), ..) => visitor.visit_u64(n),
-                (_, Some(n), _) => visitor.visit_i64(n),
-                (.., n) => visitor.visit_f64(n.unwrap_or_default()),
-            },
-            Value::String(s) => visitor.visit_borrowed_str(s),
-            Value::Array(items) => visitor.visit_seq(Items { of: self, left: items, next: 0 }),
-            Value::Object(map) => visitor.visit_map(Fields::new(self, map)),
-        };
-        self.noting(result)
+            Value::Number(_) => self.number(visitor),
+            Value::String(_) => self.text(visitor),
+            Value::Array(_) => self.list(visitor),
+            Value::Object(_) => self.object(visitor),
+        }
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        match self.node {
+            Value::Bool(b) => visitor.visit_bool(*b),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    hand_on! {
+        deserialize_i8() => number,
+        deserialize_i16() => number,
+        deserialize_i32() => number,
+        deserialize_i64() => number,
+        deserialize_u8() => number,
+        deserialize_u16() => number,
+        deserialize_u32() => number,
+        deserialize_u64() => number,
+        deserialize_f32() => number,
+        deserialize_f64() => number,
+        deserialize_str() => text,
+        deserialize_string() => text,
+        deserialize_identifier() => text,
+        deserialize_seq() => list,
+        deserialize_tuple(usize) => list,
+        deserialize_tuple_struct(Name, usize) => list,
+        deserialize_map() => object,
+        deserialize_struct(Name, Names) => object,
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -172,22 +251,8 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
                 .ok_or_else(|| self.misfit(&visitor)),
             _ => Err(self.misfit(&visitor)),
         };
-        let result = variant
-            .and_then(|(name, content)| visitor.visit_enum(Variant { of: self, name, content }));
-        self.noting(result)
-    }
-
-    /// Types that serde derives would take a list as their fields in order; no object of Kubernetes is written so.
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _name: &'static str,
-        _fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Error> {
-        match self.node {
-            Value::Array(_) => self.noting(Err(self.misfit(&visitor))),
-            _ => self.deserialize_any(visitor),
-        }
+        let (name, content) = variant?;
+        visitor.visit_enum(Variant { of: self, name, content })
     }
 
     /// A field that the type does not have.
@@ -197,8 +262,7 @@ impl<'de> Deserializer<'de> for Reader<'de, '_> {
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit
-        unit_struct seq tuple tuple_struct map identifier
+        i128 u128 char bytes byte_buf unit unit_struct
     }
 }
 
@@ -231,8 +295,7 @@ impl<'de> MapAccess<'de> for Fields<'de, '_> {
             return Err(Error("a value was asked for before its key".to_owned()));
         };
         let reader = Reader { node, at: At::Field(&self.of.at, name), log: self.of.log };
-        // What a type says of the value it was given comes up here.
-        reader.noting(seed.deserialize(reader))
+        reader.read(seed)
     }
 
     fn size_hint(&self) -> Option<usize> {
@@ -257,7 +320,7 @@ impl<'de> SeqAccess<'de> for Items<'de, '_> {
         let reader = Reader { node, at: At::Item(&self.of.at, self.next), log: self.of.log };
         self.left = left;
         self.next += 1;
-        reader.noting(seed.deserialize(reader)).map(Some)
+        reader.read(seed).map(Some)
     }
 
     fn size_hint(&self) -> Option<usize> {
@@ -303,11 +366,12 @@ impl<'de> VariantAccess<'de> for Variant<'de, '_> {
             return Err(Error(format!("{:?} needs a value", self.name)));
         };
         let reader = Reader { node, at: At::Field(&self.of.at, self.name), log: self.of.log };
-        reader.noting(seed.deserialize(reader))
+        reader.read(seed)
     }
 
     fn tuple_variant<V: Visitor<'de>>(self, _len: usize, visitor: V) -> Result<V::Value, Error> {
-        self.content(&visitor)?.deserialize_any(visitor)
+        let content = self.content(&visitor)?;
+        content.list(visitor).inspect_err(|_| content.note())
     }
 
     fn struct_variant<V: Visitor<'de>>(
@@ -315,7 +379,8 @@ impl<'de> VariantAccess<'de> for Variant<'de, '_> {
         _fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
-        self.content(&visitor)?.deserialize_any(visitor)
+        let content = self.content(&visitor)?;
+        content.object(visitor).inspect_err(|_| content.note())
     }
 }
 
@@ -377,6 +442,7 @@ mod tests {
         check(json!({"mode": {"Off": 1}}), "mode", "takes no value");
         check(json!({"mode": "Level"}), "mode", "needs a value");
         check(json!({"mode": {"Range": {"low": -1}}}), "mode.Range.low", "expected u8");
+        check(json!({"mode": {"Range": "low"}}), "mode.Range", "string \"low\", expected struct");
         check(json!({"mode": {"a": 1, "b": 2}}), "mode", "expected");
         check(json!([]), "", "sequence, expected struct Thing");
         check(json!({"parts": [["x"]]}), "parts[0]", "expected struct Thing");
