@@ -20,7 +20,6 @@ build: ## build what users run, optimized
 	$(CARGO) build --release --locked $(addprefix --bin ,$(PROGRAMS))
 
 test: programs ## install what the tests need where that is allowed, then run the whole suite
-	$(CARGO) build --workspace --bins --locked
 	.ci/tests
 
 unit: ## the tests that need no namespaces and no other programs
@@ -116,7 +115,7 @@ programs:
 
 # Unoptimized: it builds in half the time and runs for a second.
 $(DENY_STAMP):
-	CARGO_TARGET_DIR="$(CACHE)/tools/target" $(CARGO) install --debug --locked cargo-deny --version $(DENY_VERSION) --root "$(CACHE)/tools"
+	CARGO_PROFILE_DEV_DEBUG=false CARGO_TARGET_DIR="$(CACHE)/tools/target" $(CARGO) install --debug --locked cargo-deny --version $(DENY_VERSION) --root "$(CACHE)/tools"
 	rm -rf "$(CACHE)/tools/target"
 	touch $@
 
