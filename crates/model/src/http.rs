@@ -22,6 +22,12 @@ mod pattern;
 pub use index::PathIndex;
 pub use pattern::{Pattern, PatternError};
 
+/// A header that says who the client is, or something else that only the mesh may say: what a peer sends under this name is
+/// dropped, and no route may write it. In lower case.
+pub fn is_for_mesh_alone(header: &str) -> bool {
+    header == "x-forwarded-client-cert" || header.starts_with("x-ambit-")
+}
+
 /// What a waypoint knows about HTTP to one Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceRoutes {

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use model::http::is_for_mesh_alone;
+
 /// Bytes of a path or a part of one, as in Gateway API's schema.
 const MAX_PATH: usize = 1024;
 /// Bytes of a header's value, as in Gateway API's schema.
@@ -46,8 +48,7 @@ pub(super) fn editable_header(name: &str) -> Result<String, String> {
 /// offers another protocol. To remove these is harmless.
 pub(super) fn writable_header(name: &str) -> Result<String, String> {
     let name = editable_header(name)?;
-    let ours = name == "x-forwarded-client-cert" || name.starts_with("x-ambit-");
-    if ours {
+    if is_for_mesh_alone(&name) {
         return Err(format!(
             "{name:?} is for the mesh alone to write: whoever reads it believes it"
         ));

@@ -25,6 +25,7 @@ use http::header::{
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, Method, Uri, Version, request};
+use model::http::is_for_mesh_alone;
 use model::{Reason, Refusal};
 
 use super::path::normal_path;
@@ -43,10 +44,6 @@ const MAX_HOST: usize = 255;
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 pub(super) const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
-const CLIENT_CERTIFICATE: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
-
-/// Headers of ours: no peer's word counts.
-const OWN_PREFIX: &str = "x-ambit-";
 
 /// Brings a request into the form that every other function here expects, or says what is wrong with it. A refusal with
 /// [`Reason::Limit`] is the client's fault: its status is 431 (`answer_with`).
@@ -240,7 +237,7 @@ fn limits(parts: &request::Parts) -> Result<(), Refusal> {
 
 /// Says who the client is, where only its certificate may.
 pub(super) fn is_forged(name: &HeaderName) -> bool {
-    *name == CLIENT_CERTIFICATE || name.as_str().starts_with(OWN_PREFIX)
+    is_for_mesh_alone(name.as_str())
 }
 
 /// One way to find the end of the body.
