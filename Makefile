@@ -31,8 +31,7 @@ sim: ## the simulation on more seeds than the tests run: SEEDS=FROM..TO
 	AMBIT_SIM_SEEDS=$(SEEDS) $(CARGO) test --release --locked -p sim --test seeds hold -- --nocapture
 
 e2e: programs ## real programs through the mesh, in network namespaces
-	$(CARGO) build --workspace --bins --locked
-	$(CARGO) test -p e2e --locked
+	.ci/tests 3 e2e
 
 demo: build ## two nodes and a small shop: see who talks to whom, and a policy stop it; no root needed
 	$(TARGET)/release/ambit-demo
